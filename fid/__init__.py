@@ -1,0 +1,1 @@
+"""Evaluation of generated images: features, metrics and a report; sees files and images, never models."""

@@ -1,0 +1,62 @@
+"""Errors that a user can cause, and how a command line reports them: one line, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message says what was given, what is allowed, what to do.
+
+    Every process of a distributed run sees the same mistake, so only rank 0 prints it.
+    """
+
+
+class LocalUserError(UserError):
+    """A `UserError` that one process alone meets (an unreadable image, say) and therefore prints itself."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the closest of `allowed`, or an empty string."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` without abbreviations that raises `UserError` instead of printing its usage."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            word = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument {word}{nearest(word, options)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a command line: a `UserError` becomes one line on standard error and exit code 2.
+
+    >>> run_cli(lambda: None)
+    """
+    try:
+        main()
+    except UserError as error:
+        if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0":
+            message = " ".join(str(error).split())
+            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
