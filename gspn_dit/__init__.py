@@ -16,7 +16,7 @@ _HOMES = {
     "gspn_scan": "gspn_dit.ops",
     "load_config": "gspn_dit.config",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
