@@ -86,9 +86,7 @@ def _check_dtypes_and_devices(
     if merge_weight is not None:
         named["merge_weight"] = merge_weight
         if merge_weight.dtype not in (x.dtype, torch.float32):
-            raise ValueError(
-                f"merge_weight has dtype {merge_weight.dtype}, but must be torch.float32 or x's {x.dtype}"
-            )
+            raise ValueError(f"merge_weight has dtype {merge_weight.dtype}, but must be torch.float32 or x's {x.dtype}")
     for name, tensor in named.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")

@@ -97,9 +97,7 @@ def scan_backward(
     dtype = compute_dtype(x.dtype)
     inputs = (x, weight_logits, input_gate, output_gate)
     grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    grad_logits, grad_in, grad_out = (
-        torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs[1:]
-    )
+    grad_logits, grad_in, grad_out = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs[1:])
     grad_merge = torch.zeros(merge_weight.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return grad_x.to(x.dtype), grad_logits, grad_in, grad_out, grad_merge.to(merge_weight.dtype)

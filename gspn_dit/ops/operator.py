@@ -43,9 +43,7 @@ def scan_backward(
     window: int,
 ) -> _Gradients:
     """Return new contiguous gradients of the five tensors, each with the shape and dtype of its input."""
-    return cpu.scan_backward(
-        grad_y, x, weight_logits, input_gate, output_gate, merge_weight, directions, window
-    )
+    return cpu.scan_backward(grad_y, x, weight_logits, input_gate, output_gate, merge_weight, directions, window)
 
 
 @scan_forward.register_fake

@@ -1,0 +1,5 @@
+"""Build steps that setup.cfg cannot express; all metadata lives there."""
+
+from setuptools import setup
+
+setup()
