@@ -96,10 +96,12 @@ def scan_reference(
         return (x + unused.to(x.dtype)).contiguous()
     with torch.autocast(x.device.type, enabled=False):
         y = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        x_wide = x.to(dtype)  # once, so that its gradient too is summed over the directions before it is rounded
         for d, direction in enumerate(directions):
-            x_lines, logits, gate_in, gate_out = (
+            x_lines = as_lines(x_wide, direction)
+            logits, gate_in, gate_out = (
                 as_lines(t, direction).to(dtype)
-                for t in (x, weight_logits[..., d, :, :], input_gate[..., d, :], output_gate[..., d, :])
+                for t in (weight_logits[..., d, :, :], input_gate[..., d, :], output_gate[..., d, :])
             )
             order = visiting_order(x_lines.shape[1], direction, window)
             states = scan_states(propagation_weights(logits, order), gate_in * x_lines, order)
