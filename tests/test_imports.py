@@ -1,0 +1,218 @@
+"""Who may import whom, what `import gspn_dit` costs, and that cuda/ does not hide NVIDIA's package of that name."""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gspn_dit
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "gspn_dit"
+HEAVY = {"accelerate", "cupy", "datasets", "diffusers", "matplotlib", "sklearn", "torchvision", "torch_fidelity"}
+
+# Parts of gspn_dit that a part may import. What is not listed may import every part but those in ABOVE_ALL.
+ALLOWED = {
+    "errors": set(),
+    "ops": set(),
+    "rng": {"errors"},
+    "config": {"errors"},
+    "models": {"config", "errors", "ops"},
+    "diffusion": {"config", "errors", "rng"},
+    "data": {"config", "errors", "rng"},
+    "doctor": {"errors", "ops"},
+}
+ABOVE_ALL = {"pipeline", "generate"}
+FREE = ABOVE_ALL | {"__init__", "__main__"}
+OF_FID = {"data", "errors", "grid"}  # files and images, never models
+
+
+def imported_names(path: Path, package: str, tree: ast.AST | None = None) -> Iterator[str]:
+    """Yield the absolute name of everything a file imports; `from a import b` is yielded as a.b."""
+    for node in ast.walk(tree or ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def parts_imported(path: Path, package: str) -> set[str]:
+    """Return the parts of gspn_dit (its modules and subpackages) that a file imports, lazily or for types included."""
+    parts = set()
+    for name in imported_names(path, package):
+        top, *rest = name.split(".")
+        if top == "gspn_dit" and rest:
+            # A public name of the package is an import of its home.
+            parts.add(gspn_dit._HOMES.get(rest[0], f"gspn_dit.{rest[0]}").split(".")[1])
+    return parts - {"__version__"}
+
+
+def package_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parts[:-1])
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+def source_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import gspn_dit.models",
+        "import gspn_dit.models.gspn as net",
+        "from gspn_dit import models",
+        "from gspn_dit import create_model",
+        "from gspn_dit.models.gspn import GSPN",
+        "from .. import models",
+        "from ..models import gspn",
+        "def later():\n    from gspn_dit import models",
+        "if TYPE_CHECKING:\n    from gspn_dit.models import GSPN",
+    ],
+)
+def test_every_form_of_import_is_seen(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "scan.py"
+    path.write_text(f"import os\n{statement}\n")
+    assert parts_imported(path, "gspn_dit.ops") == {"models"}
+
+
+def test_lazy_imports_are_told_from_others(tmp_path: Path) -> None:
+    path = tmp_path / "scan.py"
+    path.write_text(
+        "try:\n    import cupy.cuda\nexcept ImportError:\n    pass\n"
+        "def later():\n    import datasets\n"
+        "if TYPE_CHECKING:\n    import torch\n"
+    )
+    assert imported_when_loaded(path, "gspn_dit.ops") == {"cupy"}
+
+
+def test_directions_of_imports_within_the_library() -> None:
+    wrong = []
+    for path in source_files(LIBRARY):
+        part, imported = part_of(path), parts_imported(path, package_of(path))
+        allowed = ALLOWED.get(part)
+        bad = imported - allowed - {part} if allowed is not None else imported & ABOVE_ALL
+        if part not in FREE and bad:
+            wrong.append(f"{path.relative_to(ROOT)} imports {', '.join(sorted(bad))}")
+    assert not wrong
+
+
+def test_evaluation_never_imports_models() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {', '.join(sorted(bad))}"
+        for path in source_files(ROOT / "fid")
+        if (bad := parts_imported(path, package_of(path)) - OF_FID)
+    ]
+    assert not wrong
+
+
+def test_the_library_imports_neither_evaluation_nor_scripts() -> None:
+    outside = {"fid", "train", "sample", "benchmarks", "tests"}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in source_files(LIBRARY)
+        for name in imported_names(path, package_of(path))
+        if name.split(".")[0] in outside
+    ]
+    assert not wrong
+
+
+def test_ops_imports_torch_and_numpy_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "cupy", "gspn_dit"}
+    imported = {
+        name.split(".")[0] for path in source_files(LIBRARY / "ops") for name in imported_names(path, package_of(path))
+    }
+    assert imported <= allowed
+
+
+def imported_when_loaded(path: Path, package: str) -> set[str]:
+    """Return the top-level packages that loading a file imports: imports in functions and for types do not count."""
+
+    class Lazy(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST:
+            return ast.Pass() if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    tree = Lazy().visit(ast.parse(path.read_text()))
+    return {name.split(".")[0] for name in imported_names(path, package, tree)}
+
+
+def test_cupy_is_imported_lazily() -> None:
+    assert not [str(path) for path in source_files(LIBRARY) if "cupy" in imported_when_loaded(path, package_of(path))]
+
+
+def test_the_command_lines_import_lazily() -> None:
+    """Bad arguments and --help are answered before torch and the rest are loaded."""
+    scripts = [path for path in (ROOT / "train.py", ROOT / "sample.py", ROOT / "fid" / "__main__.py") if path.exists()]
+    for path in scripts:
+        assert not imported_when_loaded(path, package_of(path)) & {*HEAVY, "torch"}, path
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_the_package_costs_next_to_nothing() -> None:
+    """0.3 s of processor time at most (a busy machine's wall clock says nothing), and nothing heavy comes along."""
+    code = """
+import json, sys, time
+start = time.process_time()
+import gspn_dit
+seconds = time.process_time() - start
+print(json.dumps([seconds, gspn_dit.__file__, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+    runs = [json.loads(run_python(code)) for _ in range(3)]
+    assert statistics.median(seconds for seconds, _, _ in runs) <= 0.3
+    for _, file, modules in runs:
+        assert Path(file) == LIBRARY / "__init__.py"
+        assert not set(modules) & {*HEAVY, "torch"}
+
+
+def test_importing_the_scan_brings_torch_alone() -> None:
+    code = """
+import json, sys
+import gspn_dit
+gspn_dit.gspn_scan
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+    modules = json.loads(run_python(code))
+    assert "torch" in modules
+    assert not set(modules) & HEAVY
+
+
+def test_an_unknown_public_name() -> None:
+    with pytest.raises(AttributeError, match="module 'gspn_dit' has no attribute 'gspn_scam'"):
+        gspn_dit.gspn_scam  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["cuda", "cupy"])
+def test_the_checkout_hides_no_package_of_nvidia_or_cupy(name: str) -> None:
+    """With the checkout first on the path, `cuda` stays a namespace that NVIDIA's parts join, and cupy the real one."""
+    assert not (ROOT / "cuda" / "__init__.py").exists()
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(ROOT), *sys.path])
+    alone = importlib.machinery.PathFinder.find_spec(name, [p for p in sys.path if p and Path(p).resolve() != ROOT])
+    if alone is None:
+        assert spec is None or spec.origin is None
+        return
+    assert spec is not None
+    assert spec.origin == alone.origin
+    assert set(alone.submodule_search_locations or ()) <= set(spec.submodule_search_locations or ())
