@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,20 @@ def direction_codes(directions: Sequence[str]) -> list[int]:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that recurrence and sums accumulate in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which nothing is cast; a device without autocast needs none."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype that an active autocast region asks for, or None outside of one."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def check_arguments(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn_dit.ops.contract import compute_dtype
+from gspn_dit.ops.contract import compute_dtype, without_autocast
 from gspn_dit.ops.reference import (
     as_lines,
     propagation_weights,
@@ -101,7 +101,7 @@ def scan_backward(
     grad_merge = torch.zeros(merge_weight.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return grad_x.to(x.dtype), grad_logits, grad_in, grad_out, grad_merge.to(merge_weight.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         for d, direction in enumerate(directions):
             x_lines, g, logits, gate_in, gate_out = (
                 as_lines(t, direction).to(dtype)

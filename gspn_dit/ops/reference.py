@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspn_dit.ops.contract import compute_dtype
+from gspn_dit.ops.contract import compute_dtype, without_autocast
 
 _FLIP = (1, 3)  # "left" and "up" visit the lines from the last to the first
 _COLUMNS = (0, 1)  # "right" and "left" have columns as lines
@@ -94,7 +94,7 @@ def scan_reference(
         # Nothing to propagate; the sums keep every argument in the graph with a gradient of zeros.
         unused = (weight_logits.sum() + input_gate.sum() + output_gate.sum()) * 0 + merge_weight.sum() * 0
         return (x + unused.to(x.dtype)).contiguous()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         y = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         x_wide = x.to(dtype)  # once, so that its gradient too is summed over the directions before it is rounded
         for d, direction in enumerate(directions):

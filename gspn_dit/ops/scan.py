@@ -10,7 +10,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from gspn_dit.ops import operator
 from gspn_dit.ops.backends import resolve_backend
-from gspn_dit.ops.contract import DIRECTIONS, check_arguments, direction_codes
+from gspn_dit.ops.contract import DIRECTIONS, autocast_dtype, check_arguments, direction_codes
 from gspn_dit.ops.reference import scan_reference
 
 
@@ -58,9 +58,7 @@ def gspn_scan(
         BackendUnavailableError: the named backend cannot run here.
     """
     codes = direction_codes(directions)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(x.device.type)) is not None:
         x, weight_logits, input_gate, output_gate = (
             tensor.to(dtype) for tensor in (x, weight_logits, input_gate, output_gate)
         )

@@ -1,0 +1,41 @@
+"""Classifier-free guidance (arXiv 2207.12598), limited to an interval of times (arXiv 2404.07724) if wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a conditional and an unconditional prediction are combined.
+
+    Raises ValueError where a value is out of range.
+    """
+
+    scale: float = 1.0
+    """unconditional + scale · (conditional - unconditional); 1 is no guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times t (1 is noise, 0 data) at which guidance acts."""
+    channels: int | None = None
+    """Guide the first channels alone (3 in DiT's published figures); None for all."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance interval is {list(self.interval)}, but must be within 0 ≤ low ≤ high ≤ 1")
+        if not 0 <= self.scale < float("inf"):
+            raise ValueError(f"guidance scale is {self.scale}, but must be at least 0 and finite")
+
+    def acts(self, t: float) -> bool:
+        """Tell whether the unconditional prediction is needed at time t in [0, 1]."""
+        return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+
+    def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Return the guided prediction, [B, C, H, W]."""
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if self.channels is None:
+            return guided
+        guided[:, self.channels :] = conditional[:, self.channels :]
+        return guided

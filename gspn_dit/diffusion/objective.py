@@ -1,0 +1,62 @@
+"""What a model learns, and how its output drives a sampler: the interface that every objective implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gspn_dit.config import ObjectiveConfig
+from gspn_dit.errors import UserError
+
+Model = Callable[..., Tensor]
+"""`model(latents [B, C, H, W], timesteps [B], class_labels [B], keep_mask=None) -> [B, out_channels, H, W]`."""
+
+
+class Objective(ABC):
+    """A loss with its time distribution, and the schedulers that sample from a model trained with it."""
+
+    samplers: tuple[str, ...]
+    """Names of the samplers that `make_scheduler` takes, the default first."""
+
+    @abstractmethod
+    def out_channels(self, latent_channels: int) -> int:
+        """Return how many channels the model predicts."""
+
+    @abstractmethod
+    def timesteps(self, uniforms: Tensor) -> Tensor:
+        """Map uniform draws [B] in [0, 1) to training timesteps [B] in [0, 1000]."""
+
+    @abstractmethod
+    def loss(
+        self,
+        model: Model,
+        latents: Tensor,
+        class_labels: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        keep_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of each sample, [B], in float32 or better.
+
+        latents and noise are [B, C, H, W], class_labels int64 [B], timesteps [B] in [0, 1000].
+        """
+
+    @abstractmethod
+    def make_scheduler(self, sampler: str, num_inference_steps: int) -> Any:
+        """Return a diffusers scheduler whose timesteps are set."""
+
+    @abstractmethod
+    def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split a model's output into the prediction [B, C, H, W] and what guidance must not touch (a variance)."""
+
+
+def create_objective(config: ObjectiveConfig) -> Objective:
+    """Build the objective a config names."""
+    from gspn_dit.diffusion.velocity import VelocityObjective
+
+    if config.name == "velocity":
+        return VelocityObjective(config)
+    raise UserError(f"objective.name '{config.name}' is not available in this version; use velocity")

@@ -1,0 +1,169 @@
+"""Checkpoints: directories that are complete or absent, made of safetensors and JSON, found by their step number.
+
+    checkpoints/step-00000100/
+        model.safetensors       weights
+        ema.safetensors         moving average of the weights
+        optimizer.safetensors   optimiser state, "<parameter>.<state>"
+        config.json             the manifest, written last: format_version, step, config, model, latent, sizes of files
+
+A checkpoint is written beside its final place, every file and the directory are fsynced, then it is renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gspn_dit.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "config.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL_SUFFIX = ".partial"
+
+
+def checkpoint_directory(run_directory: str | os.PathLike[str], step: int) -> Path:
+    """Return the directory of the checkpoint of a step."""
+    return Path(run_directory) / "checkpoints" / f"step-{step:08d}"
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    run_directory: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    manifest: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of a step atomically and durably.
+
+    Args:
+        run_directory: the run; the checkpoint goes to `checkpoints/step-XXXXXXXX` in it.
+        step: optimiser steps done.
+        tensors: named tensors of each file stem ("model", "ema", "optimizer").
+        manifest: plain JSON values; step, format_version and file sizes are added.
+
+    Returns:
+        The directory. Raises UserError if the disk refuses; what was there before is untouched.
+    """
+    from safetensors.torch import save
+
+    target = checkpoint_directory(run_directory, step)
+    partial = target.with_name(target.name + _PARTIAL_SUFFIX)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        sizes = {}
+        for stem, named in tensors.items():
+            content = save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
+            _write_durably(partial / f"{stem}.safetensors", content)
+            sizes[f"{stem}.safetensors"] = len(content)
+        complete = {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": sizes}
+        _write_durably(partial / MANIFEST, json.dumps(complete, indent=2).encode())
+        _sync_directory(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot save the checkpoint of step {step} in {target.parent}: {error}") from error
+    return target
+
+
+def _problem(directory: Path) -> str | None:
+    """Return why a directory is not a complete checkpoint, or None."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return f"its {MANIFEST} is not a checkpoint's"
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        return f"it has format_version {version}, this version reads {FORMAT_VERSION}"
+    for name, size in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def find_checkpoints(run_directory: str | os.PathLike[str]) -> dict[int, Path]:
+    """Return the complete checkpoints of a run by step, ascending; incomplete ones are ignored."""
+    folder = Path(run_directory) / "checkpoints"
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and _problem(path) is None:
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint that a path names: one checkpoint, or the newest complete one of a run directory.
+
+    Raises UserError where there is none, saying what is wrong.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"checkpoint {path} does not exist; give a run directory or one of its checkpoints/step-XXXXXXXX"
+        )
+    if (path / "checkpoints").is_dir():
+        complete = find_checkpoints(path)
+        if complete:
+            return complete[max(complete)]
+        raise UserError(f"{path} has no complete checkpoint yet; train it with train.py --resume auto")
+    problem = _problem(path)
+    if problem is not None:
+        raise UserError(f"{path} is not a complete checkpoint: {problem}")
+    return path
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a complete checkpoint."""
+    return json.loads((directory / MANIFEST).read_bytes())
+
+
+def load_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
+    """Read one file of a checkpoint; nothing is unpickled. Raises UserError if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = directory / f"{stem}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def remove_old_checkpoints(run_directory: str | os.PathLike[str], keep_last: int, keep_every: int | None) -> None:
+    """Delete all complete checkpoints but the newest `keep_last` and those at multiples of `keep_every` steps."""
+    complete = find_checkpoints(run_directory)
+    for step in list(complete)[:-keep_last]:
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(complete[step])

@@ -1,0 +1,315 @@
+"""The training loop: a run is a function of its config."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+
+from gspn_dit.config import Config, TrainArguments
+from gspn_dit.errors import UserError
+from gspn_dit.training.checkpoint import load_tensors, read_manifest, remove_old_checkpoints, save_checkpoint
+from gspn_dit.training.draws import training_draws
+from gspn_dit.training.ema import EMA
+from gspn_dit.training.optimizer import (
+    create_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_step,
+    optimizer_tensors,
+)
+from gspn_dit.training.progress import Progress
+from gspn_dit.training.run_directory import RunDirectory, open_run_directory
+from gspn_dit.training.setup import Parts, build_parts
+
+
+def train(arguments: TrainArguments) -> None:
+    """Train as `train.py` was asked to; raises UserError before anything is written if that cannot be done."""
+    config = arguments.config
+    accelerator = create_accelerator(config)
+    directory = open_run_directory(config, arguments.resume, arguments.overwrite)
+    parts = build_parts(config)
+    _check_data(directory, parts)
+    accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
+    if accelerator.is_main_process:
+        directory.begin(config, arguments.overwrite)
+    accelerator.wait_for_everyone()
+    try:
+        Trainer(config, parts, accelerator, directory).run()
+    finally:
+        accelerator.end_training()
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """Return the Accelerator of a config; raises UserError where the batch cannot be shared out."""
+    settings = config.training
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(settings.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+    )
+    processes = accelerator.num_processes
+    if settings.num_processes not in (None, processes):
+        raise UserError(
+            f"training.num_processes is {settings.num_processes}, but {processes} are running; "
+            f"start with torchrun --nproc-per-node {settings.num_processes} or accelerate launch --multi_gpu"
+        )
+    shares = processes * settings.gradient_accumulation_steps
+    if settings.batch_size % shares:
+        raise UserError(
+            f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
+            f"{settings.gradient_accumulation_steps} accumulation steps"
+        )
+    return accelerator
+
+
+def _check_data(directory: RunDirectory, parts: Parts) -> None:
+    if directory.checkpoint is None:
+        return
+    before, now = read_manifest(directory.checkpoint)["data"], parts.description["data"]
+    if before["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"{directory.checkpoint} was trained on other data: {before['images']} images of '{before['name']}' then, "
+            f"{now['images']} of '{now['name']}' now, with other labels or sizes; restore it, or start afresh"
+        )
+
+
+class Trainer:
+    """Model, EMA and optimiser at a step, and the loop that moves them on."""
+
+    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, directory: RunDirectory) -> None:
+        self.config, self.parts, self.accelerator, self.directory = config, parts, accelerator, directory
+        self.step = 0
+        """Optimiser steps done, skipped ones included."""
+        self.model = parts.model.to(accelerator.device)
+        self.ema = EMA(self.model, config.training.ema_decay)
+        self.optimizer = create_optimizer(self.model, config.training)
+        self.nonfinite_steps, self.nonfinite_in_a_row = (torch.zeros((), device=accelerator.device) for _ in range(2))
+        self._stop_signal: int | None = None
+        if directory.checkpoint is not None:
+            self._restore(directory)
+        self.forward_model = accelerator.prepare(self.model)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _restore(self, directory: RunDirectory) -> None:
+        assert directory.checkpoint is not None
+        manifest = read_manifest(directory.checkpoint)
+        self.step = manifest["step"]
+        self.ema.updates = manifest["ema"]["updates"]
+        self.nonfinite_steps += manifest["nonfinite_steps"]
+        self.nonfinite_in_a_row += manifest["nonfinite_in_a_row"]
+        self.model.load_state_dict(load_tensors(directory.checkpoint, "model"))
+        self.ema.model.load_state_dict(load_tensors(directory.checkpoint, "ema"))
+        load_optimizer_tensors(self.optimizer, self.model, load_tensors(directory.checkpoint, "optimizer"))
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, from the main process, and delete those no longer wanted."""
+        if self.accelerator.is_main_process:
+            settings = self.config.training
+            tensors = {
+                "model": self.model.state_dict(),
+                "ema": self.ema.model.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer, self.model),
+            }
+            manifest = {
+                **self.parts.description,
+                "config": self.config.to_dict(),
+                "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
+                "nonfinite_steps": int(self.nonfinite_steps),
+                "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
+            }
+            save_checkpoint(self.directory.path, self.step, tensors, manifest)
+            remove_old_checkpoints(self.directory.path, settings.keep_last, settings.keep_every)
+        self.accelerator.wait_for_everyone()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def sample_numbers(self, step: int, micro_step: int) -> range:
+        """Return the sample numbers n = step · batch_size + slot of this process in a micro-step."""
+        settings, accelerator = self.config.training, self.accelerator
+        size = settings.batch_size // (settings.gradient_accumulation_steps * accelerator.num_processes)
+        first = step * settings.batch_size
+        first += (micro_step * accelerator.num_processes + accelerator.process_index) * size
+        return range(first, first + size)
+
+    def micro_loss(self, numbers: range) -> Tensor:
+        """Return the mean loss of the samples with these numbers, 0-d."""
+        weight = next(self.model.parameters())
+        latents, labels = self.parts.training.training(numbers)
+        draws = training_draws(
+            self.config.seed,
+            numbers,
+            latents,
+            labels,
+            self.parts.objective,
+            self.config.training.class_dropout,
+            self.model.null_label,
+            self.model.drop_path_rates,
+        )
+        return self.parts.objective.loss(
+            self.forward_model,
+            latents.to(weight),
+            draws.class_labels.to(weight.device),
+            draws.noise.to(weight),
+            draws.timesteps.to(weight.device),
+            None if draws.keep_mask is None else draws.keep_mask.to(weight.device),
+        ).mean()
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """Take one optimiser step; return this process's mean loss and the gradients' norm, 0-d, on the device."""
+        settings = self.config.training
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_step in range(settings.gradient_accumulation_steps):
+            last = micro_step == settings.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward_model):
+                loss = self.micro_loss(self.sample_numbers(self.step, micro_step))
+                self.accelerator.backward(loss / settings.gradient_accumulation_steps)
+            total += loss.detach() / settings.gradient_accumulation_steps
+        rate = learning_rate(settings, self.step)
+        norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)
+        self.ema.update(self.model, took_step)
+        self.nonfinite_steps += 1 - took_step
+        self.nonfinite_in_a_row += 1
+        self.nonfinite_in_a_row *= 1 - took_step
+        self.step += 1
+        return total, norm
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to max_steps, with logs, validation, samples and checkpoints on the way; the last step saves."""
+        settings = self.config.training
+        if self.step >= settings.max_steps:
+            self.accelerator.print(f"{self.directory.path} is already at step {self.step} of {settings.max_steps}")
+            return
+        if self.accelerator.is_main_process and settings.trackers:
+            self.accelerator.init_trackers("trackers")
+        with self._signals_caught(), Progress(self.step, settings.max_steps, self.accelerator) as progress:
+            losses: list[Tensor] = []
+            started, first_step = time.perf_counter(), self.step
+            while self.step < settings.max_steps and not self._must_stop():
+                loss, norm = self.train_step()
+                losses.append(loss)
+                progress.advance()
+                if self._due(settings.log_every):
+                    seconds = time.perf_counter() - started
+                    self._log(losses, norm, (self.step - first_step) * settings.batch_size / seconds, progress)
+                    losses.clear()
+                    started, first_step = time.perf_counter(), self.step
+                with self._paused() as paused:
+                    if self._due(settings.validate_every):
+                        self._validate(progress)
+                    if self._due(settings.sample_every):
+                        self._sample()
+                    if self._due(settings.checkpoint_every):
+                        self.save()
+                started += paused()
+            if self._stop_signal is not None:
+                self.save()
+                progress.write(f"stopped by signal {self._stop_signal}; --resume auto goes on from step {self.step}")
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.training.max_steps
+
+    def _log(self, losses: list[Tensor], norm: Tensor, images_per_second: float, progress: Progress) -> None:
+        """Write mean loss since the last line, and stop the run if steps keep failing."""
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+        values = {
+            "loss": loss.item(),
+            "learning_rate": learning_rate(self.config.training, self.step - 1),
+            "grad_norm": norm.item(),
+            "images_per_second": images_per_second,
+            "nonfinite_steps": int(self.nonfinite_steps),
+        }
+        self._record(values)
+        progress.show(values)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        failed = int(self.nonfinite_in_a_row)
+        if failed >= self.config.training.max_nonfinite_steps:
+            raise UserError(
+                f"{failed} steps in a row had a non-finite loss or gradient and were skipped, up to step {self.step}; "
+                "the last checkpoint is untouched: lower training.learning_rate or look at the data, then --resume auto"
+            )
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.directory.log({"step": self.step, **values})
+            if self.config.training.trackers:
+                self.accelerator.log(values, step=self.step)
+
+    def _validate(self, progress: Progress) -> None:
+        from gspn_dit.training.validation import validation_loss
+
+        settings = self.config.training
+        values = validation_loss(
+            self.ema.model,
+            self.parts.validation,
+            self.parts.objective,
+            self.config.seed,
+            settings.validation_images,
+            settings.batch_size,
+            self.accelerator,
+        )
+        if values:
+            self._record(values)
+            progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
+
+    def _sample(self) -> None:
+        from gspn_dit.training.previews import save_preview
+
+        if self.accelerator.is_main_process:
+            save_preview(
+                self.directory.path / "samples" / f"step-{self.step:08d}.png",
+                self.ema.model,
+                self.parts.objective,
+                self.parts.latent,
+                self.parts.training.images.class_names,
+                self.config.sampling,
+                self.config.seed,
+            )
+        self.accelerator.wait_for_everyone()
+
+    # -- signals and time ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        """Remember SIGTERM and SIGUSR1 instead of dying, so that the loop can save and end."""
+
+        def remember(number: int, frame: Any) -> None:
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _must_stop(self) -> bool:
+        """Tell whether a stop was asked for; processes agree at steps that log, alone it is told at once."""
+        if self.accelerator.num_processes > 1:
+            if self.step % self.config.training.log_every:
+                return False
+            asked = torch.tensor(float(self._stop_signal or 0), device=self.accelerator.device)
+            signals = self.accelerator.gather(asked[None])
+            self._stop_signal = int(signals.max()) or None
+        return self._stop_signal is not None
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[Callable[[], float]]:
+        """Measure what is not training; the yielded function returns the seconds spent inside."""
+        began = time.perf_counter()
+        ended: list[float] = []
+        yield lambda: ended[0] - began
+        ended.append(time.perf_counter())

@@ -1,0 +1,166 @@
+"""The directory of a run: who may write into it, what it records, and how a resumed run finds its place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gspn_dit.config import Config, flatten, save_config
+from gspn_dit.errors import UserError
+from gspn_dit.training.checkpoint import find_checkpoints, read_manifest, resolve_checkpoint
+
+WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples", "trackers", "report")
+"""What a run and its report leave in the directory, and all that `--overwrite` deletes."""
+
+MAY_DIFFER = (
+    *("output_dir", "data.path", "training.max_steps", "training.trackers", "training.num_processes"),
+    *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
+    *("training.keep_last", "training.keep_every"),
+)
+"""Config keys that a resumed run may change; sections named here whole may change too."""
+_PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "datasets", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of a run, and the checkpoint it continues from, if any."""
+
+    path: Path
+    checkpoint: Path | None
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def begin(self, config: Config, overwrite: bool) -> None:
+        """Create or clear the directory, cut the metrics back to the checkpoint, record config and environment."""
+        if overwrite:
+            for name in WRITTEN:
+                target = self.path / name
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.path / "config.yaml")
+        except OSError as error:
+            raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
+        step = read_manifest(self.checkpoint)["step"] if self.checkpoint else 0
+        _cut_metrics(self.metrics, step)
+        (self.path / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(clean) + "\n")
+
+
+def open_run_directory(config: Config, resume: str | None, overwrite: bool) -> RunDirectory:
+    """Decide where a run starts; nothing is written yet.
+
+    Raises UserError if output_dir holds something and neither `--resume` nor `--overwrite` says what to do with it,
+    or if the checkpoint to resume belongs to another config.
+    """
+    path = Path(config.output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir {path} is a file; give a directory")
+    if resume is not None and overwrite:
+        raise UserError("--resume and --overwrite contradict each other; give one of them")
+    filled = path.is_dir() and any(path.iterdir())
+    if resume is None:
+        if filled and not overwrite:
+            raise UserError(
+                f"output_dir {path} is not empty; give --resume auto to continue it, --overwrite to start afresh, "
+                "or another output_dir"
+            )
+        return RunDirectory(path, None)
+    checkpoint = _checkpoint_to_resume(path, resume)
+    if checkpoint is not None:
+        _check_same_run(config, read_manifest(checkpoint)["config"], checkpoint)
+    return RunDirectory(path, checkpoint)
+
+
+def _checkpoint_to_resume(path: Path, resume: str) -> Path | None:
+    complete = find_checkpoints(path)
+    if resume == "auto":
+        return complete[max(complete)] if complete else None
+    checkpoint = resolve_checkpoint(resume)
+    step = read_manifest(checkpoint)["step"]
+    if complete and max(complete) > step:
+        raise UserError(
+            f"--resume {resume} is at step {step}, but {path} goes on to step {max(complete)}; "
+            "give another output_dir to branch off"
+        )
+    return checkpoint
+
+
+def _check_same_run(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise UserError naming the first key that a resumed run may not change."""
+    before, now = dict(flatten(saved)), dict(flatten(config.to_dict()))
+    for key in sorted({*before, *now}):
+        allowed = key in MAY_DIFFER or key.startswith("sampling.")
+        if before.get(key) != now.get(key) and not allowed:
+            raise UserError(
+                f"{checkpoint} was trained with {key} = {before.get(key)}, this run has {now.get(key)}; "
+                "restore it, or start afresh in another output_dir"
+            )
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and an incomplete last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, the git commit of the source, the machine and the command."""
+    from gspn_dit import __version__
+
+    versions = {"python": platform.python_version(), "gspn-dit": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says about the source tree, or None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

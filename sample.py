@@ -1,0 +1,7 @@
+"""Draw images by class: `python sample.py --checkpoint runs/demo --classes 0-9 --per-class 8 --out grid.png`."""
+
+from gspn_dit.errors import run_cli
+from gspn_dit.sample import parse_arguments, run
+
+if __name__ == "__main__":
+    run_cli(lambda: run(parse_arguments()))

@@ -1,0 +1,16 @@
+"""Train a class-conditional diffusion model: `accelerate launch train.py --config configs/NAME.yaml`."""
+
+from gspn_dit.config import parse_train_arguments
+from gspn_dit.errors import run_cli
+
+
+def main() -> None:
+    """Parse, then import what training needs, so that --help and mistakes answer at once."""
+    arguments = parse_train_arguments()
+    from gspn_dit.training.loop import train
+
+    train(arguments)
+
+
+if __name__ == "__main__":
+    run_cli(main)
