@@ -30,7 +30,7 @@ ALLOWED = {
     "data": {"config", "errors", "rng"},
     "doctor": {"errors", "ops"},
 }
-ABOVE_ALL = {"pipeline", "generate"}
+ABOVE_ALL = {"pipeline", "generate", "sample", "train"}
 FREE = ABOVE_ALL | {"__init__", "__main__"}
 OF_FID = {"data", "errors", "grid"}  # files and images, never models
 
