@@ -1,0 +1,152 @@
+"""Feature nets: what a net expects and is called, its torch-fidelity extractor, and features of images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity import registry
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.utils import create_feature_extractor
+
+from fid.classifier import Classifier, load_classifier
+from gspn_dit.errors import UserError, nearest
+
+BUNDLED = {"digits": Path(__file__).with_name("weights") / "digits.safetensors"}
+LAYERS = ("features", "logits")
+EXTRACTOR_NAME = "gspn-dit-classifier"
+
+
+class ClassifierExtractor(FeatureExtractorBase):
+    """A `Classifier` as a torch-fidelity extractor: standardised "features" and "logits" of uint8 [B, C, H, W]."""
+
+    def __init__(self, name: str, features_list: list[str], classifier: Classifier, **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.classifier = classifier
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return LAYERS
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        raise NotImplementedError("this extractor is not compiled")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = dict(zip(LAYERS, self.classifier(images.float() / 255.0)))
+        return tuple(found[layer] for layer in self.features_list)
+
+
+@dataclass(frozen=True)
+class FeatureNet:
+    """A feature net with all that a report says about it; another protocol adds another loader of these."""
+
+    extractor: FeatureExtractorBase
+    """Maps uint8 [B, C, H, W] to the layers "features" and "logits"."""
+    score_suffix: str
+    """The data set that the net knows; scores are named FD-<score_suffix>."""
+    source: str
+    """The bundled net's name, or the file."""
+    sha256: str
+    """Of the weights file."""
+    image_size: int
+    channels: int
+    feature_dim: int
+    class_names: tuple[str, ...]
+    description: dict[str, Any]
+    """Further facts for the report."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features [n, d] and logits [n, classes] of n images, float32 on the CPU."""
+
+    features: Tensor
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, indices: np.ndarray) -> Features:
+        chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return Features(self.features[chosen], self.logits[chosen])
+
+
+def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
+    """The bundled net of that name, or one from a file that `python -m fid.train_features` wrote.
+
+    Raises:
+        UserError: no such net, or the file is something else.
+    """
+    name = str(source)
+    path = BUNDLED.get(name, Path(source))
+    if not path.is_file():
+        known = ", ".join(f"'{bundled}'" for bundled in BUNDLED)
+        raise UserError(
+            f"no feature net '{name}': it is neither a file nor a bundled net ({known}){nearest(name, BUNDLED)}"
+        )
+    classifier = load_classifier(path)
+    info = classifier.info
+    return FeatureNet(
+        extractor=_create_extractor(classifier),
+        score_suffix=info.data_set,
+        source=name,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        image_size=info.image_size,
+        channels=info.channels,
+        feature_dim=info.feature_dim,
+        class_names=info.class_names,
+        description={
+            "architecture": info.architecture,
+            "training_seed": info.seed,
+            "training_images": info.training_images,
+            "validation_accuracy": info.validation_accuracy,
+        },
+    )
+
+
+def _create_extractor(classifier: Classifier) -> FeatureExtractorBase:
+    if EXTRACTOR_NAME not in registry.FEATURE_EXTRACTORS_REGISTRY:  # a second registration raises
+        registry.register_feature_extractor(EXTRACTOR_NAME, ClassifierExtractor)
+    return create_feature_extractor(EXTRACTOR_NAME, list(LAYERS), cuda=False, verbose=False, classifier=classifier)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of that name, if this machine has it."""
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device '{device}' cannot be used here: {reason}") from error
+    return resolved
+
+
+@torch.no_grad()
+def extract(net: FeatureNet, pixels: np.ndarray, batch_size: int = 256, device: str = "cpu") -> Features:
+    """Features of uint8 images [n, H, W, C] that have the net's size and channels; no cache is involved."""
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
+    place = resolve_device(device)
+    extractor = net.extractor.to(place)
+    parts: list[list[Tensor]] = [[], []]
+    for start in range(0, len(pixels), batch_size):
+        batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size]))
+        found = extractor.convert_features_tuple_to_dict(extractor(batch.permute(0, 3, 1, 2).to(place)))
+        for part, layer in zip(parts, LAYERS):
+            part.append(found[layer].float().cpu())
+    return Features(torch.cat(parts[0]), torch.cat(parts[1]))
