@@ -46,6 +46,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def _program_name() -> str:
+    """Return how the program was started: the script's name, or the module's under `python -m`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return module.name.removesuffix(".__main__") if module else os.path.basename(sys.argv[0])
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command line: a `UserError` becomes one line on standard error and exit code 2.
 
@@ -56,7 +62,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0":
             message = " ".join(str(error).split())
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+            print(f"{_program_name()}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -25,7 +25,7 @@ class EMA:
         """Follow `model`; `took_step` is a 0-d float tensor, 0 where the optimiser step was skipped."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averages, weights = list(self.model.parameters()), [weight.detach() for weight in model.parameters()]
+        averages, weights = ([p.detach() for p in module.parameters()] for module in (self.model, model))
         difference = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(difference, (1 - decay) * took_step)
         torch._foreach_add_(averages, difference)
