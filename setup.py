@@ -1,5 +1,70 @@
-"""Build steps that setup.cfg cannot express; all metadata lives there."""
+"""Build steps that setup.cfg cannot express; all metadata lives there.
 
-from setuptools import setup
+The CPU kernels are a plain shared library, built where a C++ compiler is found and left out where none is. The CUDA
+sources travel in a wheel as `gspn_dit/ops/cuda_src`.
+"""
 
-setup()
+import platform
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+SOURCES = Path("gspn_dit/ops/csrc")
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISA_FLAGS = {
+    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+KERNELS = ["scan", "kernels_baseline", *(ISA_FLAGS if X86 else [])]
+
+
+class BuildKernels(build_ext):
+    """Compile each instruction set with its own flags, side by side."""
+
+    def build_extension(self, ext):
+        macros = [("GSPN_X86", None)] if X86 else []
+
+        def compile_one(source):
+            flags = FLAGS + ISA_FLAGS.get(Path(source).stem, [])
+            return self.compiler.compile(
+                [source], output_dir=self.build_temp, macros=macros, extra_postargs=flags, depends=ext.depends
+            )
+
+        with ThreadPoolExecutor() as pool:
+            objects = [path for paths in pool.map(compile_one, ext.sources) for path in paths]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), libraries=ext.libraries, target_lang="c++"
+        )
+
+
+class BuildPy(build_py):
+    """Copy the CUDA sources into the package that is built; a source checkout reads them where they are."""
+
+    def run(self):
+        super().run()
+        if getattr(self, "editable_mode", False):
+            return
+        target = Path(self.build_lib) / "gspn_dit" / "ops" / "cuda_src"
+        for source in sorted(path for path in Path("cuda").glob("*") if path.suffix in (".cu", ".cuh", ".h")):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target / source.name)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "gspn_dit.ops._cpu_scan",
+            sources=[str(SOURCES / f"{name}.cpp") for name in KERNELS],
+            depends=sorted(str(path) for path in SOURCES.glob("*.h")),
+            libraries=["pthread"],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPy},
+)

@@ -1,0 +1,338 @@
+// Included by kernels.h. Per direction, the states are computed again and kept for the block; then the lines are walked in the
+// opposite order with dh[i, n] = m u g + sum_k w_k[i+1, n-k] dh[i+1, n-k], whose second part each position of line i+1 adds
+// to the `carried` line as it is visited.
+
+template <class T> struct BackwardPointers {
+  typedef typename Accumulator<T>::type A;
+  const T *x, *grad_y, *logits[3], *gate_in, *gate_out;
+  const A *state, *before[3], *carried;
+  A* passed[3];  // the carried line for the line visited before, at n - 1, n, n + 1
+  A* merge_sums;
+  T *grad_logits[3], *grad_in, *grad_out, *grad_x;
+  A* partial;
+};
+
+// What both kinds of lines share: dh, and the gradients of x, the gates and the merge weight.
+template <class T, bool Tail>
+static GSPN_INLINE auto gate_gradients(const BackwardPointers<T>& p, int64_t j, int64_t count,
+                                       typename Accumulator<T>::type merge, bool add, bool last) {
+  typedef typename Accumulator<T>::type A;
+  typedef typename Simd<A>::V V;
+  const V g = get<T, Tail>(p.grad_y + j, count), out = get<T, Tail>(p.gate_out + j, count);
+  const V state = load(p.state + j);
+  const V weighted = g * state;
+  store(p.merge_sums + j, load(p.merge_sums + j) + weighted * out);
+  put<T, Tail>(p.grad_out + j, weighted * merge, count);
+  const V gradient = merge * out * g + load(p.carried + j);
+  put<T, Tail>(p.grad_in + j, get<T, Tail>(p.x + j, count) * gradient, count);
+  add_up<T, Tail>(p.grad_x + j, p.partial + j, get<T, Tail>(p.gate_in + j, count) * gradient, count, add, last);
+  return gradient;
+}
+
+// A first line of a segment: no logit is used, nothing is passed on.
+template <class T, bool Tail>
+static GSPN_INLINE void backward_start_vector(const BackwardPointers<T>& p, int64_t j, int64_t count, bool shared,
+                                              typename Accumulator<T>::type merge, bool add, bool last) {
+  typedef typename Simd<typename Accumulator<T>::type>::V V;
+  gate_gradients<T, Tail>(p, j, count, merge, add, last);
+  if (shared) return;
+  const V zero = {};
+  for (int k = 0; k < 3; ++k) put<T, Tail>(p.grad_logits[k] + j, zero, count);
+}
+
+template <class T, bool Edge, bool Shared, bool Tail>
+static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j, int64_t count,
+                                        typename Accumulator<T>::type merge, bool minus, bool plus,
+                                        const SharedLine<typename Accumulator<T>::type>& line, int64_t we_stride,
+                                        bool add, bool last) {
+  typedef typename Accumulator<T>::type A;
+  typedef typename Simd<A>::V V;
+  const V gradient = gate_gradients<T, Tail>(p, j, count, merge, add, last);
+  Weights<A> value;
+  V of_weight[3];
+  for (int k = 0; k < 3; ++k) of_weight[k] = gradient * load(p.before[k] + j);
+  if (Shared) {
+    for (int k = 0; k < 3; ++k) {
+      value.w[k] = load(line.we + k * we_stride + j);
+      Tail ? store_some(line.se + k * we_stride + j, of_weight[k], count)
+           : store(line.se + k * we_stride + j, of_weight[k]);
+    }
+  } else {
+    value = weights<A, true, Edge, sizeof(T) == sizeof(A)>(
+        get<T, Tail>(p.logits[0] + j, count), get<T, Tail>(p.logits[1] + j, count),
+        get<T, Tail>(p.logits[2] + j, count), minus, plus);
+    const V mean = value.w[0] * of_weight[0] + value.w[1] * of_weight[1] + value.w[2] * of_weight[2];
+    for (int k = 0; k < 3; ++k) {
+      V result = value.w[k] * value.s[k] * (of_weight[k] - mean);
+      if (Edge && ((k == 0 && !minus) || (k == 2 && !plus))) result = V{};  // even where a NaN is about
+      put<T, Tail>(p.grad_logits[k] + j, result, count);
+    }
+  }
+  // Positions come in ascending order: n + 1 is touched for the first time here, n only at the start of the line.
+  if (!Edge || minus) {
+    store(p.passed[0] + j, load(p.passed[0] + j) + value.w[0] * gradient);
+    store(p.passed[1] + j, load(p.passed[1] + j) + value.w[1] * gradient);
+  } else {
+    store(p.passed[1] + j, value.w[1] * gradient);
+  }
+  if (!Edge || plus) store(p.passed[2] + j, value.w[2] * gradient);
+}
+
+template <class T> static GSPN_INLINE void prefetch_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t j) {
+  prefetch(p.x + ahead.x + j);
+  prefetch(p.grad_y + ahead.y + j);
+  prefetch(p.logits[0] + ahead.logits + j);
+  prefetch(p.logits[1] + ahead.logits + j);
+  prefetch(p.logits[2] + ahead.logits + j);
+  prefetch(p.gate_in + ahead.in + j);
+  prefetch(p.gate_out + ahead.out + j);
+}
+
+template <class T, bool Edge, bool Shared>
+static GSPN_INLINE void backward_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t channels,
+                                          typename Accumulator<T>::type merge, bool minus, bool plus,
+                                          const SharedLine<typename Accumulator<T>::type>& line, bool add, bool last) {
+  constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
+  const int64_t we_stride = padded(channels);
+  int64_t j = 0;
+  for (; j + L <= channels; j += L) {
+    if (j % (64 / (int64_t)sizeof(T)) == 0) prefetch_position(p, ahead, j);
+    backward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, line, we_stride, add, last);
+  }
+  if (j < channels)
+    backward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, line, we_stride, add, last);
+}
+
+template <class T> static GSPN_INLINE void backward_start(const BackwardPointers<T>& p, int64_t channels, bool shared,
+                                                          typename Accumulator<T>::type merge, bool add, bool last) {
+  constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
+  int64_t j = 0;
+  for (; j + L <= channels; j += L) backward_start_vector<T, false>(p, j, L, shared, merge, add, last);
+  if (j < channels) backward_start_vector<T, true>(p, j, channels - j, shared, merge, add, last);
+}
+
+// Sum dw over the channels of each group and write the gradients of the group's logits at one position.
+template <class A, class Out>
+static void group_gradients(const SharedLine<A>& line, int64_t n, int64_t channels, Lines<Out> grads, int64_t k_stride,
+                            int64_t i, bool minus, bool plus) {
+  const int64_t stride = padded(channels);
+  for (int64_t g = 0; g < line.groups; ++g) {
+    A of_weight[3], mean = 0;
+    for (int k = 0; k < 3; ++k) {
+      const bool valid = (k != 0 || minus) && (k != 2 || plus);
+      of_weight[k] = 0;
+      const A* from = line.se + k * stride + g * line.size;
+      constexpr int L = Simd<A>::lanes;
+      typename Simd<A>::V sum = {};
+      int64_t j = 0;
+      for (; j + L <= line.size; j += L) sum += load(from + j);
+      if (j < line.size) sum += load_some(from + j, line.size - j);
+      if (valid) of_weight[k] = lane_sum(sum);
+      mean += line.w[k * line.plane + n * line.groups + g] * of_weight[k];
+    }
+    for (int k = 0; k < 3; ++k) {
+      const bool valid = (k != 0 || minus) && (k != 2 || plus);
+      const int64_t at = k * line.plane + n * line.groups + g;
+      typename Simd<A>::V result = {};
+      if (valid) result[0] = line.w[at] * line.s[at] * (of_weight[k] - mean);
+      store_some(grads.at(i, n) + k * k_stride + g, result, 1);
+    }
+  }
+}
+
+template <class A, class Out>
+static void clear_group_gradients(const SharedLine<A>& line, Lines<Out> grads, int64_t k_stride, int64_t i, int64_t n) {
+  for (int k = 0; k < 3; ++k) memset(grads.at(i, n) + k * k_stride, 0, sizeof(Out) * line.groups);
+}
+
+template <class T> struct BackwardViews {
+  typedef typename Accumulator<T>::type A;
+  Lines<const T> x, grad_y, in, out, logits;
+  Lines<T> grad_x, grad_in, grad_out, grad_logits;
+  Lines<A> partial, logit_parts;
+  int64_t k_stride;
+
+  BackwardViews(const Scan& scan, const Plan& plan, const Block& block, const Geometry& geometry, int64_t d,
+                A* partial_plane) {
+    const int64_t channels = scan.channels, groups = scan.groups, D = scan.directions;
+    const int64_t group = block.channel * groups / channels, width = padded(block.channels);
+    x = view3<T>(geometry, block, scan.x, scan.x_stride);
+    grad_y = view3<T>(geometry, block, scan.grad_y, scan.grad_y_stride);
+    in = view4<T>(geometry, block, d, scan.gate_in, scan.in_stride);
+    out = view4<T>(geometry, block, d, scan.gate_out, scan.out_stride);
+    logits = view4<T>(geometry, Block{block.batch, group, 0, 0}, d, scan.logits, scan.logits_stride);
+    grad_x = output<T>(geometry, scan, block, scan.grad_x, channels, block.channel);
+    grad_in = output<T>(geometry, scan, block, scan.grad_in, D * channels, d * channels + block.channel);
+    grad_out = output<T>(geometry, scan, block, scan.grad_out, D * channels, d * channels + block.channel);
+    grad_logits = output<T>(geometry, scan, block, scan.grad_logits, D * 3 * groups, d * 3 * groups + group);
+    partial = geometry.view(partial_plane, scan.width * width, width);
+    const int64_t plane = scan.batch * scan.height * scan.width * D * 3 * groups;
+    logit_parts = output<A>(geometry, scan, block, plan.logit_parts, D * 3 * groups,
+                            block.part * plane + d * 3 * groups + group);
+    k_stride = scan.logits_stride[4];
+  }
+};
+
+// The states of every line of one direction: [lines, N + 2, width].
+template <class T, bool Shared>
+static void compute_states(const Geometry& geometry, const Block& block, const BackwardViews<T>& view,
+                           SharedLine<typename Accumulator<T>::type>& line, typename Accumulator<T>::type* states) {
+  typedef typename Accumulator<T>::type A;
+  typedef typename Simd<A>::V V;
+  constexpr int L = Simd<A>::lanes;
+  const int64_t width = padded(block.channels), positions = geometry.positions, size = (positions + 2) * width;
+  const A* before = nullptr;
+  for (int64_t step = 0; step < geometry.lines; ++step) {
+    const int64_t i = geometry.index(step);
+    const bool restart = geometry.restarts(i);
+    A* state = states + i * size;
+    clear(state, width);
+    clear(state + (positions + 1) * width, width);
+    if (Shared && !restart) shared_weights<T, false>(line, view.logits, view.k_stride, i, positions);
+    for (int64_t n = 0; n < positions; ++n) {
+      const T *in = view.in.at(i, n), *x = view.x.at(i, n), *l = view.logits.at(i, n);
+      const int64_t channels = block.channels, k = view.k_stride;
+      A* to = state + (n + 1) * width;
+      const bool minus = n > 0, plus = n < positions - 1;
+      if (Shared && !restart) repeat_groups(line, n, channels);
+      for (int64_t j = 0; j < channels; j += L) {
+        const bool tail = j + L > channels;
+        const int64_t count = tail ? channels - j : L;
+        V value = tail ? load_some(in + j, count) * load_some(x + j, count) : load(in + j) * load(x + j);
+        if (!restart) {
+          Weights<A> w;
+          constexpr bool precise = sizeof(T) == sizeof(A);
+          if (Shared)
+            for (int q = 0; q < 3; ++q) w.w[q] = load(line.we + q * width + j);
+          else if (tail)
+            w = weights<A, false, true, precise>(load_some(l + j, count), load_some(l + k + j, count),
+                                                 load_some(l + 2 * k + j, count), minus, plus);
+          else if (minus && plus)
+            w = weights<A, false, false, precise>(load(l + j), load(l + k + j), load(l + 2 * k + j), true, true);
+          else
+            w = weights<A, false, true, precise>(load(l + j), load(l + k + j), load(l + 2 * k + j), minus, plus);
+          const A* from = before + n * width + j;
+          value += w.w[0] * load(from) + w.w[1] * load(from + width) + w.w[2] * load(from + 2 * width);
+        }
+        store(to + j, value);
+      }
+    }
+    before = state;
+  }
+}
+
+template <class T, bool Shared>
+static void backward_direction(const Scan& scan, const Plan& plan, const Block& block, int64_t d,
+                               typename Accumulator<T>::type* states, typename Accumulator<T>::type* carries,
+                               SharedLine<typename Accumulator<T>::type> line,
+                               typename Accumulator<T>::type* merge_sums,
+                               typename Accumulator<T>::type* partial_plane) {
+  typedef typename Accumulator<T>::type A;
+  const Geometry geometry(scan, d);
+  const BackwardViews<T> view(scan, plan, block, geometry, d, partial_plane);
+  compute_states<T, Shared>(geometry, block, view, line, states);
+  const int64_t positions = geometry.positions, width = padded(block.channels), size = (positions + 2) * width;
+  const int64_t groups = scan.groups;
+  const bool add = d > 0, last = d == scan.directions - 1;
+  const A merge = (A)scan.merge[d];
+  double* merge_total = plan.merge_sums + (block.batch * scan.directions + d) * scan.channels + block.channel;
+  for (int64_t c = 0; c < block.channels; ++c) merge_total[c] = 0;
+  A *carried = carries, *passed = carries + size;
+  bool none_carried = true;
+  for (int64_t step = geometry.lines - 1; step >= 0; --step) {
+    const int64_t i = geometry.index(step), before = step > 0 ? geometry.index(step - 1) : i;
+    const bool restart = geometry.restarts(i);
+    if (none_carried) clear(carried, size);
+    clear(merge_sums, width);
+    if (Shared && !restart) shared_weights<T, true>(line, view.logits, view.k_stride, i, positions);
+    for (int64_t n = 0; n < positions; ++n) {
+      BackwardPointers<T> p;
+      p.x = view.x.at(i, n);
+      p.grad_y = view.grad_y.at(i, n);
+      p.gate_in = view.in.at(i, n);
+      p.gate_out = view.out.at(i, n);
+      p.state = states + i * size + (n + 1) * width;
+      p.carried = carried + (n + 1) * width;
+      for (int k = 0; k < 3; ++k) {
+        p.logits[k] = view.logits.at(i, n) + k * view.k_stride;
+        p.before[k] = states + before * size + (n + k) * width;
+        p.passed[k] = passed + (n + k) * width;
+        p.grad_logits[k] = view.grad_logits.at(i, n) + k * groups;
+      }
+      p.merge_sums = merge_sums;
+      p.grad_in = view.grad_in.at(i, n);
+      p.grad_out = view.grad_out.at(i, n);
+      p.grad_x = view.grad_x.at(i, n);
+      p.partial = partial_plane ? view.partial.at(i, n) : nullptr;
+      if (restart) {
+        backward_start<T>(p, block.channels, Shared, merge, add, last);
+        if (Shared && plan.parts > 1) clear_group_gradients(line, view.logit_parts, groups, i, n);
+        else if (Shared) clear_group_gradients(line, view.grad_logits, groups, i, n);
+        continue;
+      }
+      constexpr int64_t distance = 2;
+      const bool here = n + distance < positions;
+      const int64_t ii = here ? i : before, nn = here ? n + distance : (n + distance - positions) % positions;
+      const Ahead ahead = {view.x.at(ii, nn) - p.x, view.logits.at(ii, nn) - p.logits[0],
+                           view.in.at(ii, nn) - p.gate_in, view.out.at(ii, nn) - p.gate_out,
+                           view.grad_y.at(ii, nn) - p.grad_y, 0};
+      const bool minus = n > 0, plus = n < positions - 1;
+      if (Shared) repeat_groups(line, n, block.channels);
+      if (minus && plus) backward_position<T, false, Shared>(p, ahead, block.channels, merge, true, true, line, add, last);
+      else backward_position<T, true, Shared>(p, ahead, block.channels, merge, minus, plus, line, add, last);
+      if (Shared && plan.parts > 1)
+        group_gradients(line, n, block.channels, view.logit_parts, groups, i, minus, plus);
+      else if (Shared)
+        group_gradients(line, n, block.channels, view.grad_logits, groups, i, minus, plus);
+    }
+    for (int64_t c = 0; c < block.channels; ++c) merge_total[c] += (double)merge_sums[c];
+    none_carried = restart;
+    A* swap = carried;
+    carried = passed;
+    passed = swap;
+  }
+}
+
+template <class T> static int64_t backward_scratch(const Scan& scan, const Plan& plan) {
+  typedef typename Accumulator<T>::type A;
+  const int64_t height = scan.height, width = scan.width, channels = padded(plan.block);
+  const int64_t longest = height > width ? height : width;
+  const int64_t shortest = height < width ? height : width;
+  int64_t size = (height * width + 2 * longest) * channels + 2 * (longest + 2) * channels + channels;
+  (void)shortest;
+  size += shared_line_size(scan, plan);
+  if (sizeof(T) != sizeof(A) && scan.directions > 1) size += height * width * channels;
+  return size * sizeof(A);
+}
+
+template <class T> static void backward(const Scan& scan, const Plan& plan, const Block& block, char* scratch) {
+  typedef typename Accumulator<T>::type A;
+  const int64_t longest = scan.height > scan.width ? scan.height : scan.width, channels = padded(plan.block);
+  A* states = (A*)scratch;
+  A* carries = states + (scan.height * scan.width + 2 * longest) * channels;
+  A* merge_sums = carries + 2 * (longest + 2) * channels;
+  A* shared = merge_sums + channels;
+  A* partial = shared + shared_line_size(scan, plan);
+  if (sizeof(T) == sizeof(A) || scan.directions == 1) partial = nullptr;
+  for (int64_t d = 0; d < scan.directions; ++d) {
+    if (scan.groups == scan.channels)
+      backward_direction<T, false>(scan, plan, block, d, states, carries, SharedLine<A>{}, merge_sums, partial);
+    else
+      backward_direction<T, true>(scan, plan, block, d, states, carries, shared_line<A>(scan, block, shared), merge_sums,
+                                  partial);
+  }
+}
+
+// Add up what the tasks of one group contributed to its logits, for the logits [begin, end).
+template <class T> static void join_parts(const Scan& scan, const Plan& plan, int64_t begin, int64_t end) {
+  typedef typename Accumulator<T>::type A;
+  constexpr int L = Simd<A>::lanes;
+  const int64_t plane = scan.batch * scan.height * scan.width * scan.directions * 3 * scan.groups;
+  const A* parts = (const A*)plan.logit_parts;
+  for (int64_t j = begin; j < end; j += L) {
+    const int64_t count = end - j < L ? end - j : L;
+    typename Simd<A>::V sum = {};
+    for (int64_t part = 0; part < plan.parts; ++part) sum += load_some(parts + part * plane + j, count);
+    store_some((T*)scan.grad_logits + j, sum, count);
+  }
+}

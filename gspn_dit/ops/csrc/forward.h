@@ -1,0 +1,179 @@
+// Included by kernels.h.
+
+template <class T> struct ForwardPointers {
+  typedef typename Accumulator<T>::type A;
+  const T *x, *logits[3], *gate_in, *gate_out;
+  const A *before[3];  // the previous line's states at n - 1, n, n + 1
+  A* state;
+  T* y;
+  A* partial;
+};
+
+// How far the data of a position visited a little later are from those of this one.
+struct Ahead {
+  int64_t x, logits, in, out, y, partial;
+};
+
+template <class T, bool Edge, bool Shared, bool Tail>
+static GSPN_INLINE void forward_vector(const ForwardPointers<T>& p, int64_t j, int64_t count,
+                                       typename Accumulator<T>::type merge, bool minus, bool plus,
+                                       const typename Accumulator<T>::type* we, int64_t we_stride, bool add, bool last) {
+  typedef typename Accumulator<T>::type A;
+  typedef typename Simd<A>::V V;
+  Weights<A> value;
+  if (Shared) {
+    for (int k = 0; k < 3; ++k) value.w[k] = load(we + k * we_stride + j);
+  } else {
+    value = weights<A, false, Edge, sizeof(T) == sizeof(A)>(
+        get<T, Tail>(p.logits[0] + j, count), get<T, Tail>(p.logits[1] + j, count),
+        get<T, Tail>(p.logits[2] + j, count), minus, plus);
+  }
+  V state = get<T, Tail>(p.gate_in + j, count) * get<T, Tail>(p.x + j, count);
+  state += value.w[0] * load(p.before[0] + j) + value.w[1] * load(p.before[1] + j) + value.w[2] * load(p.before[2] + j);
+  store(p.state + j, state);
+  const V out = get<T, Tail>(p.gate_out + j, count) * merge * state;
+  add_up<T, Tail>(p.y + j, p.partial + j, out, count, add, last);
+}
+
+template <class T, bool Tail>
+static GSPN_INLINE void forward_start_vector(const ForwardPointers<T>& p, int64_t j, int64_t count,
+                                             typename Accumulator<T>::type merge, bool add, bool last) {
+  typedef typename Accumulator<T>::type A;
+  typename Simd<A>::V state = get<T, Tail>(p.gate_in + j, count) * get<T, Tail>(p.x + j, count);
+  store(p.state + j, state);
+  add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.gate_out + j, count) * merge * state, count, add, last);
+}
+
+template <class T> static GSPN_INLINE void prefetch_position(const ForwardPointers<T>& p, const Ahead& ahead, int64_t j) {
+  prefetch(p.x + ahead.x + j);
+  prefetch(p.logits[0] + ahead.logits + j);
+  prefetch(p.logits[1] + ahead.logits + j);
+  prefetch(p.logits[2] + ahead.logits + j);
+  prefetch(p.gate_in + ahead.in + j);
+  prefetch(p.gate_out + ahead.out + j);
+  prefetch(p.y + ahead.y + j);
+}
+
+template <class T, bool Edge, bool Shared>
+static GSPN_INLINE void forward_position(const ForwardPointers<T>& p, const Ahead& ahead, int64_t channels,
+                                         typename Accumulator<T>::type merge, bool minus, bool plus,
+                                         const typename Accumulator<T>::type* we, bool add, bool last) {
+  constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
+  const int64_t we_stride = padded(channels);
+  int64_t j = 0;
+  for (; j + L <= channels; j += L) {
+    if (j % (64 / (int64_t)sizeof(T)) == 0) prefetch_position(p, ahead, j);
+    forward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, we, we_stride, add, last);
+  }
+  if (j < channels) forward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, we, we_stride, add, last);
+}
+
+template <class T> static GSPN_INLINE void forward_start(const ForwardPointers<T>& p, int64_t channels,
+                                                         typename Accumulator<T>::type merge, bool add, bool last) {
+  constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
+  int64_t j = 0;
+  for (; j + L <= channels; j += L) forward_start_vector<T, false>(p, j, L, merge, add, last);
+  if (j < channels) forward_start_vector<T, true>(p, j, channels - j, merge, add, last);
+}
+
+template <class T, bool Shared>
+static void forward_direction(const Scan& scan, const Block& block, int64_t d,
+                              typename Accumulator<T>::type* states, SharedLine<typename Accumulator<T>::type> line,
+                              typename Accumulator<T>::type* partial_plane) {
+  typedef typename Accumulator<T>::type A;
+  const Geometry geometry(scan, d);
+  const int64_t lines = geometry.lines, positions = geometry.positions, width = padded(block.channels);
+  const int64_t group = block.channel * scan.groups / scan.channels;
+  const Lines<const T> x = view3<T>(geometry, block, scan.x, scan.x_stride);
+  const Lines<const T> in = view4<T>(geometry, block, d, scan.gate_in, scan.in_stride);
+  const Lines<const T> out = view4<T>(geometry, block, d, scan.gate_out, scan.out_stride);
+  const Lines<const T> logits = view4<T>(geometry, Block{block.batch, group, 0, 0}, d, scan.logits, scan.logits_stride);
+  const Lines<T> y = output<T>(geometry, scan, block, scan.y, scan.channels, block.channel);
+  const Lines<A> partial = geometry.view(partial_plane, scan.width * width, width);
+  const bool add = d > 0, last = d == scan.directions - 1;
+  const A merge = (A)scan.merge[d];
+  const int64_t k_stride = scan.logits_stride[4], size = (positions + 2) * width;
+  A *before = states, *state = states + size;
+  for (int64_t step = 0; step < lines; ++step) {
+    const int64_t i = geometry.index(step);
+    const int64_t next = step + 1 < lines ? geometry.index(step + 1) : i;
+    const bool restart = geometry.restarts(i);
+    if (Shared && !restart) shared_weights<T, false>(line, logits, k_stride, i, positions);
+    for (int64_t n = 0; n < positions; ++n) {
+      ForwardPointers<T> p;
+      const T* l = logits.at(i, n);
+      p.x = x.at(i, n);
+      for (int k = 0; k < 3; ++k) {
+        p.logits[k] = l + k * k_stride;
+        p.before[k] = before + (n + k) * width;
+      }
+      p.gate_in = in.at(i, n);
+      p.gate_out = out.at(i, n);
+      p.state = state + (n + 1) * width;
+      p.y = y.at(i, n);
+      p.partial = partial_plane ? partial.at(i, n) : nullptr;
+      if (restart) {
+        forward_start<T>(p, block.channels, merge, add, last);
+        continue;
+      }
+      constexpr int64_t distance = 2;
+      const bool here = n + distance < positions;
+      const int64_t ii = here ? i : next, nn = here ? n + distance : (n + distance - positions) % positions;
+      const Ahead ahead = {x.at(ii, nn) - p.x, logits.at(ii, nn) - l, in.at(ii, nn) - p.gate_in,
+                           out.at(ii, nn) - p.gate_out, y.at(ii, nn) - p.y, 0};
+      if (Shared) repeat_groups(line, n, block.channels);
+      if (Shared || (n > 0 && n < positions - 1))
+        forward_position<T, false, Shared>(p, ahead, block.channels, merge, true, true, line.we, add, last);
+      else
+        forward_position<T, true, Shared>(p, ahead, block.channels, merge, n > 0, n < positions - 1, line.we, add, last);
+    }
+    A* swap = before;
+    before = state;
+    state = swap;
+  }
+}
+
+// Scratch in front of what differs between forward and backward: the line buffers of shared weights.
+template <class A> static SharedLine<A> shared_line(const Scan& scan, const Block& block, A* scratch) {
+  SharedLine<A> line = {};
+  const int64_t longest = scan.height > scan.width ? scan.height : scan.width;
+  const int64_t group_size = scan.channels / scan.groups;
+  line.groups = block.channels > group_size ? block.channels / group_size : 1;
+  line.size = block.channels / line.groups;
+  line.plane = longest * line.groups;
+  line.w = scratch;
+  line.s = line.w + 3 * line.plane;
+  line.we = line.s + 3 * line.plane;
+  line.se = line.we + 3 * padded(block.channels) + 64;
+  return line;
+}
+
+static int64_t shared_line_size(const Scan& scan, const Plan& plan) {
+  if (scan.groups == scan.channels) return 0;
+  const int64_t longest = scan.height > scan.width ? scan.height : scan.width;
+  return padded(6 * longest * plan.block + 2 * (3 * padded(plan.block) + 64));
+}
+
+template <class T> static int64_t forward_scratch(const Scan& scan, const Plan& plan) {
+  typedef typename Accumulator<T>::type A;
+  const int64_t longest = scan.height > scan.width ? scan.height : scan.width, width = padded(plan.block);
+  int64_t size = 2 * (longest + 2) * width + shared_line_size(scan, plan);
+  if (sizeof(T) != sizeof(A) && scan.directions > 1) size += scan.height * scan.width * width;
+  return size * sizeof(A);
+}
+
+template <class A> static void clear(A* values, int64_t count) { memset(values, 0, sizeof(A) * count); }
+
+template <class T> static void forward(const Scan& scan, const Plan& plan, const Block& block, char* scratch) {
+  typedef typename Accumulator<T>::type A;
+  const int64_t longest = scan.height > scan.width ? scan.height : scan.width, width = padded(block.channels);
+  A* states = (A*)scratch;
+  A* shared = states + 2 * (longest + 2) * padded(plan.block);
+  A* partial = shared + shared_line_size(scan, plan);
+  if (sizeof(T) == sizeof(A) || scan.directions == 1) partial = nullptr;
+  for (int64_t d = 0; d < scan.directions; ++d) {
+    clear(states, 2 * (longest + 2) * width);
+    if (scan.groups == scan.channels) forward_direction<T, false>(scan, block, d, states, SharedLine<A>{}, partial);
+    else forward_direction<T, true>(scan, block, d, states, shared_line<A>(scan, block, shared), partial);
+  }
+}

@@ -1,0 +1,179 @@
+// SIMD vectors for one instruction set, on the vector extensions that GCC and Clang share. Included once per instruction
+// set with GSPN_ISA (a namespace) and GSPN_VECTOR_BYTES set. No standard templates: they would be merged across sets.
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace gspn {
+namespace GSPN_ISA {
+
+#define GSPN_INLINE inline __attribute__((always_inline))
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class T> struct Accumulator { typedef float type; };
+template <> struct Accumulator<double> { typedef double type; };
+
+constexpr int kBytes = GSPN_VECTOR_BYTES;
+typedef float F32 __attribute__((vector_size(kBytes)));
+typedef int32_t I32 __attribute__((vector_size(kBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+typedef double F64 __attribute__((vector_size(kBytes)));
+typedef int64_t I64 __attribute__((vector_size(kBytes)));
+typedef uint64_t U64 __attribute__((vector_size(kBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
+
+template <class A> struct Simd;
+template <> struct Simd<float> {
+  typedef F32 V;
+  typedef I32 I;
+  static constexpr int lanes = kBytes / 4;
+};
+template <> struct Simd<double> {
+  typedef F64 V;
+  typedef I64 I;
+  static constexpr int lanes = kBytes / 8;
+};
+
+static GSPN_INLINE F32 load(const float* p) { F32 v; memcpy(&v, p, kBytes); return v; }
+static GSPN_INLINE F64 load(const double* p) { F64 v; memcpy(&v, p, kBytes); return v; }
+static GSPN_INLINE void store(float* p, F32 v) { memcpy(p, &v, kBytes); }
+static GSPN_INLINE void store(double* p, F64 v) { memcpy(p, &v, kBytes); }
+
+static GSPN_INLINE F32 load(const BFloat16* p) {
+  U16 half;
+  memcpy(&half, p, kBytes / 2);
+  return (F32)(__builtin_convertvector(half, U32) << 16);
+}
+
+// Round to nearest even; a NaN stays one whatever its payload.
+static GSPN_INLINE void store(BFloat16* p, F32 v) {
+  U32 bits = (U32)v;
+  U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  U32 kept = (v == v) ? rounded : (bits | 0x400000u);
+  U16 half = __builtin_convertvector(kept >> 16, U16);
+  memcpy(p, &half, kBytes / 2);
+}
+
+#if defined(__AVX512F__)
+static GSPN_INLINE F32 load(const Float16* p) {
+  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+static GSPN_INLINE void store(Float16* p, F32 v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+static GSPN_INLINE F32 load(const Float16* p) { return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static GSPN_INLINE void store(Float16* p, F32 v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static GSPN_INLINE F32 load(const Float16* p) {
+  U16 half;
+  memcpy(&half, p, kBytes / 2);
+  U32 bits = __builtin_convertvector(half, U32);
+  U32 exponent = bits & 0x7c00u, mantissa = bits & 0x3ffu;
+  U32 normal = ((bits & 0x7fffu) << 13) + (112u << 23);
+  U32 special = ((bits & 0x7fffu) << 13) | 0x7f800000u;
+  U32 tiny = (U32)(__builtin_convertvector((I32)mantissa, F32) * 0x1p-24f);
+  U32 magnitude = (exponent == 0x7c00u) ? special : ((exponent == 0u) ? tiny : normal);
+  return (F32)(magnitude | ((bits & 0x8000u) << 16));
+}
+static GSPN_INLINE void store(Float16* p, F32 v) {
+  U32 bits = (U32)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  U32 normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  U32 tiny = (U32)((F32)magnitude * 0x1p24f + 0x1.8p23f) & 0x7ffu;  // the addition rounds to nearest even
+  U32 special = (magnitude > 0x7f800000u) ? (0x7e00u | (magnitude & 0u)) : (0x7c00u | (magnitude & 0u));
+  U32 kept = (magnitude >= 0x477ff000u) ? special : ((magnitude < 0x38800000u) ? tiny : normal);
+  U16 half = __builtin_convertvector(kept | sign, U16);
+  memcpy(p, &half, kBytes / 2);
+}
+#endif
+
+// The first `count` lanes; the others are zero, or left alone.
+template <class T, class A = typename Accumulator<T>::type>
+static GSPN_INLINE typename Simd<A>::V load_some(const T* p, int64_t count) {
+  T lanes[Simd<A>::lanes] = {};
+  memcpy(lanes, p, sizeof(T) * count);
+  return load(lanes);
+}
+template <class T, class V> static GSPN_INLINE void store_some(T* p, V v, int64_t count) {
+  T lanes[kBytes / sizeof(v[0])];
+  store(lanes, v);
+  memcpy(p, lanes, sizeof(T) * count);
+}
+
+static GSPN_INLINE bool all_true(I32 mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) == 0xff;
+#else
+  int32_t all = -1;
+  for (int i = 0; i < kBytes / 4; ++i) all &= mask[i];
+  return all != 0;
+#endif
+}
+static GSPN_INLINE bool all_true(I64 mask) { return all_true((I32)mask); }
+
+template <class V> static GSPN_INLINE auto lane_sum(V v) {
+  auto sum = v[0];
+  for (unsigned i = 1; i < kBytes / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+
+static GSPN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// exp(t) for |t| <= 80. The relative error is below 2e-7, or 3e-6 where `Precise` is false (half-precision storage).
+// NaN stays NaN: the power of two is multiplied on, not added to the exponent bits.
+template <bool Precise> static GSPN_INLINE F32 exponential(F32 t) {
+  constexpr float magic = 0x1.8p23f + 127.0f;  // rounds to an integer and leaves n + 127 in the low bits
+  F32 shifted = t * 0x1.715476p+0f + magic;
+  F32 n = shifted - magic;
+  F32 scale = (F32)((U32)shifted << 23);
+#ifdef __FMA__
+  F32 r = t * 0x1.715476p+0f - n;  // fused, hence exact but for the constant
+  F32 p;
+  if (Precise) {
+    p = r * 0x1.5c0884p-10f + 0x1.3d0ccep-7f;
+    p = p * r + 0x1.c6b6e8p-5f;
+    p = p * r + 0x1.ebf916p-3f;
+    p = p * r + 0x1.62e428p-1f;
+    p = p * r + 0x1.000002p+0f;
+  } else {
+    p = r * 0x1.39976ep-7f + 0x1.ca151ep-5f;
+    p = p * r + 0x1.ec06e0p-3f;
+    p = p * r + 0x1.62e0dcp-1f;
+    p = p * r + 0x1.ffffe8p-1f;
+  }
+#else
+  F32 r = (t - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts; the first product is exact
+  F32 p = r * 0x1.0fe57ap-7f + 0x1.575f72p-5f;
+  p = p * r + 0x1.555a1ap-3f;
+  p = p * r + 0x1.fffd18p-2f;
+  p = p * r + 0x1.fffff6p-1f;
+  p = p * r + 0x1.000002p+0f;
+#endif
+  return p * scale;
+}
+
+// exp(t) for |t| <= 700, to a few units in the last place.
+template <bool Precise> static GSPN_INLINE F64 exponential(F64 t) {
+  constexpr double magic = 0x1.8p52 + 1023.0;
+  F64 shifted = t * 0x1.71547652b82fep+0 + magic;
+  F64 n = shifted - magic;
+  F64 scale = (F64)((U64)shifted << 52);
+  F64 r = (t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  constexpr double inverse_factorial[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                          1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+                                          1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5, 1.0, 1.0};
+  F64 p = r * inverse_factorial[0] + inverse_factorial[1];
+  for (int i = 2; i < 14; ++i) p = p * r + inverse_factorial[i];
+  return p * scale;
+}
+
+}  // namespace GSPN_ISA
+}  // namespace gspn
