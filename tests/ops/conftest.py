@@ -1,4 +1,4 @@
-"""Every test of the scan runs with uninitialised memory filled with NaN."""
+"""Uninitialised memory is filled with NaN in every test of the scan, and `backend` runs through all CPU code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from gspn_dit.ops import cpu, lines, operator
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +17,13 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "cpu", "cpu, line by line"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backend: the reference, the CPU kernels that run here, the ones for machines without a compiler."""
+    if request.param == "cpu, line by line":
+        assert operator.cpu is cpu
+        monkeypatch.setattr(cpu, "scan_forward", lines.scan_forward)
+        monkeypatch.setattr(cpu, "scan_backward", lines.scan_backward)
+    return str(request.param).split(",")[0]

@@ -20,16 +20,12 @@ from tests.ops.scan_cases import (
     scan_and_gradients,
 )
 
-BACKENDS = ("reference", "cpu")
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-
 
 def small_leaves() -> tuple[Tensor, ...]:
     """Few enough float64 numbers for finite differences; all four directions, windows of 2 do not divide 3."""
     return tuple(make_inputs((1, 3, 3, 2), 1, dtype=torch.float64, merge=torch.float64).leaves().tensors())
 
 
-@both_backends
 @pytest.mark.parametrize("window", [None, 2])
 def test_gradcheck_in_all_five_tensors(backend: str, window: int | None) -> None:
     assert torch.autograd.gradcheck(lambda *t: gspn_scan(*t, window=window, backend=backend), small_leaves())
@@ -72,7 +68,6 @@ def test_kernels_refuse_functional_forward_mode() -> None:
         torch.func.jvp(lambda x: gspn_scan(x, *others, backend="cpu"), (x,), (x,))
 
 
-@both_backends
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("merge", ["none", "float32", "like x"])
 def test_dtypes_and_accuracy(backend: str, dtype: torch.dtype, merge: str) -> None:
@@ -81,21 +76,18 @@ def test_dtypes_and_accuracy(backend: str, dtype: torch.dtype, merge: str) -> No
     check_against_reference(make_inputs((2, 7, 6, 4), 2, dtype=dtype, merge=of_merge), window=4, backend=backend)
 
 
-@both_backends
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(backend: str, strides: str, dtype: torch.dtype) -> None:
     check_against_reference(make_inputs((2, 5, 6, 4), 2, dtype=dtype, strides=strides), window=4, backend=backend)
 
 
-def test_no_merge_weight_stands_for_ones() -> None:
+def test_no_merge_weight_stands_for_ones(backend: str) -> None:
     inputs = make_inputs((1, 3, 3, 2), merge=None)
-    for backend in BACKENDS:
-        ones = inputs._replace(merge_weight=torch.ones(4))
-        assert torch.equal(gspn_scan(*inputs, backend=backend), gspn_scan(*ones, backend=backend))
+    ones = inputs._replace(merge_weight=torch.ones(4))
+    assert torch.equal(gspn_scan(*inputs, backend=backend), gspn_scan(*ones, backend=backend))
 
 
-@both_backends
 @pytest.mark.parametrize("strides", STRIDES)
 def test_inputs_and_upstream_gradient_are_left_alone(backend: str, strides: str) -> None:
     inputs = make_inputs((2, 3, 4, 4), 2, strides=strides).leaves()
@@ -115,7 +107,6 @@ def test_inputs_and_upstream_gradient_are_left_alone(backend: str, strides: str)
         assert all(gradient.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in watched)
 
 
-@both_backends
 def test_an_expanded_upstream_gradient(backend: str) -> None:
     """`y.sum().backward()` hands over one number with strides of 0."""
     leaves = make_inputs((2, 3, 4, 4), 2).leaves()
@@ -125,7 +116,6 @@ def test_an_expanded_upstream_gradient(backend: str) -> None:
         torch.testing.assert_close(leaf.grad, gradient)
 
 
-@both_backends
 @pytest.mark.parametrize("wanted", NAMES)
 def test_one_gradient_alone(backend: str, wanted: str) -> None:
     inputs = make_inputs((2, 3, 4, 4), 2)
@@ -136,7 +126,6 @@ def test_one_gradient_alone(backend: str, wanted: str) -> None:
     assert torch.equal(gradient, scan_and_gradients(inputs, grad_y, backend=backend)[1][position])
 
 
-@both_backends
 def test_no_graph_is_built_where_none_is_asked_for(backend: str) -> None:
     leaves = make_inputs((1, 3, 3, 2)).leaves()
     expected = gspn_scan(*leaves, backend=backend)
@@ -148,7 +137,6 @@ def test_no_graph_is_built_where_none_is_asked_for(backend: str) -> None:
             assert torch.equal(y, expected)
 
 
-@both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast(backend: str, dtype: torch.dtype) -> None:
     """Under autocast the tokens, logits and gates are cast, the merge weight and the accumulation are not."""
@@ -167,7 +155,6 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(gradient, other.to(leaf.dtype))
 
 
-@both_backends
 def test_autocast_mends_mixed_dtypes(backend: str) -> None:
     inputs = make_inputs((1, 3, 4, 2))
     mixed = inputs._replace(x=inputs.x.bfloat16(), input_gate=inputs.input_gate.double())

@@ -23,10 +23,7 @@ from tests.ops.scan_cases import (
     scan_and_gradients,
 )
 
-BACKENDS = ("reference", "cpu")
 WINDOWS = (None, 1, 2, 3, 4, 7)
-
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def one_direction(x: list[list[float]], **other: list[list[float]]) -> Inputs:
