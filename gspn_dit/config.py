@@ -150,9 +150,15 @@ class TrainingConfig:
         _require(self.warmup_steps >= 0, f"training.warmup_steps is {self.warmup_steps}, but must be at least 0")
         for name in ("learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}, but must be above 0")
+        for name in ("num_processes", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")
+        _require(self.weight_decay >= 0, f"training.weight_decay is {self.weight_decay}, but must be at least 0")
         for name in ("class_dropout", "ema_decay"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"training.{name} is {value}, but must lie in [0, 1)")
+        betas = list(self.adam_betas)
+        _require(all(0 <= beta < 1 for beta in betas), f"training.adam_betas is {betas}, but both must lie in [0, 1)")
         unknown = sorted(set(self.trackers) - {"tensorboard"})
         _require(not unknown, f"training.trackers has {unknown}, but can hold tensorboard")
         _require(
@@ -176,6 +182,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "per_class", "max_classes"):
             _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}, but must be at least 1")
+        scale = self.guidance_scale
+        _require(scale >= 0, f"sampling.guidance_scale is {scale}, but must be at least 0")
         _require_interval("sampling.guidance_interval", self.guidance_interval)
 
 
@@ -193,6 +201,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        _require(bool(self.output_dir), "output_dir is empty, but must name a directory")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,6 +262,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
+@functools.cache
 def _build_parser(program: str) -> Any:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import jsonargparse
@@ -281,12 +291,20 @@ def _parse(arguments: list[str], tree: Mapping[str, Any], program: str) -> Train
     parser = _build_parser(program)
     try:
         parsed = parser.parse_args(["--config", json.dumps(tree), *arguments])
+        _check_nulls(parsed)
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         built = instantiate(parsed)
+        config = Config(**{spec.name: built[spec.name] for spec in dataclasses.fields(Config)})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(str(error).replace("Parser key ", "config key ")) from None
-    names = [spec.name for spec in dataclasses.fields(Config)]
-    return TrainArguments(Config(**{name: built[name] for name in names}), parsed.resume, parsed.overwrite)
+    return TrainArguments(config, parsed.resume, parsed.overwrite)
+
+
+def _check_nulls(parsed: Mapping[str, Any]) -> None:
+    """Refuse null, which the parser takes for any key, where it is not the default: nothing would replace it."""
+    for key, default in flatten(dataclasses.asdict(Config())):
+        if parsed[key] is None and default is not None:
+            raise UserError(f"config key {key} is null, but needs a value; leave the key out for {default!r}")
 
 
 def parse_train_arguments(arguments: Sequence[str] | None = None, program: str = "train.py") -> TrainArguments:
@@ -307,6 +325,8 @@ def parse_train_arguments(arguments: Sequence[str] | None = None, program: str =
             files.append(token.partition("=")[2])
         else:
             rest.append(token)
+    if "" in files:
+        raise UserError("--config needs a file")
     if len(files) > 1:
         raise UserError(f"--config is given {len(files)} times; give one file")
     options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]

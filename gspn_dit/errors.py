@@ -22,8 +22,10 @@ class LocalUserError(UserError):
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the closest of `allowed`, or an empty string."""
-    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    """Return `"; did you mean 'x'?"` for what `word` abbreviates, else the closest of `allowed`, or an empty string."""
+    allowed = list(allowed)
+    longer = [name for name in allowed if word.strip("-") and name.startswith(word)]
+    close = difflib.get_close_matches(word, longer or allowed, n=1, cutoff=0.0 if longer else 0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
