@@ -17,6 +17,8 @@ class DepthwiseConv(nn.Conv2d):
 
     def __init__(self, channels: int, kernel_size: int, bias: bool) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+        # The layout its gradient has over channels-last tokens; another one makes DDP copy and warn.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.conftest import changed, run_training, tiny_config
 
 from gspn_dit.data.batches import Batches
 from gspn_dit.errors import UserError
 from gspn_dit.training import loop
 from gspn_dit.training.checkpoint import find_checkpoints, read_manifest
+from tests.training.conftest import changed, run_training, tiny_config
 
 
 def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -61,7 +61,9 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path: Path) ->
     assert metrics_of(whole) == metrics_of(parted)
 
 
-def test_metrics_after_the_checkpoint_are_cut_and_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_after_the_checkpoint_are_cut_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_training(tiny_config(whole))
     original = loop.Trainer.train_step
@@ -156,7 +158,14 @@ def test_signal_saves_and_ends_cleanly(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_a_run_writes_and_when(tmp_path: Path) -> None:
     config = tiny_config(
-        tmp_path, max_steps=5, checkpoint_every=2, keep_last=1, keep_every=4, sample_every=3, validate_every=4, log_every=2
+        tmp_path,
+        max_steps=5,
+        checkpoint_every=2,
+        keep_last=1,
+        keep_every=4,
+        sample_every=3,
+        validate_every=4,
+        log_every=2,
     )
     run_training(config)
     assert list(find_checkpoints(tmp_path)) == [4, 5]
