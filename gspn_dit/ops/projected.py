@@ -40,7 +40,11 @@ class _RecomputedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_y,) = grad_outputs
+        with without_autocast(grad_outputs[0].device.type):  # the projections must have the dtype of the forward pass
+            return _RecomputedScan._backward(ctx, *grad_outputs)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, proxy, merge_weight, *weights = ctx.saved_tensors
         projected = _project(proxy, weights, len(ctx.codes), x.shape[-1])
         grad_x, *of_projected, grad_merge = operator.scan_backward(
@@ -48,7 +52,7 @@ class _RecomputedScan(torch.autograd.Function):
         )
         del projected
         rows = proxy.flatten(0, -2)
-        gradients = [gradient.reshape(rows.shape[0], -1) for gradient in of_projected]
+        gradients = [gradient.flatten(0, 2).flatten(1) for gradient in of_projected]
         # Both products are skinny, P columns wide: laid out with P rows they run many times faster on a CPU.
         transposed = sum(weight.T @ gradient.T for gradient, weight in zip(gradients, weights, strict=True))
         assert isinstance(transposed, Tensor)
