@@ -30,7 +30,9 @@ class Guidance:
 
     def acts(self, t: float) -> bool:
         """Tell whether the unconditional prediction is needed at time t in [0, 1]."""
-        return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+        low, high = self.interval
+        # Schedulers keep t in float32: an end of the interval that is a time of the grid must still count as inside.
+        return self.scale != 1 and low - 1e-6 <= t <= high + 1e-6
 
     def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Return the guided prediction, [B, C, H, W]."""

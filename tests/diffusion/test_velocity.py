@@ -1,0 +1,179 @@
+"""The velocity objective by hand: the path, its target, the times, and the grids of its schedulers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gspn_dit.config import ObjectiveConfig
+from gspn_dit.diffusion import SAMPLERS, create_objective
+from gspn_dit.diffusion.velocity import VelocityObjective
+from gspn_dit.errors import UserError
+
+
+class Recorder:
+    """A model that answers with a fixed tensor and remembers what it was asked."""
+
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.calls.append(arguments)
+        return self.answer
+
+
+def objective(**options: Any) -> VelocityObjective:
+    return VelocityObjective(ObjectiveConfig(**options))
+
+
+def image(*values: float) -> Tensor:
+    """Images of one channel and 1×2 pixels."""
+    return torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 2)
+
+
+# -- loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_noisy_latents_and_loss_by_hand() -> None:
+    """t = 0.25 and 1: x_t = 0.75·x₀ + 0.25·ε and ε; the target is ε - x₀."""
+    latents, noise = image(4, 8, 1, 2), image(0, -4, 5, 6)
+    model = Recorder(image(0, 0, 4, 7))
+    labels = torch.tensor([2, 0])
+    loss = objective().loss(model, latents, labels, noise, torch.tensor([250.0, 1000.0]))
+    ((noisy, timesteps, passed_labels, keep_mask),) = model.calls
+    assert noisy.flatten().tolist() == [3, 5, 5, 6]
+    assert timesteps.tolist() == [250, 1000]
+    assert passed_labels is labels
+    assert keep_mask is None
+    # Targets -4, -12 and 4, 4: squared errors 16, 144 and 0, 9, averaged over each image.
+    assert loss.tolist() == [80, 4.5]
+
+
+def test_the_true_velocity_has_no_loss() -> None:
+    latents, noise = torch.randn(2, 4, 3, 8, 8)
+    loss = objective().loss(Recorder(noise - latents), latents, torch.zeros(4).long(), noise, 1000 * torch.rand(4))
+    assert loss.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("time", "which"), [(0.0, "latents"), (1000.0, "noise")])
+def test_ends_of_the_path(time: float, which: str) -> None:
+    tensors = {"latents": torch.randn(1, 1, 2, 2), "noise": torch.randn(1, 1, 2, 2)}
+    model = Recorder(torch.zeros(1, 1, 2, 2))
+    objective().loss(model, **tensors, class_labels=torch.zeros(1).long(), timesteps=torch.tensor([time]))
+    assert torch.equal(model.calls[0][0], tensors[which])
+
+
+def test_keep_mask_reaches_the_model() -> None:
+    model, mask = Recorder(image(0, 0)), torch.ones(3, 1, dtype=torch.bool)
+    objective().loss(model, image(1, 1), torch.zeros(1).long(), image(1, 1), torch.tensor([1.0]), mask)
+    assert model.calls[0][3] is mask
+
+
+def test_loss_of_a_bfloat16_model_is_float32() -> None:
+    model = Recorder(image(1, 3).bfloat16())
+    loss = objective().loss(model, image(0, 0), torch.zeros(1).long(), image(1, 1), torch.tensor([500.0]).double())
+    assert (loss.dtype, loss.tolist()) == (torch.float32, [2.0])
+    assert model.calls[0][0].dtype == model.calls[0][1].dtype == torch.float32
+
+
+def test_gradient_reaches_the_model_and_is_that_of_the_mean_square() -> None:
+    answer = image(1, 3).requires_grad_()
+    objective().loss(
+        Recorder(answer), image(0, 0), torch.zeros(1).long(), image(1, 1), torch.tensor([500.0])
+    ).backward()
+    assert answer.grad is not None
+    assert answer.grad.flatten().tolist() == [0, 2]
+
+
+# -- times -----------------------------------------------------------------------------------------------------------
+
+UNIFORMS = torch.tensor([0.0, 0.25, 0.5, 0.9], dtype=torch.float64)
+
+
+def test_uniform_times() -> None:
+    assert objective().timesteps(UNIFORMS).tolist() == pytest.approx([0, 250, 500, 900])
+
+
+def test_shifted_times_by_hand() -> None:
+    """s = 3: 3t / (1 + 2t)."""
+    shifted = objective(timestep_shift=3.0).timesteps(UNIFORMS)
+    assert shifted.tolist() == pytest.approx([0, 500, 750, 2700 / 2.8])
+    undone = objective(timestep_shift=1 / 3).timesteps(shifted / 1000)
+    assert undone.tolist() == pytest.approx((1000 * UNIFORMS).tolist())
+
+
+def test_logit_normal_times_by_hand() -> None:
+    """sigmoid(mean + std·z) at the quantiles z = -1.2816, 0 and 1.2816 of 0.1, 0.5 and 0.9."""
+    z = 1.2815515655446004
+    expected = [1000 / (1 + math.exp(-(0.3 + 1.7 * value))) for value in (-z, 0, z)]
+    options = objective(timestep_sampling="logit_normal", logit_normal_mean=0.3, logit_normal_std=1.7)
+    assert options.timesteps(torch.tensor([0.1, 0.5, 0.9]).double()).tolist() == pytest.approx(expected)
+
+
+def test_logit_normal_is_shifted_after_it_is_drawn() -> None:
+    both = objective(timestep_sampling="logit_normal", timestep_shift=3.0).timesteps(torch.tensor([0.5]).double())
+    assert both.tolist() == pytest.approx([750])
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("shift", [0.2, 1.0, 6.0])
+def test_times_stay_in_range_and_order(sampling: Any, shift: float) -> None:
+    uniforms = torch.cat([torch.linspace(0, 1, 1001)[:-1].double(), torch.tensor([1 - 2**-53], dtype=torch.float64)])
+    times = objective(timestep_sampling=sampling, timestep_shift=shift).timesteps(uniforms)
+    assert bool(times.isfinite().all())
+    assert times.min() >= 0 and times.max() <= 1000
+    assert bool((times.diff() >= 0).all())
+
+
+# -- schedulers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50, 250])
+def test_euler_grid_is_uniform_and_ends_at_zero(steps: int) -> None:
+    scheduler = objective().make_scheduler("euler", steps)
+    expected = [1 - k / steps for k in range(steps)]
+    assert scheduler.sigmas.tolist() == pytest.approx([*expected, 0.0], abs=1e-7)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000 * sigma for sigma in expected], rel=1e-6)
+    assert scheduler.sigmas[-1] == 0
+
+
+def test_heun_calls_the_model_twice_per_step_but_for_the_last() -> None:
+    scheduler = objective().make_scheduler("heun", 5)
+    assert len(scheduler.timesteps) == 2 * 5 - 1
+    assert (scheduler.sigmas[0], scheduler.sigmas[-1]) == (1, 0)
+
+
+# -- interface -------------------------------------------------------------------------------------------------------
+
+
+def test_predicts_as_many_channels_as_the_latent_has() -> None:
+    assert objective().out_channels(4) == 4
+
+
+def test_nothing_is_kept_from_guidance() -> None:
+    output = torch.randn(1, 4, 2, 2)
+    prediction, rest = objective().split_output(output)
+    assert prediction is output
+    assert rest is None
+
+
+def test_create_objective_by_name() -> None:
+    config = ObjectiveConfig(timestep_shift=2.0)
+    created = create_objective(config)
+    assert isinstance(created, VelocityObjective)
+    assert created.config is config
+    assert set(created.samplers) <= set(SAMPLERS)
+
+
+def test_an_objective_that_is_not_there_yet_says_what_is() -> None:
+    try:
+        created = create_objective(ObjectiveConfig(name="epsilon"))
+    except UserError as error:
+        assert str(error) == "objective.name 'epsilon' is not available in this version; use velocity"
+    else:
+        assert not isinstance(created, VelocityObjective)
