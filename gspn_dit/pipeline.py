@@ -51,14 +51,18 @@ class GSPNPipeline(DiffusionPipeline):
         """
         directory = resolve_checkpoint(checkpoint)
         manifest = read_manifest(directory)
-        arguments = dict(manifest["model"])
-        model = create_model(
-            arguments.pop("name"), **{key: _plain(value) for key, value in arguments.items()}
-        ).requires_grad_(False)
+        try:
+            arguments = {key: _plain(value) for key, value in manifest["model"].items()}
+            model = create_model(**arguments).requires_grad_(False)
+            objective = create_objective(config_from_dict(manifest["config"]).objective)
+            latent = latent_from_spec(manifest["latent"])
+            class_names = list(manifest["class_names"])
+        except KeyError as error:
+            raise UserError(f"{directory} is not a checkpoint of a model: its config.json has no {error}") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{directory} cannot be used by this version: its config.json: {error}") from None
         _load_weights(model, directory, weights)
-        objective = create_objective(config_from_dict(manifest["config"]).objective)
-        latent = latent_from_spec(manifest["latent"])
-        return cls(model.eval().to(device), objective, latent, list(manifest["class_names"]))
+        return cls(model.eval().to(device), objective, latent, class_names)
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +149,7 @@ def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
     if isinstance(label, str) and label in class_names:
         return list(class_names).index(label)
     last = len(class_names) - 1
-    if isinstance(label, str) and not label.lstrip("-").isdigit():
+    if isinstance(label, str) and not label.removeprefix("-").isdecimal():
         names = ", ".join(class_names[:20]) + (", …" if last >= 20 else "")
         raise UserError(f"unknown class '{label}'{nearest(label, class_names)}; classes are 0-{last}: {names}")
     if not 0 <= int(label) <= last:

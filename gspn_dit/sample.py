@@ -35,8 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("per_class", "steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}, but must be at least 0")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed is {options.seed}, but must lie in [0, 2^63)")
     if not (options.out or options.save_images or options.save_npz):
         raise UserError("nothing to write: give --out FILE, --save-images DIR or --save-npz FILE")
     _check_outputs(options)
@@ -63,7 +63,7 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     ids: list[int] = []
     for word in (part.strip() for part in text.split(",")):
         low, dash, high = word.partition("-")
-        if word not in class_names and dash and low.isdigit() and high.isdigit():
+        if word not in class_names and dash and low.isdecimal() and high.isdecimal():
             first, last = resolve_class(int(low), class_names), resolve_class(int(high), class_names)
             if first > last:
                 raise UserError(f"the range of classes {word} is empty; give it as {high}-{low}")
@@ -75,15 +75,12 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Generate and write what the options ask for; nothing is written unless every image is finite."""
-    import torch
     from tqdm import tqdm
 
     from gspn_dit.pipeline import GSPNPipeline
 
-    if options.device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        options.device = str(accelerator) if accelerator and torch.accelerator.is_available() else "cpu"
-    pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, options.device)
+    device = _choose_device(options.device)
+    pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device)
     classes = parse_classes(options.classes, pipeline.class_names)
     labels = [label for label in classes for _ in range(options.per_class)]
     if options.order == "interleaved":
@@ -102,7 +99,23 @@ def run(options: argparse.Namespace) -> None:
             ).images
         except ValueError as error:
             raise UserError(str(error)) from None
-    _write(options, images, labels, pipeline.class_names)
+    try:
+        _write(options, images, labels, pipeline.class_names)
+    except OSError as error:
+        raise UserError(f"cannot write the images: {error}") from None
+
+
+def _choose_device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator()
+        return str(accelerator) if accelerator and torch.accelerator.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def _write(options: argparse.Namespace, images: Any, labels: list[int], class_names: list[str]) -> None:
@@ -124,8 +137,11 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
             save_png(Image.fromarray(pixels), folder / f"{index:06d}-{label}.png")
         print(f"{len(images)} images: {folder}")
     if options.save_npz:
-        partial = f"{options.save_npz}.partial"
-        with open(partial, "wb") as file:
-            np.savez(file, arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
-        os.replace(partial, options.save_npz)
+        partial = Path(f"{options.save_npz}.partial")
+        try:
+            with open(partial, "wb") as file:
+                np.savez(file, arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
+            os.replace(partial, options.save_npz)
+        finally:
+            partial.unlink(missing_ok=True)
         print(f"{len(images)} images: {options.save_npz}")

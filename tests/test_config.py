@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -406,6 +409,40 @@ def test_frozen() -> None:
     for part in (config, config.model, config.data, config.latent, config.objective, config.training, config.sampling):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, dataclasses.fields(part)[0].name, "other")
+
+
+# -- as a user starts it ---------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Start `python train.py` in a folder that is not the checkout; return it and its CPU seconds."""
+    checkout = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
+    environment.pop("RANK", None)
+    before = os.times()
+    command = [sys.executable, str(checkout / "train.py"), *arguments]
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    after = os.times()
+    return finished, after.children_user - before.children_user + after.children_system - before.children_system
+
+
+def test_help_names_every_key_within_three_seconds(tmp_path: Path) -> None:
+    finished, seconds = start(tmp_path, "--help")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    missing = [key for key, _ in flatten(Config().to_dict()) if f"--{key} " not in finished.stdout]
+    assert missing == []
+    assert all(flag in finished.stdout for flag in ("--config", "--resume", "--overwrite"))
+    assert seconds < 3
+
+
+def test_a_mistake_is_one_line_and_exit_code_2_at_once(tmp_path: Path) -> None:
+    finished, seconds = start(tmp_path, "--training.max_step", "3")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == (
+        "train.py: error: command line: unknown key 'training.max_step'; did you mean 'training.max_steps'?\n"
+    )
+    assert seconds < 3
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- the configs of the project ------------------------------------------------------------------------------------
