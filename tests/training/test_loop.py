@@ -213,7 +213,7 @@ def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_output_directory_that_is_not_empty_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="is not empty; give --resume auto .* --overwrite"):
+    with pytest.raises(UserError, match=r"is not empty; give --resume auto .* --overwrite"):
         run_training(tiny_config(tmp_path, max_steps=1))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     run_training(tiny_config(tmp_path, max_steps=2), overwrite=True)

@@ -1,0 +1,120 @@
+"""How good the demo's samples are: class agreement, Fréchet distance, recall and distance to the training images.
+
+    python -m benchmarks.demo_quality --checkpoint runs/demo --out benchmarks/results/demo.json
+
+The setting is fixed beforehand: 1,000 samples, seed 0, and the demo's sampler steps and guidance. The judge of class
+agreement is a support vector machine trained on the training split: another kind of classifier than the feature net.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gspn_dit.errors import ArgumentParser, run_cli
+
+SAMPLES = 1_000
+TARGETS = {
+    "class_agreement": (">=", 0.95),
+    "fd_ratio_at_equal_n": ("<=", 2.5),
+    "recall": (">=", 0.5),
+    "nearest_distance_ratio": (">=", 0.8),
+}
+
+
+def judge_agreement(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the judge's agreement with the requested labels, and its accuracy on the validation split."""
+    from sklearn.svm import SVC
+
+    from gspn_dit.data.images import load_images
+
+    def flat(pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(len(pixels), -1) / 255
+
+    training, validation = load_images("digits", split="train"), load_images("digits", split="validation")
+    judge = SVC(C=10, random_state=1).fit(flat(training.pixels()), training.labels)
+    return {
+        "class_agreement": float(judge.score(flat(images), labels)),
+        "judge_validation_accuracy": float(judge.score(flat(validation.pixels()), validation.labels)),
+    }
+
+
+def training_seconds(run: Path) -> dict[str, Any]:
+    """Return steps and seconds of the run from its metrics, without validation, grids and checkpoints."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    batch_size = json.loads((max((run / "checkpoints").iterdir()) / "config.json").read_text())["config"]["training"][
+        "batch_size"
+    ]
+    seconds, before = 0.0, 0
+    for line in logged:
+        seconds += (line["step"] - before) * batch_size / line["images_per_second"]
+        before = line["step"]
+    validation = [line["val_loss"] for line in lines if "val_loss" in line]
+    return {"steps": before, "training_seconds": round(seconds, 1), "final_val_loss": validation[-1]}
+
+
+def measure(run: Path, steps: int, guidance_scale: float, seed: int) -> dict[str, Any]:
+    """Draw the samples and return every figure."""
+    from fid.evaluation import score
+    from fid.features import load_feature_net
+    from fid.images import LabelledImages, read_reference
+    from gspn_dit.pipeline import GSPNPipeline
+    from gspn_dit.training.run_directory import describe_environment
+
+    pipeline = GSPNPipeline.from_checkpoint(run)
+    labels = np.arange(SAMPLES) % len(pipeline.class_names)
+    images = pipeline(
+        labels.tolist(), num_inference_steps=steps, guidance_scale=guidance_scale, seed=seed, output_type="np"
+    ).images
+    assert isinstance(images, np.ndarray)
+    net = load_feature_net("digits")
+    report = score(LabelledImages(images, "samples", labels), read_reference("digits", net.image_size), net)
+    comparison = report["comparison"]
+    figures = {
+        **judge_agreement(images, labels),
+        "fd_ratio_at_equal_n": comparison["fd_ratio_at_equal_n"],
+        "recall": comparison["recall_samples"],
+        "nearest_distance_ratio": comparison["nearest_distance_ratio"],
+    }
+    met = {
+        name: bool(figures[name] >= bar if sign == ">=" else figures[name] <= bar)
+        for name, (sign, bar) in TARGETS.items()
+    }
+    environment = describe_environment()
+    return {
+        "setting": {"samples": SAMPLES, "seed": seed, "steps": steps, "guidance_scale": guidance_scale},
+        "run": training_seconds(run),
+        "figures": figures,
+        "targets": {name: f"{sign} {bar}" for name, (sign, bar) in TARGETS.items()},
+        "met": met,
+        "scores": report["scores"],
+        "held_out": report["held_out"],
+        "comparison": comparison,
+        "machine": {**environment["machine"], "load": os.getloadavg()},
+        "versions": environment["versions"],
+        "git_commit": environment["git_commit"],
+    }
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = ArgumentParser(prog="benchmarks.demo_quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", default="runs/demo", help="run directory of the demo")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="write the JSON here as well")
+    options = parser.parse_args()
+    text = json.dumps(measure(Path(options.checkpoint), options.steps, options.guidance_scale, options.seed), indent=2)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
