@@ -1,0 +1,223 @@
+"""What a plan of launches of the CUDA kernels is made of: compiled variants, devices, shapes of calls, launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspn_dit.ops.contract import compute_dtype
+
+SECTOR_BYTES = 32
+BLOCKS_THAT_FILL = 0.7  # share of the multiprocessors that can draw the whole bandwidth
+STORAGE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+POINTERS = (
+    *("x", "logits", "input_gate", "output_gate", "grad_y", "merge"),
+    *("y", "grad_x", "grad_logits", "grad_input_gate", "grad_output_gate", "grad_merge"),
+    *("sums", "states", "carries", "merge_sums", "group_sums"),
+)
+FIELDS: tuple[tuple[str, int], ...] = (
+    *((name, 1) for name in POINTERS),
+    *((name, 1) for name in ("batch", "height", "width", "channels", "groups", "directions")),
+    *(("code", 4), ("window", 1), ("merge_is_float", 1)),
+    *(("x_stride", 3), ("grad_y_stride", 3), ("logits_stride", 5), ("input_gate_stride", 4), ("output_gate_stride", 4)),
+    *((name, 1) for name in ("slab", "slabs", "group_slots", "owned", "halo", "tiles")),
+    *((name, 1) for name in ("chunk", "chunks", "ring", "step", "span")),
+    *(("phase_direction", 2), ("phase_directions", 1), ("accumulate", 1), ("final", 1)),
+    *(("merge_offset", 1), ("merge_blocks", 1)),
+)
+"""Names and lengths of the eight-byte fields of `gspn::Problem` in cuda/common.cuh, in order."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled module of kernels."""
+
+    regime: str
+    """"short", "long" or "finish"; the source file is `<regime>_lines.cu` or `finish.cu`."""
+    dtype: torch.dtype
+    vector: int
+    """Channels per thread."""
+    shared_weights: bool
+
+    @property
+    def source(self) -> str:
+        """Name of the source file."""
+        return "finish.cu" if self.regime == "finish" else f"{self.regime}_lines.cu"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels in it."""
+        return {
+            "short": ("gspn_scan_forward_kernel", "gspn_scan_backward_kernel"),
+            "long": ("gspn_scan_forward_kernel", "gspn_scan_states_kernel", "gspn_scan_backward_kernel"),
+            "finish": ("gspn_scan_merge_kernel", "gspn_scan_groups_kernel"),
+        }[self.regime]
+
+    @property
+    def lines(self) -> int:
+        """Most lines of the backward kernel for short lines, whose logits stay in registers (`GSPN_LINES`)."""
+        return 16
+
+    @property
+    def forward_threads(self) -> int:
+        """Most threads of a block of the forward kernels."""
+        return 512
+
+    @property
+    def backward_threads(self) -> int:
+        """Most threads of a block of the backward kernel: what its registers leave room for."""
+        half = self.dtype == torch.float64 or (self.regime == "short" and self.dtype.itemsize == 2 and self.vector == 1)
+        return 256 if half else 512
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros that the sources ask for."""
+        return {
+            "GSPN_STORAGE": STORAGE_CODES[self.dtype],
+            "GSPN_VECTOR": self.vector,
+            "GSPN_SHARED_WEIGHTS": int(self.shared_weights),
+            "GSPN_LINES": self.lines,
+            "GSPN_FORWARD_THREADS": self.forward_threads,
+            "GSPN_BACKWARD_THREADS": self.backward_threads,
+        }
+
+
+def widest_vector(regime: str, dtype: torch.dtype) -> int:
+    """Channels per thread where alignment allows: one word of 4 bytes, of 8 where lines are long."""
+    words = {"short": 4, "long": 8, "finish": 1}[regime]
+    return max(1, words // dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a launch must fit: shared memory and threads of a block, and how many multiprocessors there are to fill."""
+
+    shared_bytes: int = 227 * 1024
+    processors: int = 132
+    threads: int = 1024
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one call; `alignment` is the largest power of two, in elements, that all strides are multiples of."""
+
+    dtype: torch.dtype
+    batch: int
+    height: int
+    width: int
+    channels: int
+    groups: int
+    codes: tuple[int, ...]
+    window: int
+    alignment: int = 8
+
+    @property
+    def real_bytes(self) -> int:
+        """Bytes of a value as it is computed."""
+        return compute_dtype(self.dtype).itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.batch * self.height * self.width
+
+    def variant(self, regime: str) -> Variant:
+        """The module for this call: vectors as wide as alignment and groups allow, else single channels."""
+        vector = widest_vector(regime, self.dtype)
+        shared = self.groups != self.channels
+        per_group = self.channels // self.groups if shared else vector
+        if self.channels % vector or self.alignment % vector or per_group % vector:
+            vector = 1
+        return Variant(regime, self.dtype, vector, shared)
+
+    def floor_bytes(self, backward: bool) -> int:
+        """Fewest bytes a pass can move: every input read and every output written once."""
+        gates = len(self.codes) * (3 * self.groups + 2 * self.channels)
+        elements = (3 * self.channels + 2 * gates) if backward else (2 * self.channels + gates)
+        return self.tokens * elements * self.dtype.itemsize
+
+    def lines_of(self, code: int) -> tuple[int, int]:
+        """Lines, and positions on each, of a direction."""
+        return (self.width, self.height) if code < 2 else (self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: `fields` are the entries of `gspn::Problem` that the plan decides."""
+
+    variant: Variant
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    fields: dict[str, int | tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one pass, and the lengths of the buffers in accumulation precision that they use."""
+
+    regime: str
+    launches: tuple[Launch, ...]
+    buffers: dict[str, int]
+
+
+def straddling(channels: int, slab: int, itemsize: int) -> float:
+    """Sectors moved over sectors filled when rows of `channels` are read in runs of `slab`, averaged over rows."""
+    touched = 0
+    period = SECTOR_BYTES // math.gcd(SECTOR_BYTES, channels * itemsize)
+    for row in range(period):
+        for first in range(0, channels, slab):
+            begin = (row * channels + first) * itemsize
+            end = begin + min(slab, channels - first) * itemsize
+            touched += (end - 1) // SECTOR_BYTES - begin // SECTOR_BYTES + 1
+    return touched * SECTOR_BYTES / (period * channels * itemsize)
+
+
+def slabs_of(geometry: Geometry, slab: int) -> int:
+    """Blocks that the channels take."""
+    return -(-geometry.channels // slab)
+
+
+def thread_rows(lanes: int, positions: int) -> int:
+    """Thread rows for a line, rounded up to whole warps."""
+    step = max(1, 32 // lanes)
+    return -(-positions // step) * step
+
+
+def group_slots(geometry: Geometry, slab: int) -> int:
+    """Groups that the channels of one slab can belong to; 0 where each group's sum stays inside its slab."""
+    per_group = geometry.channels // geometry.groups
+    if geometry.groups == geometry.channels or slab % per_group == 0:
+        return 0
+    return min(geometry.groups, (slab + per_group - 2) // per_group + 1)
+
+
+def finish_sums(geometry: Geometry, slab: int, merge_blocks: int) -> tuple[list[Launch], dict[str, int]]:
+    """The sums over blocks after a backward pass, and the buffers they read."""
+    variant = Variant("finish", geometry.dtype, 1, geometry.groups != geometry.channels)
+    slots = group_slots(geometry, slab)
+    fields: dict[str, int | tuple[int, ...]] = {
+        "slab": slab,
+        "slabs": slabs_of(geometry, slab),
+        "group_slots": slots,
+        "merge_blocks": merge_blocks,
+    }
+    directions = len(geometry.codes)
+    launches = [Launch(variant, "gspn_scan_merge_kernel", (directions, 1, 1), (256, 1, 1), 0, fields)]
+    buffers = {"merge_sums": directions * merge_blocks}
+    if slots:
+        entries = geometry.tokens * directions * 3
+        blocks = -(-entries * geometry.groups // 256)
+        launches.append(Launch(variant, "gspn_scan_groups_kernel", (blocks, 1, 1), (256, 1, 1), 0, fields))
+        buffers["group_sums"] = slabs_of(geometry, slab) * entries * slots
+    return launches, buffers
+
+
+Launcher = Callable[[Launch, bytes, Mapping[str, Tensor]], None]
+"""Runs one launch, given the bytes of its `gspn::Problem` and the tensors that its pointers point into."""

@@ -1,0 +1,82 @@
+// CUDA's built-ins for the host: enough to run the kernels of cuda/ with one fibre (or host thread) per CUDA thread,
+// one block at a time. Included in front of a kernel's own text, which stays as it is.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+namespace host_cuda {
+
+// What one CUDA thread knows of itself.
+struct Context {
+    dim3 thread;
+    unsigned linear = 0;
+    unsigned request = 0;  // accesses to global memory so far: the same number is the same request of the warp
+};
+
+extern thread_local Context* current;
+extern dim3 block_index, block_size, grid_size;
+extern unsigned char* dynamic_shared;
+
+void barrier();
+uint64_t shuffle(uint64_t value, unsigned source_lane);
+void trace(const void* address, size_t bytes, bool active);
+void run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* argument);
+extern "C" uint64_t host_cuda_sectors(int restart);
+
+template <typename T>
+T shuffle_down(T value, unsigned offset) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most eight bytes");
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    const unsigned lane = current->linear % 32;
+    bits = shuffle(bits, lane + offset < 32 ? lane + offset : lane);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+template <typename To, typename From>
+To reinterpret(From value) {
+    static_assert(sizeof(To) == sizeof(From), "sizes differ");
+    To result;
+    std::memcpy(&result, &value, sizeof(To));
+    return result;
+}
+
+}  // namespace host_cuda
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define threadIdx (host_cuda::current->thread)
+#define blockIdx host_cuda::block_index
+#define blockDim host_cuda::block_size
+#define gridDim host_cuda::grid_size
+
+#define GSPN_TRACE(pointer, bytes, active) host_cuda::trace(pointer, bytes, active)
+#define GSPN_DYNAMIC_SHARED(name) unsigned char* const name = host_cuda::dynamic_shared
+
+inline void __syncthreads() { host_cuda::barrier(); }
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned offset) {
+    return host_cuda::shuffle_down(value, offset);
+}
+
+inline float __uint_as_float(unsigned bits) { return host_cuda::reinterpret<float>(bits); }
+inline unsigned __float_as_uint(float value) { return host_cuda::reinterpret<unsigned>(value); }
+inline double __longlong_as_double(long long bits) { return host_cuda::reinterpret<double>(bits); }
+inline float __fdividef(float a, float b) { return a / b; }
+#undef __expf
+#define __expf(value) std::exp(static_cast<float>(value))
+inline float half_bits_to_float(unsigned short bits) { return static_cast<float>(host_cuda::reinterpret<_Float16>(bits)); }
+inline unsigned short float_to_half_bits(float value) {
+    return host_cuda::reinterpret<unsigned short>(static_cast<_Float16>(value));
+}

@@ -1,0 +1,87 @@
+"""The CUDA kernels under AddressSanitizer and ThreadSanitizer, and faults planted in them that must be found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspn_dit.ops import cuda_run
+from gspn_dit.ops.cuda_types import Device, Variant
+from tests.ops.host_cuda import harness
+from tests.ops.scan_cases import Inputs, make_inputs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        harness.compiler() is None and not os.environ.get("CI"), reason="g++ builds the CUDA kernels for the host"
+    ),
+]
+
+# Few threads: ThreadSanitizer runs one host thread per CUDA thread.
+DEVICE = Device(threads=64)
+CODES = (0, 1, 2, 3)
+
+
+def record(inputs: Inputs, regime: str, window: int) -> tuple[harness.Recorder, list[torch.Tensor]]:
+    """Record a forward and a backward pass; return the launches and the tensors they will write."""
+    recorder = harness.Recorder()
+    options = {"device": DEVICE, "launcher": recorder, "regime": regime}
+    y = cuda_run.run_forward(*inputs, CODES, window, **options)  # type: ignore[arg-type]
+    gradients = cuda_run.run_backward(torch.ones_like(inputs.x), *inputs, CODES, window, **options)  # type: ignore[arg-type]
+    return recorder, [y, *gradients]
+
+
+def expected(inputs: Inputs, regime: str, window: int) -> list[torch.Tensor]:
+    options = {"device": DEVICE, "launcher": harness.Host(), "regime": regime}
+    y = cuda_run.run_forward(*inputs, CODES, window, **options)  # type: ignore[arg-type]
+    return [y, *cuda_run.run_backward(torch.ones_like(inputs.x), *inputs, CODES, window, **options)]  # type: ignore[arg-type]
+
+
+def small_inputs(regime: str, groups: int) -> Inputs:
+    shape = (1, 4, 5, 8) if regime == "short" else (1, 3, 20, 8)
+    return make_inputs(shape, groups, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("sanitizer", harness.SANITIZERS)
+@pytest.mark.parametrize("regime", ["short", "long"])
+@pytest.mark.parametrize("groups", [8, 1])
+def test_clean(sanitizer: str, regime: str, groups: int) -> None:
+    inputs = small_inputs(regime, groups)
+    recorder, outputs = record(inputs, regime, window=0)
+    program = harness.sanitized_program(recorder.launches[0][0].variant, sanitizer)
+    done = harness.replay(program, recorder)
+    assert done.returncode == 0, done.stderr
+    for actual, truth in zip(outputs, expected(inputs, regime, window=0), strict=True):
+        assert torch.equal(actual, truth)
+
+
+FAULTS = {
+    # A barrier that is missing: neighbours read a line while it is written.
+    ("thread", "short_lines.cu"): ("__syncthreads();  // forward line", ""),
+    ("thread", "long_lines.cu"): ("__syncthreads();  // gradient line", ""),
+    # A plane's last row goes past the end of shared memory, and a line's past the end of its tensor.
+    ("address", "short_lines.cu"): ("token < tokens;", "token <= tokens;"),
+    ("address", "long_lines.cu"): ("n < positions && n < last", "n <= positions && n < last"),
+}
+
+
+@pytest.mark.parametrize(("sanitizer", "name"), FAULTS)
+def test_planted_fault_is_found(sanitizer: str, name: str, tmp_path: Path) -> None:
+    regime = name.removesuffix("_lines.cu")
+    sources = tmp_path / "cuda"
+    shutil.copytree(harness.SOURCES, sources)
+    text, (sound, faulty) = (sources / name).read_text(), FAULTS[sanitizer, name]
+    assert sound in text
+    (sources / name).write_text(text.replace(sound, faulty))
+    inputs = small_inputs(regime, 8)
+    recorder, _ = record(inputs, regime, window=0)
+    program = harness.sanitized_program(
+        Variant(regime, torch.bfloat16, 2 if regime == "short" else 4, False), sanitizer, sources
+    )
+    done = harness.replay(program, recorder)
+    assert done.returncode != 0
+    assert {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer] in done.stderr
