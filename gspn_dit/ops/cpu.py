@@ -18,11 +18,15 @@ from torch import Tensor
 
 from gspn_dit.ops import lines
 from gspn_dit.ops.contract import STORAGE_DTYPES
+from gspn_dit.ops.cpu_memory import OutputMemory
 
-__all__ = ["describe", "scan_backward", "scan_forward"]
+__all__ = ["describe", "output_memory", "scan_backward", "scan_forward"]
 
 DISABLE_VARIABLE = "GSPN_CPU_KERNELS"
 """Environment variable; "pytorch" uses the line-by-line kernels even where the library was built."""
+
+output_memory = OutputMemory()
+"""Where large outputs live; `output_memory.release()` returns what is idle to the system."""
 
 _MAX_DIRECTIONS = 4
 _INPUTS = ("x", "logits", "gate_in", "gate_out", "grad_y")
@@ -142,7 +146,7 @@ def scan_forward(
         return lines.scan_forward(x, weight_logits, input_gate, output_gate, merge_weight, directions, window)
     tensors = (x, weight_logits, input_gate, output_gate)
     inputs = {name: _dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
-    y = torch.empty(x.shape, dtype=x.dtype)
+    (y,) = output_memory.empty([x.shape], x.dtype)
     _run(library.gspn_scan_forward, _call(inputs, merge_weight, directions, window, {"y": y}))
     return y
 
@@ -163,7 +167,7 @@ def scan_backward(
     if library is None or x.numel() == 0:
         return lines.scan_backward(grad_y, *tensors[:4], merge_weight, directions, window)
     inputs = {name: _dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
-    results = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors[:4])
+    results = output_memory.empty([tensor.shape for tensor in tensors[:4]], x.dtype)
     call = _call(inputs, merge_weight, directions, window, dict(zip(_OUTPUTS[1:], results)))
     grad_merge = (ctypes.c_double * _MAX_DIRECTIONS)()
     call.grad_merge = ctypes.cast(grad_merge, ctypes.POINTER(ctypes.c_double))

@@ -43,8 +43,8 @@ static GSPN_INLINE void backward_start_vector(const BackwardPointers<T>& p, int6
 template <class T, bool Edge, bool Shared, bool Tail>
 static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j, int64_t count,
                                         typename Accumulator<T>::type merge, bool minus, bool plus,
-                                        const SharedLine<typename Accumulator<T>::type>& line, int64_t we_stride,
-                                        bool add, bool last) {
+                                        const SharedLine<typename Accumulator<T>::type>& line, int64_t stride, bool add,
+                                        bool last) {
   typedef typename Accumulator<T>::type A;
   typedef typename Simd<A>::V V;
   const V gradient = gate_gradients<T, Tail>(p, j, count, merge, add, last);
@@ -53,14 +53,13 @@ static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j,
   for (int k = 0; k < 3; ++k) of_weight[k] = gradient * load(p.before[k] + j);
   if (Shared) {
     for (int k = 0; k < 3; ++k) {
-      value.w[k] = load(line.we + k * we_stride + j);
-      Tail ? store_some(line.se + k * we_stride + j, of_weight[k], count)
-           : store(line.se + k * we_stride + j, of_weight[k]);
+      value.w[k] = load(line.we + k * stride + j);
+      put<A, Tail>(line.dw + k * stride + j, of_weight[k], count);
     }
   } else {
-    value = weights<A, true, Edge, sizeof(T) == sizeof(A)>(
-        get<T, Tail>(p.logits[0] + j, count), get<T, Tail>(p.logits[1] + j, count),
-        get<T, Tail>(p.logits[2] + j, count), minus, plus);
+    value = weights<A, true, Edge, in_place<T>()>(get<T, Tail>(p.logits[0] + j, count),
+                                                  get<T, Tail>(p.logits[1] + j, count),
+                                                  get<T, Tail>(p.logits[2] + j, count), minus, plus);
     const V mean = value.w[0] * of_weight[0] + value.w[1] * of_weight[1] + value.w[2] * of_weight[2];
     for (int k = 0; k < 3; ++k) {
       V result = value.w[k] * value.s[k] * (of_weight[k] - mean);
@@ -79,13 +78,14 @@ static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j,
 }
 
 template <class T> static GSPN_INLINE void prefetch_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t j) {
+  if (j % (64 / (int64_t)sizeof(T))) return;
   prefetch(p.x + ahead.x + j);
-  prefetch(p.grad_y + ahead.y + j);
-  prefetch(p.logits[0] + ahead.logits + j);
-  prefetch(p.logits[1] + ahead.logits + j);
-  prefetch(p.logits[2] + ahead.logits + j);
+  prefetch(p.grad_y + ahead.grad_y + j);
+  for (int k = 0; k < 3; ++k) prefetch(p.logits[k] + ahead.logits + j);
   prefetch(p.gate_in + ahead.in + j);
   prefetch(p.gate_out + ahead.out + j);
+  if (in_place<T>()) prefetch(p.grad_x + ahead.sum + j);
+  else prefetch(p.partial + ahead.partial + j), prefetch(p.partial + ahead.partial + j + 16);
 }
 
 template <class T, bool Edge, bool Shared>
@@ -93,14 +93,39 @@ static GSPN_INLINE void backward_position(const BackwardPointers<T>& p, const Ah
                                           typename Accumulator<T>::type merge, bool minus, bool plus,
                                           const SharedLine<typename Accumulator<T>::type>& line, bool add, bool last) {
   constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
-  const int64_t we_stride = padded(channels);
+  const int64_t stride = padded(channels);
   int64_t j = 0;
   for (; j + L <= channels; j += L) {
-    if (j % (64 / (int64_t)sizeof(T)) == 0) prefetch_position(p, ahead, j);
-    backward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, line, we_stride, add, last);
+    prefetch_position(p, ahead, j);
+    backward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, line, stride, add, last);
   }
   if (j < channels)
-    backward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, line, we_stride, add, last);
+    backward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, line, stride, add, last);
+}
+
+// The same past the caches: gradients go into a corner of the L1 cache first and from there to memory, whole lines at a time.
+template <class T, bool Edge, bool Shared>
+static GSPN_INLINE void stream_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t channels,
+                                        typename Accumulator<T>::type merge, bool minus, bool plus,
+                                        const SharedLine<typename Accumulator<T>::type>& line, bool add, bool last) {
+  constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
+  constexpr int64_t piece = 512 / sizeof(T);
+  const int64_t stride = padded(channels);
+  alignas(64) T corner[5][piece];
+  BackwardPointers<T> q = p;
+  for (int64_t begin = 0; begin < channels; begin += piece) {
+    const int64_t end = begin + piece < channels ? begin + piece : channels, bytes = (end - begin) * sizeof(T);
+    for (int k = 0; k < 3 && !Shared; ++k) q.grad_logits[k] = corner[k] - begin;
+    q.grad_in = corner[3] - begin;
+    q.grad_out = corner[4] - begin;
+    for (int64_t j = begin; j < end; j += L) {
+      prefetch_position(p, ahead, j);
+      backward_vector<T, Edge, Shared, false>(q, j, L, merge, minus, plus, line, stride, add, last);
+    }
+    for (int k = 0; k < 3 && !Shared; ++k) copy_past_caches(p.grad_logits[k] + begin, corner[k], bytes);
+    copy_past_caches(p.grad_in + begin, corner[3], bytes);
+    copy_past_caches(p.grad_out + begin, corner[4], bytes);
+  }
 }
 
 template <class T> static GSPN_INLINE void backward_start(const BackwardPointers<T>& p, int64_t channels, bool shared,
@@ -121,7 +146,7 @@ static void group_gradients(const SharedLine<A>& line, int64_t n, int64_t channe
     for (int k = 0; k < 3; ++k) {
       const bool valid = (k != 0 || minus) && (k != 2 || plus);
       of_weight[k] = 0;
-      const A* from = line.se + k * stride + g * line.size;
+      const A* from = line.dw + k * stride + g * line.size;
       constexpr int L = Simd<A>::lanes;
       typename Simd<A>::V sum = {};
       int64_t j = 0;
@@ -148,24 +173,24 @@ static void clear_group_gradients(const SharedLine<A>& line, Lines<Out> grads, i
 template <class T> struct BackwardViews {
   typedef typename Accumulator<T>::type A;
   Lines<const T> x, grad_y, in, out, logits;
-  Lines<T> grad_x, grad_in, grad_out, grad_logits;
-  Lines<A> partial, logit_parts;
+  Sum<T> grad_x;
+  Lines<T> grad_in, grad_out, grad_logits;
+  Lines<A> logit_parts;
   int64_t k_stride;
 
   BackwardViews(const Scan& scan, const Plan& plan, const Block& block, const Geometry& geometry, int64_t d,
-                A* partial_plane) {
+                A* partial_plane)
+      : grad_x(geometry, scan, plan, block, scan.grad_x, partial_plane) {
     const int64_t channels = scan.channels, groups = scan.groups, D = scan.directions;
-    const int64_t group = block.channel * groups / channels, width = padded(block.channels);
+    const int64_t group = block.channel * groups / channels;
     x = view3<T>(geometry, block, scan.x, scan.x_stride);
     grad_y = view3<T>(geometry, block, scan.grad_y, scan.grad_y_stride);
     in = view4<T>(geometry, block, d, scan.gate_in, scan.in_stride);
     out = view4<T>(geometry, block, d, scan.gate_out, scan.out_stride);
-    logits = view4<T>(geometry, Block{block.batch, group, 0, 0}, d, scan.logits, scan.logits_stride);
-    grad_x = output<T>(geometry, scan, block, scan.grad_x, channels, block.channel);
+    logits = view4<T>(geometry, Block{block.batch, group, 0, 0, 0}, d, scan.logits, scan.logits_stride);
     grad_in = output<T>(geometry, scan, block, scan.grad_in, D * channels, d * channels + block.channel);
     grad_out = output<T>(geometry, scan, block, scan.grad_out, D * channels, d * channels + block.channel);
     grad_logits = output<T>(geometry, scan, block, scan.grad_logits, D * 3 * groups, d * 3 * groups + group);
-    partial = geometry.view(partial_plane, scan.width * width, width);
     const int64_t plane = scan.batch * scan.height * scan.width * D * 3 * groups;
     logit_parts = output<A>(geometry, scan, block, plan.logit_parts, D * 3 * groups,
                             block.part * plane + d * 3 * groups + group);
@@ -184,6 +209,7 @@ static void compute_states(const Geometry& geometry, const Block& block, const B
   const A* before = nullptr;
   for (int64_t step = 0; step < geometry.lines; ++step) {
     const int64_t i = geometry.index(step);
+    const int64_t next = step + 1 < geometry.lines ? geometry.index(step + 1) : i;
     const bool restart = geometry.restarts(i);
     A* state = states + i * size;
     clear(state, width);
@@ -193,18 +219,25 @@ static void compute_states(const Geometry& geometry, const Block& block, const B
       const T *in = view.in.at(i, n), *x = view.x.at(i, n), *l = view.logits.at(i, n);
       const int64_t channels = block.channels, k = view.k_stride;
       A* to = state + (n + 1) * width;
+      const bool here = n + 1 < positions;
+      const int64_t ii = here ? i : next, nn = here ? n + 1 : 0;
+      const T *next_in = view.in.at(ii, nn), *next_x = view.x.at(ii, nn), *next_l = view.logits.at(ii, nn);
       const bool minus = n > 0, plus = n < positions - 1;
       if (Shared && !restart) repeat_groups(line, n, channels);
       for (int64_t j = 0; j < channels; j += L) {
-        const bool tail = j + L > channels;
-        const int64_t count = tail ? channels - j : L;
-        V value = tail ? load_some(in + j, count) * load_some(x + j, count) : load(in + j) * load(x + j);
+        if (j % (64 / (int64_t)sizeof(T)) == 0) {
+          prefetch(next_in + j);
+          prefetch(next_x + j);
+          for (int q = 0; q < 3; ++q) prefetch(next_l + q * k + j);
+        }
+        const int64_t count = channels - j;
+        V value = count < L ? load_some(in + j, count) * load_some(x + j, count) : load(in + j) * load(x + j);
         if (!restart) {
           Weights<A> w;
-          constexpr bool precise = sizeof(T) == sizeof(A);
+          constexpr bool precise = in_place<T>();
           if (Shared)
             for (int q = 0; q < 3; ++q) w.w[q] = load(line.we + q * width + j);
-          else if (tail)
+          else if (count < L)
             w = weights<A, false, true, precise>(load_some(l + j, count), load_some(l + k + j, count),
                                                  load_some(l + 2 * k + j, count), minus, plus);
           else if (minus && plus)
@@ -233,7 +266,8 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
   compute_states<T, Shared>(geometry, block, view, line, states);
   const int64_t positions = geometry.positions, width = padded(block.channels), size = (positions + 2) * width;
   const int64_t groups = scan.groups;
-  const bool add = d > 0, last = d == scan.directions - 1;
+  const Directions directions(scan, plan, block);
+  const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
   const A merge = (A)scan.merge[d];
   double* merge_total = plan.merge_sums + (block.batch * scan.directions + d) * scan.channels + block.channel;
   for (int64_t c = 0; c < block.channels; ++c) merge_total[c] = 0;
@@ -262,24 +296,33 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
       p.merge_sums = merge_sums;
       p.grad_in = view.grad_in.at(i, n);
       p.grad_out = view.grad_out.at(i, n);
-      p.grad_x = view.grad_x.at(i, n);
-      p.partial = partial_plane ? view.partial.at(i, n) : nullptr;
+      p.grad_x = view.grad_x.result.at(i, n);
+      p.partial = view.grad_x.partial.at(i, n);
       if (restart) {
         backward_start<T>(p, block.channels, Shared, merge, add, last);
         if (Shared && plan.parts > 1) clear_group_gradients(line, view.logit_parts, groups, i, n);
         else if (Shared) clear_group_gradients(line, view.grad_logits, groups, i, n);
         continue;
       }
-      constexpr int64_t distance = 2;
+      const int64_t distance = block.channels * (int64_t)sizeof(T) < 512 ? 2 : 1;
       const bool here = n + distance < positions;
       const int64_t ii = here ? i : before, nn = here ? n + distance : (n + distance - positions) % positions;
-      const Ahead ahead = {view.x.at(ii, nn) - p.x, view.logits.at(ii, nn) - p.logits[0],
-                           view.in.at(ii, nn) - p.gate_in, view.out.at(ii, nn) - p.gate_out,
-                           view.grad_y.at(ii, nn) - p.grad_y, 0};
+      const Ahead ahead = {view.x.at(ii, nn) - p.x,
+                           view.grad_y.at(ii, nn) - p.grad_y,
+                           view.logits.at(ii, nn) - p.logits[0],
+                           view.in.at(ii, nn) - p.gate_in,
+                           view.out.at(ii, nn) - p.gate_out,
+                           view.grad_x.result.at(ii, nn) - p.grad_x,
+                           view.grad_x.partial.at(ii, nn) - p.partial};
       const bool minus = n > 0, plus = n < positions - 1;
       if (Shared) repeat_groups(line, n, block.channels);
-      if (minus && plus) backward_position<T, false, Shared>(p, ahead, block.channels, merge, true, true, line, add, last);
-      else backward_position<T, true, Shared>(p, ahead, block.channels, merge, minus, plus, line, add, last);
+      const int64_t channels = block.channels;
+      if (plan.stream && minus && plus)
+        stream_position<T, false, Shared>(p, ahead, channels, merge, true, true, line, add, last);
+      else if (minus && plus)
+        backward_position<T, false, Shared>(p, ahead, channels, merge, true, true, line, add, last);
+      else
+        backward_position<T, true, Shared>(p, ahead, channels, merge, minus, plus, line, add, last);
       if (Shared && plan.parts > 1)
         group_gradients(line, n, block.channels, view.logit_parts, groups, i, minus, plus);
       else if (Shared)
@@ -297,11 +340,9 @@ template <class T> static int64_t backward_scratch(const Scan& scan, const Plan&
   typedef typename Accumulator<T>::type A;
   const int64_t height = scan.height, width = scan.width, channels = padded(plan.block);
   const int64_t longest = height > width ? height : width;
-  const int64_t shortest = height < width ? height : width;
   int64_t size = (height * width + 2 * longest) * channels + 2 * (longest + 2) * channels + channels;
-  (void)shortest;
   size += shared_line_size(scan, plan);
-  if (sizeof(T) != sizeof(A) && scan.directions > 1) size += height * width * channels;
+  if (!in_place<T>() && scan.directions > 1 && plan.shares == 1) size += height * width * channels;
   return size * sizeof(A);
 }
 
@@ -313,14 +354,15 @@ template <class T> static void backward(const Scan& scan, const Plan& plan, cons
   A* merge_sums = carries + 2 * (longest + 2) * channels;
   A* shared = merge_sums + channels;
   A* partial = shared + shared_line_size(scan, plan);
-  if (sizeof(T) == sizeof(A) || scan.directions == 1) partial = nullptr;
-  for (int64_t d = 0; d < scan.directions; ++d) {
+  const Directions directions(scan, plan, block);
+  for (int64_t d = directions.begin; d < directions.end; ++d) {
     if (scan.groups == scan.channels)
       backward_direction<T, false>(scan, plan, block, d, states, carries, SharedLine<A>{}, merge_sums, partial);
     else
       backward_direction<T, true>(scan, plan, block, d, states, carries, shared_line<A>(scan, block, shared), merge_sums,
                                   partial);
   }
+  if (plan.stream) finish_streams();
 }
 
 // Add up what the tasks of one group contributed to its logits, for the logits [begin, end).

@@ -11,7 +11,7 @@ template <class T> struct ForwardPointers {
 
 // How far the data of a position visited a little later are from those of this one.
 struct Ahead {
-  int64_t x, logits, in, out, y, partial;
+  int64_t x, grad_y, logits, in, out, sum, partial;
 };
 
 template <class T, bool Edge, bool Shared, bool Tail>
@@ -24,15 +24,14 @@ static GSPN_INLINE void forward_vector(const ForwardPointers<T>& p, int64_t j, i
   if (Shared) {
     for (int k = 0; k < 3; ++k) value.w[k] = load(we + k * we_stride + j);
   } else {
-    value = weights<A, false, Edge, sizeof(T) == sizeof(A)>(
-        get<T, Tail>(p.logits[0] + j, count), get<T, Tail>(p.logits[1] + j, count),
-        get<T, Tail>(p.logits[2] + j, count), minus, plus);
+    value = weights<A, false, Edge, in_place<T>()>(get<T, Tail>(p.logits[0] + j, count),
+                                                   get<T, Tail>(p.logits[1] + j, count),
+                                                   get<T, Tail>(p.logits[2] + j, count), minus, plus);
   }
   V state = get<T, Tail>(p.gate_in + j, count) * get<T, Tail>(p.x + j, count);
   state += value.w[0] * load(p.before[0] + j) + value.w[1] * load(p.before[1] + j) + value.w[2] * load(p.before[2] + j);
   store(p.state + j, state);
-  const V out = get<T, Tail>(p.gate_out + j, count) * merge * state;
-  add_up<T, Tail>(p.y + j, p.partial + j, out, count, add, last);
+  add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.gate_out + j, count) * merge * state, count, add, last);
 }
 
 template <class T, bool Tail>
@@ -45,13 +44,13 @@ static GSPN_INLINE void forward_start_vector(const ForwardPointers<T>& p, int64_
 }
 
 template <class T> static GSPN_INLINE void prefetch_position(const ForwardPointers<T>& p, const Ahead& ahead, int64_t j) {
+  if (j % (64 / (int64_t)sizeof(T))) return;
   prefetch(p.x + ahead.x + j);
-  prefetch(p.logits[0] + ahead.logits + j);
-  prefetch(p.logits[1] + ahead.logits + j);
-  prefetch(p.logits[2] + ahead.logits + j);
+  for (int k = 0; k < 3; ++k) prefetch(p.logits[k] + ahead.logits + j);
   prefetch(p.gate_in + ahead.in + j);
   prefetch(p.gate_out + ahead.out + j);
-  prefetch(p.y + ahead.y + j);
+  if (in_place<T>()) prefetch(p.y + ahead.sum + j);
+  else prefetch(p.partial + ahead.partial + j), prefetch(p.partial + ahead.partial + j + 16);
 }
 
 template <class T, bool Edge, bool Shared>
@@ -59,13 +58,13 @@ static GSPN_INLINE void forward_position(const ForwardPointers<T>& p, const Ahea
                                          typename Accumulator<T>::type merge, bool minus, bool plus,
                                          const typename Accumulator<T>::type* we, bool add, bool last) {
   constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
-  const int64_t we_stride = padded(channels);
+  const int64_t stride = padded(channels);
   int64_t j = 0;
   for (; j + L <= channels; j += L) {
-    if (j % (64 / (int64_t)sizeof(T)) == 0) prefetch_position(p, ahead, j);
-    forward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, we, we_stride, add, last);
+    prefetch_position(p, ahead, j);
+    forward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, we, stride, add, last);
   }
-  if (j < channels) forward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, we, we_stride, add, last);
+  if (j < channels) forward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, we, stride, add, last);
 }
 
 template <class T> static GSPN_INLINE void forward_start(const ForwardPointers<T>& p, int64_t channels,
@@ -77,7 +76,7 @@ template <class T> static GSPN_INLINE void forward_start(const ForwardPointers<T
 }
 
 template <class T, bool Shared>
-static void forward_direction(const Scan& scan, const Block& block, int64_t d,
+static void forward_direction(const Scan& scan, const Plan& plan, const Block& block, int64_t d,
                               typename Accumulator<T>::type* states, SharedLine<typename Accumulator<T>::type> line,
                               typename Accumulator<T>::type* partial_plane) {
   typedef typename Accumulator<T>::type A;
@@ -87,10 +86,10 @@ static void forward_direction(const Scan& scan, const Block& block, int64_t d,
   const Lines<const T> x = view3<T>(geometry, block, scan.x, scan.x_stride);
   const Lines<const T> in = view4<T>(geometry, block, d, scan.gate_in, scan.in_stride);
   const Lines<const T> out = view4<T>(geometry, block, d, scan.gate_out, scan.out_stride);
-  const Lines<const T> logits = view4<T>(geometry, Block{block.batch, group, 0, 0}, d, scan.logits, scan.logits_stride);
-  const Lines<T> y = output<T>(geometry, scan, block, scan.y, scan.channels, block.channel);
-  const Lines<A> partial = geometry.view(partial_plane, scan.width * width, width);
-  const bool add = d > 0, last = d == scan.directions - 1;
+  const Lines<const T> logits = view4<T>(geometry, Block{block.batch, group, 0, 0, 0}, d, scan.logits, scan.logits_stride);
+  const Sum<T> sum(geometry, scan, plan, block, scan.y, partial_plane);
+  const Directions directions(scan, plan, block);
+  const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
   const A merge = (A)scan.merge[d];
   const int64_t k_stride = scan.logits_stride[4], size = (positions + 2) * width;
   A *before = states, *state = states + size;
@@ -110,17 +109,22 @@ static void forward_direction(const Scan& scan, const Block& block, int64_t d,
       p.gate_in = in.at(i, n);
       p.gate_out = out.at(i, n);
       p.state = state + (n + 1) * width;
-      p.y = y.at(i, n);
-      p.partial = partial_plane ? partial.at(i, n) : nullptr;
+      p.y = sum.result.at(i, n);
+      p.partial = sum.partial.at(i, n);
       if (restart) {
         forward_start<T>(p, block.channels, merge, add, last);
         continue;
       }
-      constexpr int64_t distance = 2;
+      const int64_t distance = block.channels * (int64_t)sizeof(T) < 512 ? 2 : 1;
       const bool here = n + distance < positions;
       const int64_t ii = here ? i : next, nn = here ? n + distance : (n + distance - positions) % positions;
-      const Ahead ahead = {x.at(ii, nn) - p.x, logits.at(ii, nn) - l, in.at(ii, nn) - p.gate_in,
-                           out.at(ii, nn) - p.gate_out, y.at(ii, nn) - p.y, 0};
+      const Ahead ahead = {x.at(ii, nn) - p.x,
+                           0,
+                           logits.at(ii, nn) - l,
+                           in.at(ii, nn) - p.gate_in,
+                           out.at(ii, nn) - p.gate_out,
+                           sum.result.at(ii, nn) - p.y,
+                           sum.partial.at(ii, nn) - p.partial};
       if (Shared) repeat_groups(line, n, block.channels);
       if (Shared || (n > 0 && n < positions - 1))
         forward_position<T, false, Shared>(p, ahead, block.channels, merge, true, true, line.we, add, last);
@@ -144,7 +148,7 @@ template <class A> static SharedLine<A> shared_line(const Scan& scan, const Bloc
   line.w = scratch;
   line.s = line.w + 3 * line.plane;
   line.we = line.s + 3 * line.plane;
-  line.se = line.we + 3 * padded(block.channels) + 64;
+  line.dw = line.we + 3 * padded(block.channels) + 64;
   return line;
 }
 
@@ -158,7 +162,7 @@ template <class T> static int64_t forward_scratch(const Scan& scan, const Plan& 
   typedef typename Accumulator<T>::type A;
   const int64_t longest = scan.height > scan.width ? scan.height : scan.width, width = padded(plan.block);
   int64_t size = 2 * (longest + 2) * width + shared_line_size(scan, plan);
-  if (sizeof(T) != sizeof(A) && scan.directions > 1) size += scan.height * scan.width * width;
+  if (!in_place<T>() && scan.directions > 1 && plan.shares == 1) size += scan.height * scan.width * width;
   return size * sizeof(A);
 }
 
@@ -170,10 +174,10 @@ template <class T> static void forward(const Scan& scan, const Plan& plan, const
   A* states = (A*)scratch;
   A* shared = states + 2 * (longest + 2) * padded(plan.block);
   A* partial = shared + shared_line_size(scan, plan);
-  if (sizeof(T) == sizeof(A) || scan.directions == 1) partial = nullptr;
-  for (int64_t d = 0; d < scan.directions; ++d) {
+  const Directions directions(scan, plan, block);
+  for (int64_t d = directions.begin; d < directions.end; ++d) {
     clear(states, 2 * (longest + 2) * width);
-    if (scan.groups == scan.channels) forward_direction<T, false>(scan, block, d, states, SharedLine<A>{}, partial);
-    else forward_direction<T, true>(scan, block, d, states, shared_line<A>(scan, block, shared), partial);
+    if (scan.groups == scan.channels) forward_direction<T, false>(scan, plan, block, d, states, SharedLine<A>{}, partial);
+    else forward_direction<T, true>(scan, plan, block, d, states, shared_line<A>(scan, block, shared), partial);
   }
 }

@@ -56,28 +56,57 @@ template <class T> static Lines<T> output(const Geometry& geometry, const Scan& 
   return geometry.view(base, scan.width * per_token, per_token);
 }
 
-// Where a sum over directions stands: `add` to what is there, and `final`: write it out in the storage type. Storage in half
-// precision sums in a plane of scratch; else the output itself holds the sum.
+template <class T> constexpr bool in_place() { return sizeof(T) == sizeof(typename Accumulator<T>::type); }
+
+// A sum over directions. An output in the accumulation type holds it itself; one in half precision is written at the end,
+// from a plane of the task's scratch. Shares of the directions sum in planes of their own, which `join_sums` adds up.
 template <class T> struct Sum {
   typedef typename Accumulator<T>::type A;
   Lines<T> result;
   Lines<A> partial;
+
+  Sum(const Geometry& geometry, const Scan& scan, const Plan& plan, const Block& block, void* data, A* scratch) {
+    const int64_t plane = scan.batch * scan.height * scan.width * scan.channels, width = padded(block.channels);
+    A* shared = plan.shares > 1 ? (A*)plan.sums + block.share * plane : nullptr;
+    result = output<T>(geometry, scan, block, in_place<T>() && block.share > 0 ? (void*)shared : data, scan.channels,
+                       block.channel);
+    partial = plan.shares > 1 ? output<A>(geometry, scan, block, shared, scan.channels, block.channel)
+                              : geometry.view(scratch, scan.width * width, width);
+    if (in_place<T>() || scan.directions == 1) partial = Lines<A>{scratch, 0, 0};  // not used
+  }
 };
 
+struct Directions {
+  int64_t begin, end;
+  Directions(const Scan& scan, const Plan& plan, const Block& block)
+      : begin(block.share * scan.directions / plan.shares), end((block.share + 1) * scan.directions / plan.shares) {}
+};
+
+// `add` to what is there, and `last`: the sum is complete.
 template <class T, bool Tail, class V>
 static GSPN_INLINE void add_up(T* result, typename Accumulator<T>::type* partial, V value, int64_t count, bool add,
                                bool last) {
   typedef typename Accumulator<T>::type A;
-  constexpr bool in_place = sizeof(T) == sizeof(A);
-  if (in_place) {
-    A* sum = (A*)result;
-    if (add) value += Tail ? load_some(sum, count) : load(sum);
-    Tail ? store_some(sum, value, count) : store(sum, value);
-    return;
+  A* sum = in_place<T>() ? (A*)result : partial;
+  if (add) value += Tail ? load_some(sum, count) : load(sum);
+  if (!in_place<T>() && last) Tail ? store_some(result, value, count) : store(result, value);
+  else Tail ? store_some(sum, value, count) : store(sum, value);
+}
+
+// Add up the sums of the shares, for the elements [begin, end) of an output like x.
+template <class T> static void join_sums(const Scan& scan, const Plan& plan, void* data, int64_t begin, int64_t end) {
+  typedef typename Accumulator<T>::type A;
+  constexpr int L = Simd<A>::lanes;
+  const int64_t plane = scan.batch * scan.height * scan.width * scan.channels;
+  const A *first = in_place<T>() ? (const A*)data : (const A*)plan.sums, *sums = (const A*)plan.sums;
+  T* result = (T*)data;
+  for (int64_t j = begin; j < end; j += L) {
+    const int64_t count = end - j;
+    typename Simd<A>::V sum = count < L ? load_some(first + j, count) : load(first + j);
+    for (int64_t share = 1; share < plan.shares; ++share)
+      sum += count < L ? load_some(sums + share * plane + j, count) : load(sums + share * plane + j);
+    count < L ? store_some(result + j, sum, count) : store(result + j, sum);
   }
-  if (add) value += load(partial);
-  if (!last) store(partial, value);
-  else Tail ? store_some(result, value, count) : store(result, value);
 }
 
 template <class T, bool Tail> static GSPN_INLINE auto get(const T* p, int64_t count) {
@@ -90,7 +119,7 @@ template <class T, bool Tail, class V> static GSPN_INLINE void put(T* p, V v, in
 // Weights that several channels share, computed for a whole line: [3, N, groups of the block].
 template <class A> struct SharedLine {
   A *w, *s;         // per group
-  A *we, *se;       // of one position, repeated for its channels: [3, padded channels]; se doubles as dw
+  A *we, *dw;       // of one position, repeated for its channels: [3, padded channels]
   int64_t groups, size, plane;  // groups of the block, channels per group within the block, N * groups
 };
 

@@ -1,7 +1,7 @@
 // Entry points: choose the instruction set, cut a call into tasks, run them on torch's OpenMP threads.
 #include "scan.h"
 
-#include <pthread.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -36,23 +36,69 @@ const Kernels& kernels() {
 // Threads of the parent do not exist in a forked child, and waiting for them would never end: a child works alone.
 pid_t loaded_by = getpid();
 
-struct Scratch {
+// Scratch memory. Fresh pages are expensive, so a few buffers are kept from call to call, up to 32 MiB each.
+struct Buffer {
   char* data;
-  explicit Scratch(int64_t bytes) : data(nullptr) {
+  int64_t bytes;
+};
+constexpr int kKept = 16;
+constexpr int64_t kLargestKept = 32 << 20, kHugePage = 2 << 20;
+std::atomic<Buffer*> kept[kKept];
+
+struct Scratch {
+  Buffer* buffer = nullptr;
+  char* data = nullptr;
+
+  explicit Scratch(int64_t bytes) {
+    for (auto& slot : kept) {
+      Buffer* found = slot.exchange(nullptr);
+      if (!found) continue;
+      if (found->bytes >= bytes) {
+        buffer = found;
+        data = buffer->data;
+        return;
+      }
+      drop(found);
+    }
+    bytes = std::max<int64_t>(bytes, 4096);
+    const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, (size_t)std::max<int64_t>(bytes, 64)) == 0) data = (char*)memory;
+    if (posix_memalign(&memory, (size_t)alignment, (size_t)bytes)) return;
+#ifdef MADV_HUGEPAGE
+    if (alignment == kHugePage) madvise(memory, (size_t)bytes, MADV_HUGEPAGE);
+#endif
+    buffer = new (std::nothrow) Buffer{(char*)memory, bytes};
+    if (buffer) data = buffer->data;
+    else free(memory);
   }
-  ~Scratch() { free(data); }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (!buffer) return;
+    if (buffer->bytes <= kLargestKept)
+      for (auto& slot : kept) {
+        Buffer* empty = nullptr;
+        if (slot.compare_exchange_strong(empty, buffer)) return;
+      }
+    drop(buffer);
+  }
+  static void drop(Buffer* unwanted) {
+    free(unwanted->data);
+    delete unwanted;
+  }
 };
 
 // Tasks are handed out by a counter; what they compute does not depend on who computes it.
 struct Job {
   const Scan* scan;
   const Plan* plan;
-  int64_t tasks, scratch_bytes;
-  void (*run)(const Job&, int64_t task, char* scratch);
+  int64_t tasks = 0, scratch_bytes = 0;
+  void (*run)(const Job&, int64_t task, char* scratch) = nullptr;
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
+
+  Job(const Scan& scan, const Plan& plan)
+      : scan(&scan), plan(&plan), tasks(scan.batch * plan.blocks * plan.shares) {}
 };
 
 void work(void* argument) {
@@ -83,42 +129,95 @@ int run(Job& job) {
   return job.out_of_memory ? 1 : 0;
 }
 
-// Blocks of channels: whole groups where weights are shared and groups are small, else equal parts of a group.
-Plan make_plan(const Scan& scan, int64_t wanted) {
+// Channels per task. Memory wants long runs of channels: at 256 bytes per run a core reaches half the bandwidth it has at
+// 2 KiB. So there are as few blocks as keep the threads busy, and a narrow single image shares out its directions first.
+// What a plan leaves open is decided by the shape alone where it changes the order of a sum.
+int64_t item_bytes(const Scan& scan) { return scan.dtype == kFloat64 ? 8 : scan.dtype == kFloat32 ? 4 : 2; }
+
+int64_t wanted_block(const Scan& scan, int64_t shares) {
+  const int64_t threads = std::max<int64_t>(1, scan.threads), tasks = scan.batch * shares;
+  int64_t blocks = 1;
+  while (tasks * blocks < threads || (tasks * blocks % threads && tasks * blocks < 4 * threads)) ++blocks;
+  const int64_t longest = std::max(scan.height, scan.width);
+  const int64_t fitting = (384 << 10) / (2 * longest * (scan.dtype == kFloat64 ? 8 : 4));  // two lines of states in L2
+  return std::min((scan.channels + blocks - 1) / blocks, std::max<int64_t>(64, fitting));
+}
+
+Plan make_plan(const Scan& scan) {
   Plan plan = {};
-  const int64_t group = scan.groups == scan.channels ? 1 : scan.channels / scan.groups;
   plan.parts = 1;
+  plan.shares = scan.batch == 1 && scan.directions > 1 && scan.channels * item_bytes(scan) <= 2048 ? 2 : 1;
+  const char* forced = getenv("GSPN_CPU_BLOCK");
+  const int64_t wanted = std::max<int64_t>(16, forced ? atoll(forced) : wanted_block(scan, plan.shares));
+  const int64_t group = scan.groups == scan.channels ? 1 : scan.channels / scan.groups;
   if (group == 1) {
-    plan.block = std::min(scan.channels, std::max<int64_t>(16, wanted / 16 * 16));
-  } else if (group <= wanted) {
-    plan.block = std::min(scan.channels, wanted / group * group);
+    plan.block = (wanted + 15) / 16 * 16;
+  } else if (group <= 1024) {
+    plan.block = std::max<int64_t>(1, wanted / group) * group;
   } else {
-    plan.block = group;
-    for (int64_t parts = group / wanted; parts > 1; --parts)
-      if (group % parts == 0 && group / parts >= 16) {
+    plan.block = group;  // the order of the sums over a group must not depend on the threads
+    for (int64_t parts = group / 512; parts > 1; --parts)
+      if (group % parts == 0) {
         plan.block = group / parts;
         plan.parts = parts;
         break;
       }
   }
+  plan.block = std::min(plan.block, scan.channels);
   plan.blocks = (scan.channels + plan.block - 1) / plan.block;
   return plan;
 }
 
-Block block_of(const Job& job, int64_t task) {
-  const Plan& plan = *job.plan;
+Block block_of(const Scan& scan, const Plan& plan, int64_t task) {
   Block block;
+  block.share = task % plan.shares;
+  task /= plan.shares;
   block.batch = task / plan.blocks;
   block.channel = task % plan.blocks * plan.block;
-  block.channels = std::min(plan.block, job.scan->channels - block.channel);
+  block.channels = std::min(plan.block, scan.channels - block.channel);
   block.part = plan.parts > 1 ? task % plan.blocks % plan.parts : 0;
   return block;
 }
 
-int64_t wanted_block(const Scan& scan) {
-  const char* forced = getenv("GSPN_CPU_BLOCK");
-  if (forced) return atoll(forced);
-  return 64;
+// One task after the other, or `elements` of work in ranges of 64 Ki.
+constexpr int64_t kRange = 1 << 16;
+
+
+int join_sums(const Scan& scan, const Plan& plan) {
+  Job job(scan, plan);
+  job.tasks = (scan.batch * scan.height * scan.width * scan.channels + kRange - 1) / kRange;
+  job.run = [](const Job& job, int64_t task, char*) {
+    const Scan& scan = *job.scan;
+    const int64_t end = scan.batch * scan.height * scan.width * scan.channels;
+    kernels().join_sums(scan, *job.plan, scan.y ? scan.y : scan.grad_x, task * kRange, std::min(end, (task + 1) * kRange));
+  };
+  return run(job);
+}
+
+int64_t logit_count(const Scan& scan) {
+  return scan.batch * scan.height * scan.width * scan.directions * 3 * scan.groups;
+}
+
+int join_parts(const Scan& scan, const Plan& plan) {
+  Job job(scan, plan);
+  job.tasks = (logit_count(scan) + kRange - 1) / kRange;
+  job.run = [](const Job& job, int64_t task, char*) {
+    kernels().join_parts(*job.scan, *job.plan, task * kRange, std::min(logit_count(*job.scan), (task + 1) * kRange));
+  };
+  return run(job);
+}
+
+int64_t sums_bytes(const Scan& scan, const Plan& plan) {
+  const int64_t item = scan.dtype == kFloat64 ? 8 : 4;
+  return plan.shares > 1 ? plan.shares * scan.batch * scan.height * scan.width * scan.channels * item : 0;
+}
+
+bool streams(const Scan& scan, const Plan& plan) {
+  const int64_t item = item_bytes(scan), D = scan.directions;
+  const int64_t bytes = scan.batch * scan.height * scan.width * D * (3 * scan.groups + 2 * scan.channels) * item;
+  const bool aligned = ((uintptr_t)scan.grad_logits | (uintptr_t)scan.grad_in | (uintptr_t)scan.grad_out |
+                        (uintptr_t)(scan.channels * item) | (uintptr_t)(plan.block * item)) % 64 == 0;
+  return aligned && bytes >= (32 << 20) && !getenv("GSPN_CPU_CACHED");
 }
 
 }  // namespace
@@ -134,34 +233,33 @@ const char* gspn_instruction_set() { return kernels().name; }
 
 // Return 0, or 1 if scratch memory could not be had.
 int gspn_scan_forward(const Scan* scan) {
-  const Plan plan = make_plan(*scan, wanted_block(*scan));
-  Job job;
-  job.scan = scan;
-  job.plan = &plan;
-  job.tasks = scan->batch * plan.blocks;
+  Plan plan = make_plan(*scan);
+  Scratch sums(sums_bytes(*scan, plan));
+  if (!sums.data) return 1;
+  plan.sums = sums.data;
+  Job job(*scan, plan);
   job.scratch_bytes = kernels().forward_scratch(*scan, plan);
   job.run = [](const Job& job, int64_t task, char* scratch) {
-    kernels().forward(*job.scan, *job.plan, block_of(job, task), scratch);
+    kernels().forward(*job.scan, *job.plan, block_of(*job.scan, *job.plan, task), scratch);
   };
-  return run(job);
+  if (run(job)) return 1;
+  return plan.shares > 1 ? join_sums(*scan, plan) : 0;
 }
 
 int gspn_scan_backward(const Scan* scan) {
-  Plan plan = make_plan(*scan, wanted_block(*scan));
-  const int64_t logits = scan->batch * scan->height * scan->width * scan->directions * 3 * scan->groups;
-  const int64_t sums = scan->batch * scan->directions * scan->channels;
-  Scratch merge_sums(sums * (int64_t)sizeof(double));
-  Scratch logit_parts(plan.parts > 1 ? plan.parts * logits * (scan->dtype == kFloat64 ? 8 : 4) : 0);
-  if (!merge_sums.data || !logit_parts.data) return 1;
+  Plan plan = make_plan(*scan);
+  const int64_t merge_count = scan->batch * scan->directions * scan->channels;
+  Scratch merge_sums(merge_count * (int64_t)sizeof(double)), sums(sums_bytes(*scan, plan));
+  Scratch logit_parts(plan.parts > 1 ? plan.parts * logit_count(*scan) * (scan->dtype == kFloat64 ? 8 : 4) : 0);
+  if (!merge_sums.data || !logit_parts.data || !sums.data) return 1;
   plan.merge_sums = (double*)merge_sums.data;
   plan.logit_parts = logit_parts.data;
-  Job job;
-  job.scan = scan;
-  job.plan = &plan;
-  job.tasks = scan->batch * plan.blocks;
+  plan.sums = sums.data;
+  plan.stream = streams(*scan, plan);
+  Job job(*scan, plan);
   job.scratch_bytes = kernels().backward_scratch(*scan, plan);
   job.run = [](const Job& job, int64_t task, char* scratch) {
-    kernels().backward(*job.scan, *job.plan, block_of(job, task), scratch);
+    kernels().backward(*job.scan, *job.plan, block_of(*job.scan, *job.plan, task), scratch);
   };
   if (run(job)) return 1;
   for (int64_t d = 0; d < scan->directions; ++d) {
@@ -171,20 +269,8 @@ int gspn_scan_backward(const Scan* scan) {
         sum += plan.merge_sums[(b * scan->directions + d) * scan->channels + c];
     scan->grad_merge[d] = sum;
   }
-  if (plan.parts > 1) {
-    Job join;
-    join.scan = scan;
-    join.plan = &plan;
-    join.tasks = (logits + 65535) / 65536;
-    join.scratch_bytes = 0;
-    join.run = [](const Job& job, int64_t task, char*) {
-      const Scan& scan = *job.scan;
-      const int64_t logits = scan.batch * scan.height * scan.width * scan.directions * 3 * scan.groups;
-      kernels().join_parts(scan, *job.plan, task * 65536, std::min(logits, (task + 1) * 65536));
-    };
-    return run(join);
-  }
-  return 0;
+  if (plan.shares > 1 && join_sums(*scan, plan)) return 1;
+  return plan.parts > 1 ? join_parts(*scan, plan) : 0;
 }
 
 }  // extern "C"

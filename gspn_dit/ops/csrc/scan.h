@@ -36,10 +36,10 @@ struct Scan {
   void* parallel;      // GOMP_parallel of the OpenMP runtime that torch uses, or null
 };
 
-// A task: a range of channels of one sample. In the backward of shared weights whose group is cut into several tasks,
-// `part` numbers the task within its group.
+// A task: a range of channels of one sample, for a share of the directions. In the backward of shared weights whose group
+// is cut into several tasks, `part` numbers the task within its group.
 struct Block {
-  int64_t batch, channel, channels, part;
+  int64_t batch, channel, channels, share, part;
 };
 
 // How a call is cut into tasks, and what the tasks share.
@@ -47,6 +47,9 @@ struct Plan {
   int64_t block;           // channels per task, a multiple of 16 unless it is all of them
   int64_t blocks;          // tasks per sample
   int64_t parts;           // tasks per group of shared weights (1: a task has whole groups)
+  int64_t shares;          // of the directions, each with its own sum, which are then joined
+  void* sums;              // [shares, B, H, W, C] in the accumulation type if shares > 1; an output in that type is share 0
+  bool stream;             // write gradients past the caches
   double* merge_sums;      // [B, D, C], backward
   void* logit_parts;       // [parts, B, H, W, D, 3, G] in the accumulation type if parts > 1
 };
@@ -58,7 +61,8 @@ struct Kernels {
   int64_t (*backward_scratch)(const Scan&, const Plan&);
   void (*forward)(const Scan&, const Plan&, const Block&, char* scratch);
   void (*backward)(const Scan&, const Plan&, const Block&, char* scratch);
-  void (*join_parts)(const Scan&, const Plan&, int64_t begin, int64_t end);  // range of logits
+  void (*join_parts)(const Scan&, const Plan&, int64_t begin, int64_t end);                // range of logits
+  void (*join_sums)(const Scan&, const Plan&, void* output, int64_t begin, int64_t end);  // range of x
 };
 
 extern const Kernels kBaselineKernels;

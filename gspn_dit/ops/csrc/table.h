@@ -22,6 +22,10 @@ static void any_join_parts(const Scan& scan, const Plan& plan, int64_t begin, in
   GSPN_BY_DTYPE(join_parts, scan, plan, begin, end)
 }
 
+static void any_join_sums(const Scan& scan, const Plan& plan, void* output, int64_t begin, int64_t end) {
+  GSPN_BY_DTYPE(join_sums, scan, plan, output, begin, end)
+}
+
 }  // namespace GSPN_ISA
 
 extern const Kernels GSPN_TABLE = {GSPN_NAME,
@@ -29,6 +33,7 @@ extern const Kernels GSPN_TABLE = {GSPN_NAME,
                                    GSPN_ISA::any_backward_scratch,
                                    GSPN_ISA::any_forward,
                                    GSPN_ISA::any_backward,
-                                   GSPN_ISA::any_join_parts};
+                                   GSPN_ISA::any_join_parts,
+                                   GSPN_ISA::any_join_sums};
 
 }  // namespace gspn

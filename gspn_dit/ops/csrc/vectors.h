@@ -50,6 +50,17 @@ static GSPN_INLINE F32 load(const BFloat16* p) {
 }
 
 // Round to nearest even; a NaN stays one whatever its payload.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+static GSPN_INLINE void store(BFloat16* p, F32 v) {
+  const __m256i bits = (__m256i)v;
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
+  const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+  const __m256 kept = _mm256_blendv_ps((__m256)rounded, (__m256)_mm256_set1_epi32(0x7fc00000), nan);
+  const __m256i high = _mm256_srli_epi32((__m256i)kept, 16);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+}
+#else
 static GSPN_INLINE void store(BFloat16* p, F32 v) {
   U32 bits = (U32)v;
   U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -57,6 +68,7 @@ static GSPN_INLINE void store(BFloat16* p, F32 v) {
   U16 half = __builtin_convertvector(kept >> 16, U16);
   memcpy(p, &half, kBytes / 2);
 }
+#endif
 
 #if defined(__AVX512F__)
 static GSPN_INLINE F32 load(const Float16* p) {
@@ -92,6 +104,28 @@ static GSPN_INLINE void store(Float16* p, F32 v) {
   memcpy(p, &half, kBytes / 2);
 }
 #endif
+
+// Copy without bringing the target into the cache first. The target and the bytes are multiples of 64.
+static GSPN_INLINE void copy_past_caches(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512((__m512i*)((char*)to + i), _mm512_loadu_si512((const char*)from + i));
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __m256i low = _mm256_loadu_si256((const __m256i*)((const char*)from + i));
+    const __m256i high = _mm256_loadu_si256((const __m256i*)((const char*)from + i + 32));
+    _mm256_stream_si256((__m256i*)((char*)to + i), low);
+    _mm256_stream_si256((__m256i*)((char*)to + i + 32), high);
+  }
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+static GSPN_INLINE void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // The first `count` lanes; the others are zero, or left alone.
 template <class T, class A = typename Accumulator<T>::type>
