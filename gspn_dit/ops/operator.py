@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_dit.ops import cpu
+from gspn_dit.ops import cpu, cuda
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -84,3 +84,5 @@ def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
 
 scan_forward.register_autograd(_differentiate, setup_context=_save_inputs)
 scan_backward.register_autograd(_refuse)
+scan_forward.register_kernel("cuda")(cuda.scan_forward)
+scan_backward.register_kernel("cuda")(cuda.scan_backward)

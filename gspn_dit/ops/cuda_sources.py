@@ -1,0 +1,54 @@
+"""Text and compiler options of the CUDA kernels, for CuPy's NVRTC with or without a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from gspn_dit.ops.cuda_types import Variant
+
+INCLUDE = '#include "common.cuh"\n'
+
+
+def source_folder() -> Path:
+    """Where the kernels' sources lie: inside the installed package, else at the top of the checkout."""
+    here = Path(__file__).resolve()
+    folders = (here.parent / "cuda_src", here.parents[2] / "cuda")
+    for folder in folders:
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise FileNotFoundError(f"the CUDA sources of gspn_dit are missing: neither {folders[0]} nor {folders[1]} has them")
+
+
+@cache
+def source_text(name: str) -> str:
+    """One source file with its header put in: CuPy keys its cache of compiled modules by this text."""
+    folder = source_folder()
+    text = (folder / name).read_text()
+    assert INCLUDE in text, name
+    return text.replace(INCLUDE, (folder / "common.cuh").read_text().replace("#pragma once\n", ""))
+
+
+def compile_options(variant: Variant) -> tuple[str, ...]:
+    """NVRTC options of a variant, without the architecture."""
+    return ("--std=c++17", *(f"-D{name}={value}" for name, value in variant.defines.items()))
+
+
+def compile_cubin(variant: Variant, arch: str) -> tuple[bytes, str]:
+    """Compile a variant for an architecture such as "sm_90", on any machine; return the cubin and ptxas's log.
+
+    Raises RuntimeError with the compiler's log where it fails, ImportError without CuPy.
+    """
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source_text(variant.source), variant.source, (), ())
+    options = (*compile_options(variant), f"--gpu-architecture={arch}", "--ptxas-options=-v")
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{variant} for {arch}: {error}\n{nvrtc.getProgramLog(program)}") from None
+    try:
+        # CuPy leaves off the last byte, which is a NUL.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)

@@ -1,0 +1,260 @@
+"""`python -m gspn_dit.ops.inspect --arch sm_90 --shape B,H,W,C,G --json`: what the CUDA kernels cost, without a GPU.
+
+Prints one object per kernel that a scan of that shape launches in four directions, for every dtype: registers, memory
+and spills as the assembler reports them, occupancy, bytes moved over the fewest possible, and the time they take at a
+given bandwidth. Bytes are counted, not computed: the kernels run on the host, where the checkout's test equipment and
+g++ are at hand, and every access of a warp is cut into 32-byte sectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspn_dit.ops.contract import STORAGE_DTYPES
+from gspn_dit.ops.cuda_plan import plan
+from gspn_dit.ops.cuda_sources import compile_cubin
+from gspn_dit.ops.cuda_types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant
+
+DEFAULT_BANDWIDTH_GBS = 3350.0
+"""An H100 SXM's."""
+_COUNTED_TOKENS = 1 << 15
+"""Images of a batch are alike: enough of them are run to count, and no shape of more tokens than this."""
+_RESERVED_SHARED_BYTES = 1024  # of each block, for the system
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Limits of a multiprocessor, and how many a device has."""
+
+    processors: int
+    threads: int
+    blocks: int
+    shared_bytes: int
+    block_shared_bytes: int
+    registers: int = 65536
+
+
+ARCHITECTURES = {
+    "sm_75": Architecture(40, 1024, 16, 64 * 1024, 64 * 1024),
+    "sm_80": Architecture(108, 2048, 32, 164 * 1024, 163 * 1024),
+    "sm_86": Architecture(84, 1536, 16, 100 * 1024, 99 * 1024),
+    "sm_89": Architecture(128, 1536, 24, 100 * 1024, 99 * 1024),
+    "sm_90": Architecture(132, 2048, 32, 228 * 1024, 227 * 1024),
+    "sm_100": Architecture(148, 2048, 32, 228 * 1024, 227 * 1024),
+    "sm_120": Architecture(170, 1536, 24, 100 * 1024, 99 * 1024),
+}
+"""The largest common device of each architecture."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler says of a kernel."""
+
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel of one dtype; `bytes_ratio` is the whole pass's, `kernel_bytes_ratio` this kernel's part of it."""
+
+    kernel: str
+    dtype: str
+    regime: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+    occupancy: float
+    bytes_ratio: float | None
+    predicted_ms: float | None
+    kernel_bytes_ratio: float | None
+    launches: int
+    reason: str | None
+    """Why there is no ratio."""
+
+
+def parse_log(log: str) -> dict[str, Resources]:
+    """Read registers, static shared memory, stack and spills of each kernel from ptxas's verbose output."""
+    found = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        numbers = {
+            name: sum(map(int, re.findall(pattern, part)))
+            for name, pattern in {
+                "registers": r"Used (\d+) registers",
+                "shared_bytes": r"(\d+) bytes smem",
+                "stack_bytes": r"(\d+) bytes stack frame",
+                "stores": r"(\d+) bytes spill stores",
+                "loads": r"(\d+) bytes spill loads",
+            }.items()
+        }
+        spills = numbers.pop("stores") + numbers.pop("loads")
+        found[part.split("'")[0]] = Resources(**numbers, spill_bytes=spills)
+    return found
+
+
+def occupancy(limits: Architecture, registers: int, threads: int, shared_bytes: int) -> float:
+    """Share of a multiprocessor's threads that blocks of a kernel can hold at once."""
+    warps = -(-threads // 32)
+    warp_registers = -(-registers * 32 // 256) * 256
+    per_quarter = limits.registers // 4 // warp_registers  # warps live in four quarters, registers with them
+    block_shared = -(-(shared_bytes + _RESERVED_SHARED_BYTES) // 128) * 128
+    blocks = min(
+        limits.blocks, limits.threads // (32 * warps), 4 * per_quarter // warps, limits.shared_bytes // block_shared
+    )
+    return blocks * warps * 32 / limits.threads
+
+
+def _harness() -> Any:
+    """The test equipment that runs kernels on the host; raises ImportError or RuntimeError with the reason."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "tests" / "ops" / "host_cuda" / "harness.py").is_file():
+        raise RuntimeError("the kernels run on the host only from a checkout with its tests")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    harness = importlib.import_module("tests.ops.host_cuda.harness")
+    if harness.compiler() is None:
+        raise RuntimeError("g++ is not installed: apt-get install g++")
+    return harness
+
+
+def count_bytes(geometry: Geometry, device: Device, backward: bool) -> tuple[dict[str, float], str | None]:
+    """Bytes of each kernel of a pass over the fewest possible, or the reason why they cannot be counted."""
+    image_bytes = geometry.height * geometry.width * geometry.channels * geometry.dtype.itemsize
+    images = min(geometry.batch, 1 if image_bytes % SECTOR_BYTES == 0 else 4)
+    counted = replace(geometry, batch=images)
+    if counted.tokens > _COUNTED_TOKENS:
+        return {}, f"more than {_COUNTED_TOKENS} tokens per image take too long on the host"
+    try:
+        sectors = _harness().count_sectors(geometry, backward, device, images=images)
+    except (ImportError, RuntimeError) as error:
+        return {}, str(error)
+    floor = counted.floor_bytes(backward)
+    return {kernel: SECTOR_BYTES * number / floor for kernel, number in sectors.items()}, None
+
+
+def _report(
+    todo: Plan, geometry: Geometry, arch: str, backward: bool, bandwidth_gbs: float, resources: dict[Variant, dict]
+) -> list[KernelReport]:
+    limits = ARCHITECTURES[arch]
+    device = Device(limits.block_shared_bytes, limits.processors)
+    ratios, reason = count_bytes(geometry, device, backward)
+    total = sum(ratios.values()) if reason is None else None
+    launches: dict[tuple[Variant, str], list[Launch]] = {}
+    for launch in todo.launches:
+        launches.setdefault((launch.variant, launch.kernel), []).append(launch)
+    reports = []
+    for (variant, kernel), runs in launches.items():
+        costs: Resources = resources[variant][kernel]
+        shared = costs.shared_bytes + max(run.shared_bytes for run in runs)
+        threads = max(run.block[0] * run.block[1] for run in runs)
+        own = ratios.get(kernel) if reason is None else None
+        milliseconds = None if own is None else own * geometry.floor_bytes(backward) / bandwidth_gbs / 1e6
+        reports.append(
+            KernelReport(
+                kernel=kernel,
+                dtype=str(geometry.dtype).removeprefix("torch."),
+                regime=variant.regime,
+                arch=arch,
+                registers=costs.registers,
+                shared_bytes=shared,
+                stack_bytes=costs.stack_bytes,
+                spill_bytes=costs.spill_bytes,
+                occupancy=round(occupancy(limits, costs.registers, threads, shared), 4),
+                bytes_ratio=None if total is None else round(total, 4),
+                predicted_ms=None if milliseconds is None else round(milliseconds, 6),
+                kernel_bytes_ratio=None if own is None else round(own, 4),
+                launches=len(runs),
+                reason=reason,
+            )
+        )
+    return reports
+
+
+def inspect(
+    arch: str,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype] = STORAGE_DTYPES,
+    bandwidth_gbs: float = DEFAULT_BANDWIDTH_GBS,
+) -> list[KernelReport]:
+    """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU."""
+    batch, height, width, channels, groups = shape
+    limits = ARCHITECTURES[arch]
+    device = Device(limits.block_shared_bytes, limits.processors)
+    resources: dict[Variant, dict] = {}
+    reports = []
+    for dtype in dtypes:
+        alignment = next(power for power in (8, 4, 2, 1) if channels % power == 0 and groups % power == 0)
+        geometry = Geometry(dtype, batch, height, width, channels, groups, (0, 1, 2, 3), 0, alignment)
+        for backward in (False, True):
+            todo = plan(geometry, device, backward)
+            for launch in todo.launches:
+                if launch.variant not in resources:
+                    resources[launch.variant] = parse_log(compile_cubin(launch.variant, arch)[1])
+            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, resources)
+    return reports
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if len(numbers) != 5 or min(numbers) < 1 or numbers[3] % numbers[4]:
+        raise ValueError
+    return numbers
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gspn_dit.ops.inspect", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--arch", default="sm_90", choices=ARCHITECTURES, help="GPU architecture to compile for")
+    parser.add_argument("--shape", default="32,16,16,1152,1152", help="B,H,W,C,G: x is [B, H, W, C], G divides C")
+    names = [str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES]
+    parser.add_argument("--dtype", choices=names, action="append", help="only this dtype; may be repeated")
+    parser.add_argument("--bandwidth-gbs", type=float, default=DEFAULT_BANDWIDTH_GBS, help="memory bandwidth, GB/s")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        options.shape = _shape(options.shape)
+    except ValueError:
+        parser.exit(2, f"inspect: error: --shape {options.shape}: give five positive numbers B,H,W,C,G; G divides C\n")
+    options.dtypes = [getattr(torch, name) for name in options.dtype or names]
+    return options
+
+
+def _table(reports: Sequence[KernelReport]) -> str:
+    names = ["kernel", "dtype", "regime", "registers", "shared_bytes", "stack_bytes", "spill_bytes", "occupancy"]
+    names += ["bytes_ratio", "predicted_ms"]
+    rows = [names, *([str(getattr(report, name)) for name in names] for report in reports)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the report; one line and exit code 2 where it cannot be made."""
+    options = _arguments(arguments)
+    try:
+        reports = inspect(options.arch, options.shape, options.dtypes, options.bandwidth_gbs)
+    except ImportError as error:
+        major = (torch.version.cuda or "13").split(".")[0]
+        why = " ".join(str(error).split())
+        print(
+            f"inspect: error: CuPy's NVRTC compiles the kernels ({why}): pip install 'cupy-cuda{major}x[ctk]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    print(json.dumps([asdict(report) for report in reports], indent=2) if options.json else _table(reports))
+
+
+if __name__ == "__main__":
+    main()
