@@ -25,6 +25,12 @@ __all__ = ["describe", "output_memory", "scan_backward", "scan_forward"]
 DISABLE_VARIABLE = "GSPN_CPU_KERNELS"
 """Environment variable; "pytorch" uses the line-by-line kernels even where the library was built."""
 
+BLOCK = 0
+"""Channels per task of the compiled kernels; 0 lets them choose."""
+
+STREAM_BYTES = 32 << 20
+"""Gradients of at least as many bytes are written past the caches: what reads them next would not find them there."""
+
 output_memory = OutputMemory()
 """Where large outputs live; `output_memory.release()` returns what is idle to the system."""
 
@@ -39,7 +45,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "groups", "directions")),
-        *((name, ctypes.c_int64) for name in ("window", "dtype", "threads")),
+        *((name, ctypes.c_int64) for name in ("window", "dtype", "threads", "block", "stream_bytes")),
         ("direction", ctypes.c_int64 * _MAX_DIRECTIONS),
         ("merge", ctypes.c_double * _MAX_DIRECTIONS),
         ("x_stride", ctypes.c_int64 * 3),
@@ -114,7 +120,7 @@ def _call(
     call.groups, call.directions = logits.shape[-1], len(directions)
     call.window = window or max(call.height, call.width)
     call.dtype = STORAGE_DTYPES.index(x.dtype)
-    call.threads = torch.get_num_threads()
+    call.threads, call.block, call.stream_bytes = torch.get_num_threads(), BLOCK, STREAM_BYTES
     call.direction[: len(directions)] = list(directions)
     call.merge[: len(directions)] = merge_weight.detach().double().tolist()
     for name, tensor in inputs.items():

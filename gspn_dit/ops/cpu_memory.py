@@ -46,7 +46,10 @@ class OutputMemory:
         loan = (ctypes.c_byte * size).from_buffer(block)
         weakref.finalize(loan, self._give_back, block).atexit = False
         # The storage of the tensor keeps `loan` alive.
-        return torch.frombuffer(loan, dtype=dtype, count=math.prod(shape)).view(shape)
+        tensor = torch.frombuffer(loan, dtype=dtype, count=math.prod(shape)).view(shape)
+        if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+            tensor.fill_(math.nan)  # as torch.empty does
+        return tensor
 
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:

@@ -147,8 +147,7 @@ Plan make_plan(const Scan& scan) {
   Plan plan = {};
   plan.parts = 1;
   plan.shares = scan.batch == 1 && scan.directions > 1 && scan.channels * item_bytes(scan) <= 2048 ? 2 : 1;
-  const char* forced = getenv("GSPN_CPU_BLOCK");
-  const int64_t wanted = std::max<int64_t>(16, forced ? atoll(forced) : wanted_block(scan, plan.shares));
+  const int64_t wanted = std::max<int64_t>(16, scan.block > 0 ? scan.block : wanted_block(scan, plan.shares));
   const int64_t group = scan.groups == scan.channels ? 1 : scan.channels / scan.groups;
   if (group == 1) {
     plan.block = (wanted + 15) / 16 * 16;
@@ -217,7 +216,7 @@ bool streams(const Scan& scan, const Plan& plan) {
   const int64_t bytes = scan.batch * scan.height * scan.width * D * (3 * scan.groups + 2 * scan.channels) * item;
   const bool aligned = ((uintptr_t)scan.grad_logits | (uintptr_t)scan.grad_in | (uintptr_t)scan.grad_out |
                         (uintptr_t)(scan.channels * item) | (uintptr_t)(plan.block * item)) % 64 == 0;
-  return aligned && bytes >= (32 << 20) && !getenv("GSPN_CPU_CACHED");
+  return aligned && bytes >= scan.stream_bytes;
 }
 
 }  // namespace

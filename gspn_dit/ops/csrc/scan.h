@@ -15,6 +15,8 @@ struct Scan {
   int64_t window;  // lines per segment, at least 1
   int64_t dtype;
   int64_t threads;
+  int64_t block;         // channels per task, or 0 to choose
+  int64_t stream_bytes;  // gradients of at least as many bytes are written past the caches
   int64_t direction[kMaxDirections];
   double merge[kMaxDirections];
   int64_t x_stride[3];       // B, H, W

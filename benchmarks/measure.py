@@ -1,0 +1,113 @@
+"""Clocks, memory counters and the description of the machine that every benchmark shares."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gspn_dit.ops import cpu
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock seconds of repeated runs."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def as_json(self) -> dict[str, float]:
+        """Milliseconds: the best, the median, and how far the median lies above the best."""
+        return {
+            "best_ms": round(1e3 * self.best, 4),
+            "median_ms": round(1e3 * self.median, 4),
+            "spread": round(self.median / self.best - 1, 4),
+        }
+
+
+class CpuDevice:
+    """How to time and weigh work on the CPU. Another device needs the same methods."""
+
+    name = "cpu"
+
+    def time_together(self, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+        """Time several functions in turn, so that a busy neighbour hits all of them alike; one warm-up each."""
+        for run in runs.values():
+            run()
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+        return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+    def peak_extra_bytes(self, run: Callable[[], object]) -> int | None:
+        """Return how far resident memory rises during a run, or None where /proc does not say."""
+        cpu.output_memory.release()
+        gc.collect()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            before = _status_bytes("VmRSS")
+            result = run()
+            peak = _status_bytes("VmHWM")
+            del result
+        except OSError:
+            return None
+        return peak - before
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": [round(value, 2) for value in os.getloadavg()],
+            "kernels": cpu.describe(),
+            "memory_policy": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_")},
+        }
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def software() -> dict[str, str]:
+    """Versions, and the commit if this is a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "commit": git.stdout.strip() or "unknown",
+    }
