@@ -106,7 +106,7 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.demo_quality", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default="runs/demo", help="run directory of the demo")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--guidance-scale", type=float, default=1.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.errors import UserError
@@ -31,7 +32,25 @@ from gspn_dit.training.setup import Parts, build_parts
 
 
 def train(arguments: TrainArguments) -> None:
-    """Train as `train.py` was asked to; raises UserError before anything is written if that cannot be done."""
+    """Train as `train.py` was asked to; raises UserError before anything is written if that cannot be done.
+
+    In a job of several processes the launcher prints the traceback of the process that failed first.
+    """
+    mistakes: list[UserError] = []
+
+    @record  # hands the launcher the traceback; a user's mistake needs none
+    def run() -> None:
+        try:
+            _train(arguments)
+        except UserError as error:
+            mistakes.append(error)
+
+    run()
+    if mistakes:
+        raise mistakes[0]
+
+
+def _train(arguments: TrainArguments) -> None:
     config = arguments.config
     accelerator = create_accelerator(config)
     directory = open_run_directory(config, arguments.resume, arguments.overwrite)
@@ -93,6 +112,8 @@ class Trainer:
         self.ema = EMA(self.model, config.training.ema_decay)
         self.optimizer = create_optimizer(self.model, config.training)
         self.nonfinite_steps, self.nonfinite_in_a_row = (torch.zeros((), device=accelerator.device) for _ in range(2))
+        self.losses: list[Tensor] = []
+        """This process's losses since the last line of metrics, 0-d."""
         self._stop_signal: int | None = None
         if directory.checkpoint is not None:
             self._restore(directory)
@@ -107,12 +128,14 @@ class Trainer:
         self.ema.updates = manifest["ema"]["updates"]
         self.nonfinite_steps += manifest["nonfinite_steps"]
         self.nonfinite_in_a_row += manifest["nonfinite_in_a_row"]
+        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in manifest["losses_since_log"]]
         self.model.load_state_dict(load_tensors(directory.checkpoint, "model"))
         self.ema.model.load_state_dict(load_tensors(directory.checkpoint, "ema"))
         load_optimizer_tensors(self.optimizer, self.model, load_tensors(directory.checkpoint, "optimizer"))
 
-    def save(self) -> None:
+    def save(self, progress: Progress) -> None:
         """Write the checkpoint of this step, from the main process, and delete those no longer wanted."""
+        losses = self.accelerator.reduce(torch.stack(self.losses), reduction="mean").tolist() if self.losses else []
         if self.accelerator.is_main_process:
             settings = self.config.training
             tensors = {
@@ -126,8 +149,12 @@ class Trainer:
                 "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
                 "nonfinite_steps": int(self.nonfinite_steps),
                 "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
+                "losses_since_log": losses,
             }
-            save_checkpoint(self.directory.path, self.step, tensors, manifest)
+            began = time.perf_counter()
+            saved = save_checkpoint(self.directory.path, self.step, tensors, manifest)
+            seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in saved.iterdir()) / 1e9
+            progress.write(f"saved {saved}: {size:.3g} GB in {seconds:.2g} s ({seconds / size:.2g} s/GB)")
             remove_old_checkpoints(self.directory.path, settings.keep_last, settings.keep_every)
         self.accelerator.wait_for_everyone()
 
@@ -194,16 +221,14 @@ class Trainer:
         if self.accelerator.is_main_process and settings.trackers:
             self.accelerator.init_trackers("trackers")
         with self._signals_caught(), Progress(self.step, settings.max_steps, self.accelerator) as progress:
-            losses: list[Tensor] = []
             started, first_step = time.perf_counter(), self.step
             while self.step < settings.max_steps and not self._must_stop():
                 loss, norm = self.train_step()
-                losses.append(loss)
+                self.losses.append(loss)
                 progress.advance()
                 if self._due(settings.log_every):
                     seconds = time.perf_counter() - started
-                    self._log(losses, norm, (self.step - first_step) * settings.batch_size / seconds, progress)
-                    losses.clear()
+                    self._log(norm, (self.step - first_step) * settings.batch_size / seconds, progress)
                     started, first_step = time.perf_counter(), self.step
                 with self._paused() as paused:
                     if self._due(settings.validate_every):
@@ -211,18 +236,19 @@ class Trainer:
                     if self._due(settings.sample_every):
                         self._sample()
                     if self._due(settings.checkpoint_every):
-                        self.save()
+                        self.save(progress)
                 started += paused()
             if self._stop_signal is not None:
-                self.save()
+                self.save(progress)
                 progress.write(f"stopped by signal {self._stop_signal}; --resume auto goes on from step {self.step}")
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.training.max_steps
 
-    def _log(self, losses: list[Tensor], norm: Tensor, images_per_second: float, progress: Progress) -> None:
+    def _log(self, norm: Tensor, images_per_second: float, progress: Progress) -> None:
         """Write mean loss since the last line, and stop the run if steps keep failing."""
-        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
+        self.losses.clear()
         values = {
             "loss": loss.item(),
             "learning_rate": learning_rate(self.config.training, self.step - 1),

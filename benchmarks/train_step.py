@@ -1,0 +1,98 @@
+"""Where the time of a training step goes, and what the loop adds to forward, backward and optimiser.
+
+    python -m benchmarks.train_step --config configs/demo.yaml --steps 50 --out benchmarks/results/train_step.json
+
+Drawing by sample number, loading the batch, the EMA and the counters are the overhead; figures are medians over steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gspn_dit.errors import ArgumentParser, run_cli
+
+WARM_UP_STEPS = 5
+
+
+class Stopwatch:
+    """Adds up the seconds spent inside the functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def measure(config_path: str, steps: int) -> dict[str, Any]:
+    """Run training steps of a config in a temporary directory and return the split of their time."""
+    import dataclasses
+
+    import torch
+
+    from gspn_dit.config import load_config
+    from gspn_dit.training import loop
+    from gspn_dit.training.run_directory import RunDirectory, describe_environment
+    from gspn_dit.training.setup import build_parts
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(load_config(config_path), output_dir=folder)
+        parts = build_parts(config)
+        trainer = loop.Trainer(config, parts, loop.create_accelerator(config), RunDirectory(Path(folder), None))
+        watches = {name: Stopwatch() for name in ("forward", "backward", "optimizer")}
+        parts.objective.loss = watches["forward"].wrap(parts.objective.loss)  # type: ignore[method-assign]
+        trainer.accelerator.backward = watches["backward"].wrap(trainer.accelerator.backward)  # type: ignore[method-assign]
+        loop.optimizer_step = watches["optimizer"].wrap(loop.optimizer_step)  # type: ignore[assignment]
+        rows = []
+        for _ in range(WARM_UP_STEPS + steps):
+            before = {name: watch.seconds for name, watch in watches.items()}
+            began = time.perf_counter()
+            trainer.train_step()
+            total = time.perf_counter() - began
+            parts_of_step = {name: watch.seconds - before[name] for name, watch in watches.items()}
+            rows.append({"total": total, **parts_of_step, "overhead": total - sum(parts_of_step.values())})
+    rows = rows[WARM_UP_STEPS:]
+    shares = [row["overhead"] / row["total"] for row in rows]
+    environment = describe_environment()
+    return {
+        "config": config_path,
+        "steps": steps,
+        "milliseconds": {key: round(1e3 * statistics.median(row[key] for row in rows), 3) for key in rows[0]},
+        "overhead_share": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
+        "target": "median overhead_share <= 0.05",
+        "met": statistics.median(shares) <= 0.05,
+        "machine": {**environment["machine"], "torch_threads": torch.get_num_threads(), "load": os.getloadavg()},
+        "versions": environment["versions"],
+        "git_commit": environment["git_commit"],
+    }
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = ArgumentParser(prog="benchmarks.train_step", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", help="write the JSON here as well")
+    options = parser.parse_args()
+    text = json.dumps(measure(options.config, options.steps), indent=2)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
