@@ -47,7 +47,8 @@ class OutputMemory:
         weakref.finalize(loan, self._give_back, block).atexit = False
         # The storage of the tensor keeps `loan` alive.
         tensor = torch.frombuffer(loan, dtype=dtype, count=math.prod(shape)).view(shape)
-        if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        fill = getattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        if fill and torch.are_deterministic_algorithms_enabled():
             tensor.fill_(math.nan)  # as torch.empty does
         return tensor
 

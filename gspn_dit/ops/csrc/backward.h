@@ -268,7 +268,7 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
   const int64_t groups = scan.groups;
   const Directions directions(scan, plan, block);
   const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
-  const A merge = (A)scan.merge[d];
+  const A merge = merge_weight<A>(scan, d);
   double* merge_total = plan.merge_sums + (block.batch * scan.directions + d) * scan.channels + block.channel;
   for (int64_t c = 0; c < block.channels; ++c) merge_total[c] = 0;
   A *carried = carries, *passed = carries + size;

@@ -90,7 +90,7 @@ static void forward_direction(const Scan& scan, const Plan& plan, const Block& b
   const Sum<T> sum(geometry, scan, plan, block, scan.y, partial_plane);
   const Directions directions(scan, plan, block);
   const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
-  const A merge = (A)scan.merge[d];
+  const A merge = merge_weight<A>(scan, d);
   const int64_t k_stride = scan.logits_stride[4], size = (positions + 2) * width;
   A *before = states, *state = states + size;
   for (int64_t step = 0; step < lines; ++step) {

@@ -76,6 +76,12 @@ template <class T> struct Sum {
   }
 };
 
+// A NaN becomes the processor's own.
+template <class A> static A merge_weight(const Scan& scan, int64_t d) {
+  const double merge = scan.merge[d];
+  return merge == merge ? (A)merge : (A)__builtin_nanf("");
+}
+
 struct Directions {
   int64_t begin, end;
   Directions(const Scan& scan, const Plan& plan, const Block& block)

@@ -43,24 +43,29 @@ static GSPN_INLINE F64 load(const double* p) { F64 v; memcpy(&v, p, kBytes); ret
 static GSPN_INLINE void store(float* p, F32 v) { memcpy(p, &v, kBytes); }
 static GSPN_INLINE void store(double* p, F64 v) { memcpy(p, &v, kBytes); }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+static GSPN_INLINE F32 load(const BFloat16* p) {
+  const __m256i high_halves =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return (F32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), high_halves);
+}
+// Round to nearest even. A NaN needs no care: no operation sets bits below those that a 16-bit input or the processor's own
+// NaN has (the merge weight is made such a NaN), and rounding does not carry into what is kept of it.
+static GSPN_INLINE void store(BFloat16* p, F32 v) {
+  const __m256i bits = (__m256i)v;
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
+  const __m256i high = _mm256_srli_epi32(rounded, 16);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+}
+#else
 static GSPN_INLINE F32 load(const BFloat16* p) {
   U16 half;
   memcpy(&half, p, kBytes / 2);
   return (F32)(__builtin_convertvector(half, U32) << 16);
 }
-
 // Round to nearest even; a NaN stays one whatever its payload.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-static GSPN_INLINE void store(BFloat16* p, F32 v) {
-  const __m256i bits = (__m256i)v;
-  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
-  const __m256 nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
-  const __m256 kept = _mm256_blendv_ps((__m256)rounded, (__m256)_mm256_set1_epi32(0x7fc00000), nan);
-  const __m256i high = _mm256_srli_epi32((__m256i)kept, 16);
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
-}
-#else
 static GSPN_INLINE void store(BFloat16* p, F32 v) {
   U32 bits = (U32)v;
   U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
