@@ -19,9 +19,10 @@ from gspn_dit.ops import cpu
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock seconds of repeated runs."""
+    """Wall-clock seconds of repeated runs, and the processor seconds of all their threads."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
 
     @property
     def best(self) -> float:
@@ -49,13 +50,13 @@ class CpuDevice:
         """Time several functions in turn, so that a busy neighbour hits all of them alike; one warm-up each."""
         for run in runs.values():
             run()
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 run()
-                seconds[name].append(time.perf_counter() - start)
-        return {name: Timing(tuple(values)) for name, values in seconds.items()}
+                seconds[name].append((time.perf_counter() - start, time.process_time() - cpu_start))
+        return {name: Timing(*zip(*values)) for name, values in seconds.items()}
 
     def peak_extra_bytes(self, run: Callable[[], object]) -> int | None:
         """Return how far resident memory rises during a run, or None where /proc does not say."""
