@@ -17,7 +17,7 @@ from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import Guidance, Objective, create_objective, draw_noise, sample_latents
 from gspn_dit.errors import UserError, nearest
-from gspn_dit.models import create_model
+from gspn_dit.models import GSPNTransformer, create_model
 from gspn_dit.training.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 
 CHUNK = 64
@@ -37,7 +37,7 @@ class GSPNPipeline(DiffusionPipeline):
     Image i depends on (seed, i) and its label alone, not on what is generated beside it.
     """
 
-    def __init__(self, model: torch.nn.Module, objective: Objective, latent: Latent, class_names: list[str]) -> None:
+    def __init__(self, model: GSPNTransformer, objective: Objective, latent: Latent, class_names: list[str]) -> None:
         super().__init__()
         self.model, self.objective, self.latent, self.class_names = model, objective, latent, class_names
 
@@ -124,13 +124,12 @@ class GSPNPipeline(DiffusionPipeline):
         labels = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids)))
         shape = (self.latent.channels, self.latent.size, self.latent.size)
         noise = draw_noise(seed, range(first, first + CHUNK), shape)
-        null_label = len(self.class_names)
         latents = sample_latents(
             self.model,
             self.objective,
             noise.to(self.device),
             labels.to(self.device),
-            null_label,
+            self.model.null_label,
             steps,
             guidance,
             sampler,

@@ -60,6 +60,8 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
 
     if text == "all":
         return list(range(len(class_names)))
+    if text in class_names:  # a name may hold commas
+        return [resolve_class(text, class_names)]
     ids: list[int] = []
     for word in (part.strip() for part in text.split(",")):
         low, dash, high = word.partition("-")

@@ -461,3 +461,10 @@ def test_config_loads_and_its_model_instantiates(path: Path) -> None:
         model = create_model(config.model.name, 10, channels, size, out_channels, **config.model.overrides())
         output = model(torch.zeros(2, channels, size, size), torch.zeros(2), torch.zeros(2, dtype=torch.long))
     assert output.shape == (2, out_channels, size, size)
+
+
+def test_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  max_steps: 1\nseed: 1\ntraining:\n  batch_size: 2\n")
+    with pytest.raises(UserError, match=r"key 'training' is given twice \(line 4\)"):
+        load_config(path)

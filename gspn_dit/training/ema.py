@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 
-class EMA:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class EMA(Generic[Model]):
     """Keeps a copy of a model whose weights follow it: ema += (1 - d) · (weights - ema).
 
     The decay d is min(decay, (1 + updates) / (10 + updates)), so that an average of a short run forgets its start.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
         """Optimiser steps seen, skipped ones included."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gspn_dit.config import SamplingConfig
 from gspn_dit.data.latents import Latent
 from gspn_dit.diffusion import Guidance, Objective, draw_noise, sample_latents
 from gspn_dit.grid import class_grid, save_png
+from gspn_dit.models import GSPNTransformer
 
 
 def save_preview(
     path: Path,
-    model: nn.Module,
+    model: GSPNTransformer,
     objective: Objective,
     latent: Latent,
     class_names: list[str],
@@ -28,7 +28,7 @@ def save_preview(
     noise = draw_noise(seed, range(len(labels)), (latent.channels, latent.size, latent.size)).to(weight)
     guidance = Guidance(config.guidance_scale, config.guidance_interval)
     latents = sample_latents(
-        model, objective, noise, labels.to(weight.device), len(class_names), config.steps, guidance
+        model, objective, noise, labels.to(weight.device), model.null_label, config.steps, guidance
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(class_grid(latent.decode(latents), labels.tolist(), class_names), path)
