@@ -2,11 +2,11 @@
 
     python benchmarks/scan.py --device cpu --json benchmarks/results/scan_cpu.json
 
-Every share is the fewest bytes the scan can move (DESIGN, section 2) per second, over the bytes per second of a `copy_`
-of float32 timed in turn with it, best run against best run. On a machine that others use, the share per processor second (of all
-threads; set OMP_WAIT_POLICY=passive, so that waiting costs none) is the steadier figure, but a lower one: two threads of
-`copy_` that never run at once do not compete for memory. Nothing is printed unless the kernels agree with the float64
-reference first.
+Every share is the fewest bytes the scan can move (DESIGN, section 2) per second, over the bytes per second of a
+`copy_` of float32 timed in turn with it, best run against best run. On a machine that others use, the share per
+processor second (of all threads; set OMP_WAIT_POLICY=passive, so that waiting costs none) is steadier, but lower: two
+threads of `copy_` that never run at once do not compete for memory. Nothing is printed unless the kernels agree with
+the float64 reference first.
 """
 
 from __future__ import annotations
@@ -192,14 +192,17 @@ class Benchmark:
         while side * side <= tokens:
             shape = (tokens // side**2, side, side, SCALING_CHANNELS)
             result = self.shape(shape, DIRECTIONS, torch.float32)
-            nanoseconds = {name: round(1e6 * result[name]["best_ms"] / tokens, 2) for name in ("forward", "backward")}
-            rows.append({"side": side, **{f"{name}_ns_per_token": value for name, value in nanoseconds.items()}})
+            nanoseconds = {
+                f"{name}_{unit}_per_token": round(1e6 * result[name][key] / tokens, 2)
+                for name in ("forward", "backward")
+                for unit, key in (("ns", "best_ms"), ("cpu_ns", "cpu_ms"))
+            }
+            rows.append({"side": side, **nanoseconds})
             side *= 2
         summary = {
-            f"{name}_slowest_over_fastest": round(
-                max(row[f"{name}_ns_per_token"] for row in rows) / min(row[f"{name}_ns_per_token"] for row in rows), 3
-            )
-            for name in ("forward", "backward")
+            f"{name}_slowest_over_fastest": round(max(row[name] for row in rows) / min(row[name] for row in rows), 3)
+            for name in rows[0]
+            if name != "side"
         }
         return {"tokens": tokens, "channels": SCALING_CHANNELS, "rows": rows, **summary}
 

@@ -1,0 +1,41 @@
+"""The scan's benchmark: its byte counts, its correctness gate, and a report from tiny shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import scan
+from benchmarks.measure import CpuDevice, Timing
+from gspn_dit.ops import DIRECTIONS, cpu
+
+
+def test_fewest_bytes() -> None:
+    shape = (2, 3, 4, 8)
+    elements = 2 * 3 * 4 * 8
+    assert scan.scan_bytes(shape, 4, 8, torch.float32, backward=False) == 22 * 4 * elements
+    assert scan.scan_bytes(shape, 4, 8, torch.float32, backward=True) == 43 * 4 * elements
+    assert scan.scan_bytes(shape, 2, 1, torch.bfloat16, backward=False) == int((2 + 2 * (3 / 8 + 2)) * 2 * elements)
+
+
+def test_no_figure_while_the_kernels_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scan.correctness_error("cpu", "cpu") is None
+    right = cpu.scan_forward
+    monkeypatch.setattr(cpu, "scan_forward", lambda *arguments: right(*arguments) * 1.001)
+    with pytest.raises(SystemExit, match="kernels are wrong"):
+        scan.run("cpu", quick=True, repeats=1)
+
+
+def test_report_of_a_tiny_shape() -> None:
+    benchmark = scan.Benchmark(CpuDevice(), repeats=2, quick=True)
+    row = benchmark.shape((1, 4, 4, 16), DIRECTIONS, torch.float32)
+    assert row["forward"]["share_of_copy"] > 0
+    assert row["backward"]["median_ms"] >= row["backward"]["best_ms"] > 0
+    reference = benchmark.reference((1, 4, 4, 16))
+    assert reference["times_faster"] > 0
+    assert benchmark.attention((1, 4, 4, 64))["attention_is_extrapolated_from_queries"] is None
+
+
+def test_timing() -> None:
+    timing = Timing((0.002, 0.001, 0.004), (0.003, 0.002, 0.002))
+    assert timing.as_json() == {"best_ms": 1.0, "median_ms": 2.0, "spread": 1.0, "cpu_ms": 2.0}
