@@ -19,6 +19,7 @@ using Index = long long;
 
 constexpr int VECTOR = GSPN_VECTOR;
 constexpr int LINES = GSPN_LINES;
+constexpr int SPARED_GATES = 4;  // lines whose input gates the backward kernel keeps in shared memory instead
 constexpr bool SHARED_WEIGHTS = GSPN_SHARED_WEIGHTS != 0;
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -147,12 +148,12 @@ struct Problem {
     Index batch, height, width, channels, groups, directions, code[4], window, merge_is_float;
     Index x_stride[3], grad_y_stride[3], logits_stride[5], input_gate_stride[4], output_gate_stride[4];
     Index slab, slabs, group_slots;                        // channels per block; blocks per row; groups per slab
-    Index owned, halo, tiles;                              // positions per block, recomputed on each side, tiles per line
+    Index owned, halo, tiles;                              // positions per block, more on each side, blocks per line
     Index chunk, chunks, ring;                             // lines per chunk, chunks per segment, slots of `states`
     Index step, span;                                      // this launch's first chunk in visiting order, and how many
     Index phase_direction[2], phase_directions;            // the directions of this launch
     Index accumulate, final;                               // whether `sums` is read, and whether the result is written
-    Index merge_offset, merge_blocks;                      // where this launch's partial sums lie, and how many there are
+    Index merge_offset, merge_blocks;                      // where this launch's partial sums lie, of how many
 };
 
 // Directions 0 right, 1 left, 2 down, 3 up: columns are the lines of 0 and 1; 1 and 3 visit them from the last.
@@ -164,6 +165,31 @@ __device__ __forceinline__ Real merge_weight(const Problem& p, Index d) {
     const float as_float = load<float>(static_cast<const float*>(p.merge) + d, is_float);
     const Element as_element = load<Element>(static_cast<const Element*>(p.merge) + d, !is_float);
     return is_float ? Real(as_float) : widen(as_element);
+}
+
+// Hide where a value comes from: an unrolled loop must not precompute the addresses of all its turns, nor a loop's way
+// in everything that each turn starts from. There are no registers for that.
+__device__ __forceinline__ void forget(Index& value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(value));
+#else
+    (void)value;
+#endif
+}
+template <typename Item>
+__device__ __forceinline__ void forget(Item*& value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(value));
+#else
+    (void)value;
+#endif
+}
+__device__ __forceinline__ void forget(int& value) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(value));
+#else
+    (void)value;
+#endif
 }
 
 // The way of one thread over the lines of a direction: always at position n, from the line `first` on.
@@ -193,17 +219,28 @@ struct Stream {
     __device__ Stream(Item* base, const Problem& p, Index size, const Way& way, Index inner)
         : at(base + (((way.batch * p.height + way.row()) * p.width + way.column()) * size + inner)),
           step(way.signed_step(p.width * size, size)) {}
-    __device__ void move(Index lines) { at += lines * step; }
+    __device__ void move(Index lines) {
+        at += lines * step;
+        forget(at);
+    }
 };
 
-// Two tensors of equal strides need one moving pointer and the distance between them in bytes.
-__device__ __forceinline__ Index distance(const void* from, const void* to) {
-    return reinterpret_cast<Index>(to) - reinterpret_cast<Index>(from);
-}
-template <typename Item>
-__device__ __forceinline__ Item* shifted(Item* at, Index bytes) {
-    return reinterpret_cast<Item*>(reinterpret_cast<Index>(at) + bytes);
-}
+// One thread's place in the contiguous gradients of the gates [B, H, W, D, C], moving along a way. The gradients of its
+// logits [B, H, W, D, 3, C] lie at a multiple of that, so that one register pair serves all of them.
+struct GatePlace {
+    Index offset, step;
+
+    __device__ GatePlace(const Problem& p, const Way& way, int channel, int d) {
+        const Index size = p.directions * p.channels;
+        offset = ((way.batch * p.height + way.row()) * p.width + way.column()) * size + d * p.channels + channel;
+        step = way.signed_step(p.width * size, size);
+    }
+    __device__ void move(Index lines) {
+        offset += lines * step;
+        forget(offset);
+    }
+    __device__ Index logits(int channel) const { return 3 * offset - 2 * channel; }
+};
 
 // The channel, or with shared weights the group, whose logits channel `channel` uses.
 __device__ __forceinline__ Index logit_of(const Problem& p, Index channel) {
@@ -333,13 +370,17 @@ struct LineGradient {
 
 // Where one thread stores the gradients of its three logits: per channel, or summed over the channels of its group.
 struct LogitGradients {
+    const Problem& p;
+    int channel;
     Index group, pitch;
     Stream<Element> elements;
     Stream<Real> sums;
     bool to_sums, is_first;
 
-    __device__ LogitGradients(const Problem& p, const Way& way, Index channel, Index d)
-        : group(logit_of(p, channel)),
+    __device__ LogitGradients(const Problem& problem, const Way& way, int first_channel, int d)
+        : p(problem),
+          channel(first_channel),
+          group(logit_of(p, channel)),
           pitch(p.groups),
           elements(p.grad_logits, p, p.directions * 3 * p.groups, way, d * 3 * p.groups + group),
           sums(p.group_sums, p, p.directions * 3 * p.group_slots, way, 0),
@@ -355,17 +396,18 @@ struct LogitGradients {
         sums.at += (Index(slab) * p.batch * p.height * p.width * p.directions + d) * 3 * p.group_slots + slot;
     }
     __device__ void move(Index lines) {
+        if (!SHARED_WEIGHTS) return;
         if (to_sums) {
             sums.move(lines);
         } else {
             elements.move(lines);
         }
     }
-    __device__ void put(const LineGradient& gradient, bool active) const {
+    __device__ void put(const LineGradient& gradient, const GatePlace& place, bool active) const {
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
             if (!SHARED_WEIGHTS) {
-                store(elements.at + k * pitch, gradient.channels[k], active);
+                store(p.grad_logits + (place.logits(channel) + k * p.channels), gradient.channels[k], active);
                 continue;
             }
             const Real total = sum_to_first_lane(active ? gradient.sum[k] : Real(0), group);

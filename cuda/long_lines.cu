@@ -233,6 +233,21 @@ struct ChunkMemory {
     }
 };
 
+// What a thread keeps of one line of the chunk.
+struct ChunkLine {
+    Logits logits[3];
+    Channels x, input_gate;
+
+    __device__ ChunkLine(const Block& b, const ChunkMemory& lines, int i) : logits(), x(), input_gate() {
+        if (!b.active) return;
+        x = b.stored<Channels>(lines.x_lines + i * lines.size);
+        input_gate = b.stored<Channels>(lines.gate_lines + i * lines.size);
+#pragma unroll
+        for (int k = 0; k < 3; ++k) logits[k] = b.stored<Logits>(lines.logit_lines + (3 * i + k) * lines.size);
+    }
+};
+
+// Load the chunk, keep it, and compute its states from the one that enters it. All loads are independent of the states.
 __device__ __forceinline__ void recompute_states(const Block& b, const ChunkMemory& lines, int step) {
     const Problem& p = b.p;
     const bool enters = b.visit_begin > 0;
@@ -240,24 +255,25 @@ __device__ __forceinline__ void recompute_states(const Block& b, const ChunkMemo
     const Sums entering = load<Sums>(p.states + b.boundary(slot_of(p, step)), b.active && enters);
     if (b.active) b.sums(lines.states) = entering;
     Inputs inputs(b);
-    LineInputs next;
-    next.load_line(b, inputs, b.visit_begin);
+#pragma unroll 2
+    for (int i = 0; i < count; ++i) {
+        LineInputs line;
+        line.load_line(b, inputs, b.visit_begin + i);
+        if (!b.active) continue;
+        b.stored<Channels>(lines.x_lines + i * lines.size) = line.x;
+        b.stored<Channels>(lines.gate_lines + i * lines.size) = line.input_gate;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) b.stored<Logits>(lines.logit_lines + (3 * i + k) * lines.size) = line.logits[k];
+    }
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-        const LineInputs now = next;
-        next.load_line(b, inputs, b.visit_begin + i + 1);
         Sums h = {};
-        if (i > 0 || enters) propagate(b, now.logits, Neighbours(b, lines.states + i * lines.size), h);
+        const ChunkLine line(b, lines, i);
+        if (i > 0 || enters) propagate(b, line.logits, Neighbours(b, lines.states + i * lines.size), h);
 #pragma unroll
-        for (int v = 0; v < VECTOR; ++v) h.item[v] += now.input_gate[v] * now.x[v];
-        if (b.active) {
-            b.sums(lines.states + (i + 1) * lines.size) = h;
-            b.stored<Channels>(lines.x_lines + i * lines.size) = now.x;
-            b.stored<Channels>(lines.gate_lines + i * lines.size) = now.input_gate;
-#pragma unroll
-            for (int k = 0; k < 3; ++k) b.stored<Logits>(lines.logit_lines + (3 * i + k) * lines.size) = now.logits[k];
-        }
+        for (int v = 0; v < VECTOR; ++v) h.item[v] += line.input_gate[v] * line.x[v];
+        if (b.active) b.sums(lines.states + (i + 1) * lines.size) = h;
         __syncthreads();  // state line
     }
 }
@@ -269,80 +285,69 @@ __device__ __forceinline__ void walk_back(const Block& b, const ChunkMemory& lin
     const int count = b.visit_end - b.visit_begin;
     Stream<const Element> output_gate = output_gate_of(b);
     Stream<const Element> grad_y(p.grad_y, p.grad_y_stride, b.way, b.channel);
-    Stream<Element> grad_gate(p.grad_input_gate, p, p.directions * p.channels, b.way, b.d * p.channels + b.channel);
-    const Index between = distance(p.grad_input_gate, p.grad_output_gate);
+    GatePlace place(p, b.way, b.channel, b.d);
     LogitGradients grad_logits(p, b.way, b.channel, b.d);
     Total total(b, p.grad_x);
     grad_y.move(count - 1);
-    grad_gate.move(count - 1);
+    place.move(count - 1);
     grad_logits.move(count - 1);
     total.move(count - 1);
     output_gate.move(count - 1);
-    Channels next_gate = load<Channels>(output_gate.at, b.active);
-    Channels next_grad = load<Channels>(grad_y.at, b.active);
+    Channels gate = load<Channels>(output_gate.at, b.active);
+    Channels grad = load<Channels>(grad_y.at, b.active);
 #pragma unroll 1
     for (int i = count - 1; i >= 0; --i) {
-        const Channels gate = next_gate, grad = next_grad;
-        output_gate.move(-1);
-        grad_y.move(-1);
-        if (i > 0) {
-            next_gate = load<Channels>(output_gate.at, b.active);
-            next_grad = load<Channels>(grad_y.at, b.active);
-        }
         Sums h = {}, dh, grad_output_gate, grad_input_gate, grad_x;
-        Channels x = {}, input_gate = {};
-        Logits logits[3] = {};
-        if (b.active) {
-            x = b.stored<Channels>(lines.x_lines + i * lines.size);
-            input_gate = b.stored<Channels>(lines.gate_lines + i * lines.size);
-#pragma unroll
-            for (int k = 0; k < 3; ++k) logits[k] = b.stored<Logits>(lines.logit_lines + (3 * i + k) * lines.size);
-            h = b.sums(lines.states + (i + 1) * lines.size);
-        }
+        const ChunkLine line(b, lines, i);
+        if (b.active) h = b.sums(lines.states + (i + 1) * lines.size);
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
             dh.item[v] = merge * gate[v] * grad[v] + carry.item[v];
             grad_output_gate.item[v] = merge * grad[v] * h.item[v];
             if (b.is_owned) merge_sum += grad[v] * gate[v] * h.item[v];
-            grad_input_gate.item[v] = x[v] * dh.item[v];
-            grad_x.item[v] = input_gate[v] * dh.item[v];
+            grad_input_gate.item[v] = line.x[v] * dh.item[v];
+            grad_x.item[v] = line.input_gate[v] * dh.item[v];
         }
-        store(grad_gate.at, narrow_all(grad_input_gate), b.is_owned);
-        store(shifted(grad_gate.at, between), narrow_all(grad_output_gate), b.is_owned);
+        store(p.grad_input_gate + place.offset, narrow_all(grad_input_gate), b.is_owned);
+        store(p.grad_output_gate + place.offset, narrow_all(grad_output_gate), b.is_owned);
+        output_gate.move(-1);
+        grad_y.move(-1);
+        gate = load<Channels>(output_gate.at, b.active && i > 0);
+        grad = load<Channels>(grad_y.at, b.active && i > 0);
         total.add(b, grad_x);
-        grad_gate.move(-1);
         total.move(-1);
 
         LineGradient gradient;
         carry = Sums{};
-        Real* to_previous = lines.messages + (i & 1) * 2 * lines.size;
-        Real* to_next = to_previous + lines.size;
+        Real* previous_line = lines.messages + (i & 1) * 2 * lines.size;
+        Real* next_line = previous_line + lines.size;
         if (i > 0 || enters) {
             const Neighbours from(b, lines.states + i * lines.size);
-            Sums previous, next;
+            Sums to_next;
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) {
-                const Weights w(logits, v, b.has_previous, b.has_next);
+                const Weights w(line.logits, v, b.has_previous, b.has_next);
                 Real slope[3];
                 w.gradients(from.before.item[v], from.same.item[v], from.after.item[v], b.has_previous, b.has_next,
                             slope);
                 gradient.add(v, slope, dh.item[v]);
-                previous.item[v] = w.weight[0] * dh.item[v];
                 carry.item[v] = w.weight[1] * dh.item[v];
-                next.item[v] = w.weight[2] * dh.item[v];
+                to_next.item[v] = w.weight[2] * dh.item[v];
+                dh.item[v] *= w.weight[0];
             }
             if (b.active) {
-                b.sums(to_previous) = previous;
-                b.sums(to_next) = next;
+                b.sums(previous_line) = dh;
+                b.sums(next_line) = to_next;
             }
         }
-        grad_logits.put(gradient, b.is_owned);
+        grad_logits.put(gradient, place, b.is_owned);
         grad_logits.move(-1);
+        place.move(-1);
         __syncthreads();  // gradient line
         if (i > 0 || enters) {
             Sums from_previous = {}, from_next = {};
-            if (b.holds_previous) from_previous = b.sums(to_next, b.row_index - 1);
-            if (b.holds_next) from_next = b.sums(to_previous, b.row_index + 1);
+            if (b.holds_previous) from_previous = b.sums(next_line, b.row_index - 1);
+            if (b.holds_next) from_next = b.sums(previous_line, b.row_index + 1);
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) carry.item[v] += from_previous.item[v] + from_next.item[v];
         }
@@ -365,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(GSPN_FORWARD_THREADS, 1) gspn_scan_
 
 // Chunks backwards: recompute the states of each from the one that enters it, then walk its lines in reverse.
 // shared: chunk + 1 lines of states, two lines of messages to both sides, chunk lines of x, its gate and logits.
-extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan_backward_kernel(const gspn::Problem p) {
+extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
+    gspn_scan_backward_kernel(const gspn::Problem p) {
     using namespace gspn;
     GSPN_DYNAMIC_SHARED(memory);
     __shared__ Real scratch[32];
@@ -380,6 +386,10 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan
     Real merge_sum = Real(0);
 #pragma unroll 1
     for (int step = last_step; step >= first_step; --step) {
+        forget(b.channel);
+        forget(b.d);
+        forget(b.way.n);
+        forget(b.way.batch);
         b.place_visits(step, 1);
         recompute_states(b, lines, step);
         walk_back(b, lines, merge, carry, merge_sum);

@@ -184,38 +184,53 @@ extern "C" __global__ void __launch_bounds__(GSPN_FORWARD_THREADS, 1) gspn_scan_
     store_plane(p, t, p.y, y_plane);
 }
 
-// grid and block as above; shared: grad_x, the states of one direction, two lines of messages, x, grad_y.
-extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan_backward_kernel(const gspn::Problem p) {
+// grid and block as above; shared: grad_x, the states of one direction, two lines of messages, x, grad_y, four lines
+// of gates.
+extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
+    gspn_scan_backward_kernel(const gspn::Problem p) {
     using namespace gspn;
     GSPN_DYNAMIC_SHARED(memory);
     __shared__ Real scratch[32];
-    const Thread t(p);
+    Thread t(p);
     const int plane_size = static_cast<int>(p.height * p.width) * t.width, line_size = blockDim.y * t.width;
     Real* grad_plane = reinterpret_cast<Real*>(memory);
     Real* states = grad_plane + plane_size;
     Real* messages = states + plane_size;  // [two lines, to n - 1 or n + 1, position, channel]
     Element* x_plane = reinterpret_cast<Element*>(messages + 4 * line_size);
     Element* grad_y_plane = x_plane + plane_size;
+    Element* last_gates = grad_y_plane + plane_size;  // input gates of the last lines
 
     load_plane(p, t, p.x, p.x_stride, x_plane);
     load_plane(p, t, p.grad_y, p.grad_y_stride, grad_y_plane);
     __syncthreads();
 #pragma unroll 1
     for (int d = 0; d < p.directions; ++d) {
+        forget(t.channel);
+        forget(t.batch);
+        forget(t.position);
         const Path path(p, t, p.code[d]);
         const Real merge = merge_weight(p, d);
         const unsigned restarts = path.restart_mask();
-        const int state_size = path.positions * t.width;
+        const int state_size = path.positions * t.width, n = t.position, rows = blockDim.y;
         Inputs inputs(p, t, path.way, d);
 
-        // Everything the recurrence needs stays in registers, so that the way back reads nothing twice.
+        // What the recurrence needs stays in registers, so that the way back reads nothing twice. The way back begins
+        // with all of them full and some more in use: the input gates of the last lines wait in shared memory.
+        constexpr int KEPT = LINES - SPARED_GATES;
         Logits logits[LINES][3];
-        Channels input_gate[LINES];
+        Channels gates[KEPT];
+        const auto spared = [&](int visit) -> Channels& { return t.stored(last_gates, (visit - KEPT) * rows + n); };
 #pragma unroll
         for (int visit = 0; visit < LINES; ++visit) {
             if (visit < path.lines) {
-                load_logits(inputs.logits.at, p.logits_stride[4], path.active && !(restarts >> visit & 1), logits[visit]);
-                input_gate[visit] = load<Channels>(inputs.input_gate.at, path.active);
+                const bool wanted = path.active && !(restarts >> visit & 1);
+                load_logits(inputs.logits.at, p.logits_stride[4], wanted, logits[visit]);
+                const Channels gate = load<Channels>(inputs.input_gate.at, path.active);
+                if (visit < KEPT) {
+                    gates[visit < KEPT ? visit : 0] = gate;
+                } else if (path.active) {
+                    spared(visit) = gate;
+                }
                 inputs.logits.move(1);
                 inputs.input_gate.move(1);
             }
@@ -229,8 +244,9 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan
                 if (!(restarts >> visit & 1)) propagate(path, logits[visit], Neighbours(t, path, line - state_size), h);
                 if (path.active) {
                     const Channels x = t.stored(x_plane, token);
+                    const Channels gate = visit < KEPT ? gates[visit < KEPT ? visit : 0] : spared(visit);
 #pragma unroll
-                    for (int v = 0; v < VECTOR; ++v) h.item[v] += input_gate[visit][v] * x[v];
+                    for (int v = 0; v < VECTOR; ++v) h.item[v] += gate[v] * x[v];
                     t.sums(line, t.position) = h;
                 }
                 token += path.token_step;
@@ -239,11 +255,9 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan
             }
         }
 
-        Stream<Element> grad_gate(p.grad_input_gate, p, p.directions * p.channels, path.way,
-                                  d * p.channels + t.channel);
-        const Index between = distance(p.grad_input_gate, p.grad_output_gate);
+        GatePlace place(p, path.way, t.channel, d);
         LogitGradients grad_logits(p, path.way, t.channel, d);
-        grad_gate.move(path.lines - 1);
+        place.move(path.lines - 1);
         grad_logits.move(path.lines - 1);
         inputs.output_gate.move(path.lines - 1);
         Channels next_gate = load<Channels>(inputs.output_gate.at, path.active);
@@ -261,6 +275,7 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan
                 if (path.active) {
                     const Sums h = t.sums(line, t.position);
                     const Channels x = t.stored(x_plane, token), grad_y = t.stored(grad_y_plane, token);
+                    const Channels input_gate = visit < KEPT ? gates[visit < KEPT ? visit : 0] : spared(visit);
                     Sums grad_x = {};
                     if (d > 0) grad_x = t.sums(grad_plane, token);
 #pragma unroll
@@ -270,13 +285,12 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan
                         grad_output_gate.item[v] = merge * g * h.item[v];
                         merge_sum += g * u * h.item[v];
                         grad_input_gate.item[v] = x[v] * dh.item[v];
-                        grad_x.item[v] += input_gate[visit][v] * dh.item[v];
+                        grad_x.item[v] += input_gate[v] * dh.item[v];
                     }
                     t.sums(grad_plane, token) = grad_x;
                 }
-                store(grad_gate.at, narrow_all(grad_input_gate), path.active);
-                store(shifted(grad_gate.at, between), narrow_all(grad_output_gate), path.active);
-                grad_gate.move(-1);
+                store(p.grad_input_gate + place.offset, narrow_all(grad_input_gate), path.active);
+                store(p.grad_output_gate + place.offset, narrow_all(grad_output_gate), path.active);
 
                 LineGradient gradient;
                 carry = Sums{};
@@ -301,8 +315,9 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1) gspn_scan
                         t.sums(to_next, t.position) = next;
                     }
                 }
-                grad_logits.put(gradient, path.active);
+                grad_logits.put(gradient, place, path.active);
                 grad_logits.move(-1);
+                place.move(-1);
                 __syncthreads();  // gradient line
                 if (!(restarts >> visit & 1) && path.active) {
                     Sums from_previous = {}, from_next = {};

@@ -17,11 +17,13 @@ from gspn_dit.ops.cuda_types import (
     thread_rows,
 )
 
+_SPARED_GATES = 4  # as in cuda/common.cuh
+
 
 def _short_shared_bytes(geometry: Geometry, slab: int, rows: int, backward: bool) -> int:
     plane, real, item = geometry.height * geometry.width, geometry.real_bytes, geometry.dtype.itemsize
     if backward:
-        return slab * (plane * (2 * real + 2 * item) + 4 * rows * real)
+        return slab * (plane * (2 * real + 2 * item) + 4 * rows * real + _SPARED_GATES * rows * item)
     return slab * (plane * (real + item) + 2 * rows * real)
 
 

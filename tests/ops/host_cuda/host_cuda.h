@@ -76,7 +76,9 @@ inline double __longlong_as_double(long long bits) { return host_cuda::reinterpr
 inline float __fdividef(float a, float b) { return a / b; }
 #undef __expf
 #define __expf(value) std::exp(static_cast<float>(value))
-inline float half_bits_to_float(unsigned short bits) { return static_cast<float>(host_cuda::reinterpret<_Float16>(bits)); }
+inline float half_bits_to_float(unsigned short bits) {
+    return static_cast<float>(host_cuda::reinterpret<_Float16>(bits));
+}
 inline unsigned short float_to_half_bits(float value) {
     return host_cuda::reinterpret<unsigned short>(static_cast<_Float16>(value));
 }

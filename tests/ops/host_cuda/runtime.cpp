@@ -199,8 +199,8 @@ uint64_t shuffle(uint64_t value, unsigned source_lane) {
 
 namespace {
 
-// A barrier whose size shrinks as threads finish, as __syncthreads does. Who waits looks at the generation alone: taking
-// the mutex again on waking would order it behind everything that others did meanwhile, and hide their races.
+// A barrier whose size shrinks as threads finish, as __syncthreads does. Who waits looks at the generation alone:
+// taking the mutex again on waking would order it behind everything that others did meanwhile, and hide their races.
 class Barrier {
   public:
     void reset(unsigned size) { size_ = size, waiting_ = 0; }
