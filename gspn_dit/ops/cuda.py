@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -38,7 +39,8 @@ def _problem() -> str | None:
     major = int(torch.version.cuda.split(".")[0])
     wanted = f"cupy-cuda{major}x"
     try:
-        runtime = importlib.import_module("cupy").cuda.runtime.runtimeGetVersion()
+        cupy = importlib.import_module("cupy")
+        runtime = cupy.cuda.runtime.runtimeGetVersion()
     except ImportError as error:
         why = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
@@ -51,11 +53,22 @@ def _problem() -> str | None:
             f"pip uninstall -y {installed} && pip install {wanted}"
         )
     try:
-        importlib.import_module("cupy_backends.cuda.libs.nvrtc").getVersion()
+        cupy.cuda.nvrtc.getVersion()
     except Exception as error:
         why = " ".join(str(error).split())
         return f"CuPy does not find NVRTC ({why}): pip install '{wanted}[ctk]'"
     return None
+
+
+def describe() -> str:
+    """Say in one line what runs the kernels: CuPy, NVRTC, the GPU's architecture, where compiled ones are kept."""
+    cupy = importlib.import_module("cupy")
+    nvrtc = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    parts = [f"CUDA kernels through CuPy {cupy.__version__}", f"NVRTC {nvrtc}"]
+    if torch.cuda.is_available():
+        parts.append("sm_{}{}".format(*torch.cuda.get_device_capability()))
+    return ", ".join([*parts, f"compiled ones in {folder}"])
 
 
 # torch.compile takes the answer as a constant: this is what torch.compiler.assume_constant_result sets, without

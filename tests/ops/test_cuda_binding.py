@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -20,11 +21,19 @@ from tests.ops.scan_cases import make_inputs
 CUDA = torch.device("cuda", 0)
 
 
-def fake_cupy(runtime: int) -> types.ModuleType:
+def fake_cupy(runtime: int, nvrtc: bool = True) -> types.ModuleType:
     """A module with as much of CuPy as is asked for before the first launch."""
+
+    def version() -> tuple[int, int]:
+        if not nvrtc:
+            raise RuntimeError("libnvrtc.so is missing")
+        return 13, 0
+
     module = types.ModuleType("cupy")
-    version = types.SimpleNamespace(runtimeGetVersion=lambda: runtime)
-    module.cuda = types.SimpleNamespace(runtime=version)  # type: ignore[attr-defined]
+    module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        runtime=types.SimpleNamespace(runtimeGetVersion=lambda: runtime),
+        nvrtc=types.SimpleNamespace(getVersion=version),
+    )
     return module
 
 
@@ -67,17 +76,12 @@ def test_cupy_of_another_cuda_major(gpu_machine: pytest.MonkeyPatch) -> None:
 
 
 def test_nvrtc_missing(gpu_machine: pytest.MonkeyPatch) -> None:
-    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000))
-    gpu_machine.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", None)
-    with pytest.raises(BackendUnavailableError, match=r"NVRTC .*: pip install 'cupy-cuda13x\[ctk\]'$"):
-        resolve_backend("cupy", CUDA)
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000, nvrtc=False))
+    expect_refusal("CuPy does not find NVRTC (libnvrtc.so is missing): pip install 'cupy-cuda13x[ctk]'")
 
 
 def test_everything_there(gpu_machine: pytest.MonkeyPatch) -> None:
     gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000))
-    nvrtc = types.ModuleType("nvrtc")
-    nvrtc.getVersion = lambda: (13, 0)  # type: ignore[attr-defined]
-    gpu_machine.setitem(sys.modules, "cupy_backends.cuda.libs.nvrtc", nvrtc)
     assert resolve_backend("auto", CUDA) == resolve_backend("cupy", CUDA) == "operator"
 
 
@@ -109,6 +113,14 @@ def test_a_scan_on_the_cpu_imports_no_cupy() -> None:
         "ops.gspn_scan(*make_inputs((1, 3, 4, 2)))\nassert 'cupy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_describes_what_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/somewhere")
+    assert re.fullmatch(
+        r"CUDA kernels through CuPy [\d.]+, NVRTC [\d.]+,.* compiled ones in /somewhere", cuda.describe()
+    )
 
 
 def test_sources_carry_their_header() -> None:
