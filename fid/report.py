@@ -51,6 +51,9 @@ def versions() -> dict[str, str]:
 def prepare_directory(out: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuse a report directory that is not new or empty, unless `overwrite` and it holds nothing but a report."""
     target = Path(out)
+    parent = next(folder for folder in target.resolve().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {target} cannot be created: {parent} is not a directory that can be written")
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {target} is a file; give a directory")
     if not target.is_dir():
@@ -104,6 +107,19 @@ def write_report(
         report: what `fid.evaluation.score` returned.
         samples: the images to show; `class_names` names their classes where they do not themselves.
     """
+    try:
+        _write(report, samples, out, overwrite, class_names)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error}") from None
+
+
+def _write(
+    report: dict[str, Any],
+    samples: LabelledImages,
+    out: str | os.PathLike[str],
+    overwrite: bool,
+    class_names: Sequence[str],
+) -> None:
     shown, labels = _chosen(samples)
     grid = class_grid(shown, labels, samples.class_names or class_names, columns=GRID_COLUMNS)
     with _replaced_directory(out, overwrite) as folder:

@@ -301,7 +301,7 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
 def test_damaged_weights_of_the_right_size(own_run: Path) -> None:
     path = checkpoint_directory(own_run, 100) / "ema.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    assert refusal(own_run).startswith(f"{path} cannot be read: ")
+    assert refusal(own_run).startswith(f"{path} is damaged")
 
 
 def test_weights_that_a_checkpoint_does_not_have(tmp_path: Path) -> None:

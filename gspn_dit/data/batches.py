@@ -32,6 +32,10 @@ class Batches:
         size_bytes = len(self.images) * self.images.image_size**2 * self.images.channels
         return self.images.pixels() if size_bytes <= CACHE_BYTES else None
 
+    def decode_small_set(self) -> None:
+        """Decode a set that fits the cache now; raises LocalUserError for an image that cannot be read."""
+        _ = self._cached_pixels
+
     def load(self, indices: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Return pixels uint8 [B, H, W, C] and labels int64 [B] of images by index."""
         cached = self._cached_pixels

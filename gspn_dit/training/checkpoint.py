@@ -4,7 +4,8 @@
         model.safetensors       weights
         ema.safetensors         moving average of the weights
         optimizer.safetensors   optimiser state, "<parameter>.<state>"
-        config.json             the manifest, written last: format_version, step, config, model, latent, sizes of files
+        config.json             the manifest, written last: format_version, step, config, model, latent, and bytes and
+                                checksum of each file
 
 A checkpoint is written beside its final place, every file and the directory are fsynced, then it is renamed.
 """
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,22 +66,26 @@ def save_checkpoint(
         manifest: plain JSON values; step, format_version and file sizes are added.
 
     Returns:
-        The directory. Raises UserError if the disk refuses; what was there before is untouched.
+        The directory; a complete checkpoint of this step is left as it is. Raises UserError if the disk refuses;
+        what was there before is untouched.
     """
     from safetensors.torch import save
 
     target = checkpoint_directory(run_directory, step)
+    if target.is_dir() and _problem(target) is None:
+        return target
     partial = target.with_name(target.name + _PARTIAL_SUFFIX)
+    for remains in target.parent.glob(f"*{_PARTIAL_SUFFIX}"):
+        shutil.rmtree(remains, ignore_errors=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        sizes = {}
+        files = {}
         for stem, named in tensors.items():
             content = save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
             _write_durably(partial / f"{stem}.safetensors", content)
-            sizes[f"{stem}.safetensors"] = len(content)
-        complete = {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": sizes}
-        _write_durably(partial / MANIFEST, json.dumps(complete, indent=2).encode())
+            files[f"{stem}.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+        complete = {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": files}
+        _write_durably(partial / MANIFEST, json.dumps(complete, indent=2, allow_nan=False).encode())
         _sync_directory(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
@@ -103,24 +109,31 @@ def _problem(directory: Path) -> str | None:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         return f"it has format_version {version}, this version reads {FORMAT_VERSION}"
-    for name, size in manifest["files"].items():
+    for name, facts in manifest["files"].items():
         path = directory / name
         if not path.is_file():
             return f"its file {name} is missing"
-        if path.stat().st_size != size:
-            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+        if path.stat().st_size != facts["bytes"]:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
     return None
 
 
 def find_checkpoints(run_directory: str | os.PathLike[str]) -> dict[int, Path]:
     """Return the complete checkpoints of a run by step, ascending; incomplete ones are ignored."""
+    return {step: path for step, path in _all_checkpoints(run_directory).items() if _problem(path) is None}
+
+
+def find_incomplete(run_directory: str | os.PathLike[str]) -> dict[int, str]:
+    """Return what is wrong with each checkpoint of a run that is not complete, by step, ascending."""
+    problems = {step: _problem(path) for step, path in _all_checkpoints(run_directory).items()}
+    return {step: problem for step, problem in problems.items() if problem is not None}
+
+
+def _all_checkpoints(run_directory: str | os.PathLike[str]) -> dict[int, Path]:
     folder = Path(run_directory) / "checkpoints"
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and _problem(path) is None:
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    matches = ((_NAME.fullmatch(path.name), path) for path in paths)
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -150,13 +163,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
-    """Read one file of a checkpoint; nothing is unpickled. Raises UserError if it is damaged."""
+    """Read one file of a complete checkpoint; nothing is unpickled. Raises UserError if it is damaged."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = directory / f"{stem}.safetensors"
     try:
-        return load_file(path)
+        content = path.read_bytes()
+        if zlib.crc32(content) != read_manifest(directory)["files"][path.name]["crc32"]:
+            raise UserError(f"{path} is damaged (checksum); move {directory} away to go on from an earlier one")
+        return load(content)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import errno
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gspn_dit.config import Config, TrainArguments
-from gspn_dit.errors import UserError
+from gspn_dit.errors import LocalUserError, UserError
 from gspn_dit.training.checkpoint import load_tensors, read_manifest, remove_old_checkpoints, save_checkpoint
 from gspn_dit.training.draws import training_draws
 from gspn_dit.training.ema import EMA
@@ -29,6 +30,9 @@ from gspn_dit.training.optimizer import (
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
 from gspn_dit.training.setup import Parts, build_parts
+from gspn_dit.training.stop import StopSignal
+
+REFUSALS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def train(arguments: TrainArguments) -> None:
@@ -44,6 +48,10 @@ def train(arguments: TrainArguments) -> None:
             _train(arguments)
         except UserError as error:
             mistakes.append(error)
+        except OSError as error:
+            if error.errno not in REFUSALS_OF_THE_DISK:
+                raise
+            mistakes.append(LocalUserError(f"output_dir {arguments.config.output_dir} cannot be written: {error}"))
 
     run()
     if mistakes:
@@ -54,6 +62,7 @@ def _train(arguments: TrainArguments) -> None:
     config = arguments.config
     accelerator = create_accelerator(config)
     directory = open_run_directory(config, arguments.resume, arguments.overwrite)
+    _check_same_step(directory, accelerator)
     parts = build_parts(config)
     _check_data(directory, parts)
     accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
@@ -75,6 +84,8 @@ def create_accelerator(config: Config) -> Accelerator:
         log_with=list(settings.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
+    # The loop divides by the config's accumulation steps; a launcher's own setting shall not divide once more.
+    accelerator.gradient_accumulation_steps = 1
     processes = accelerator.num_processes
     if settings.num_processes not in (None, processes):
         raise UserError(
@@ -90,6 +101,16 @@ def create_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def _check_same_step(directory: RunDirectory, accelerator: Accelerator) -> None:
+    step = read_manifest(directory.checkpoint)["step"] if directory.checkpoint else 0
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes find checkpoints of different steps in {directory.path} ({sorted(set(steps))}); "
+            "output_dir must lie on a file system that all machines share"
+        )
+
+
 def _check_data(directory: RunDirectory, parts: Parts) -> None:
     if directory.checkpoint is None:
         return
@@ -97,7 +118,7 @@ def _check_data(directory: RunDirectory, parts: Parts) -> None:
     if before["fingerprint"] != now["fingerprint"]:
         raise UserError(
             f"{directory.checkpoint} was trained on other data: {before['images']} images of '{before['name']}' then, "
-            f"{now['images']} of '{now['name']}' now, with other labels or sizes; restore it, or start afresh"
+            f"{now['images']} of '{now['name']}' now; restore it, or start afresh"
         )
 
 
@@ -111,10 +132,12 @@ class Trainer:
         self.model = parts.model.to(accelerator.device)
         self.ema = EMA(self.model, config.training.ema_decay)
         self.optimizer = create_optimizer(self.model, config.training)
-        self.nonfinite_steps, self.nonfinite_in_a_row = (torch.zeros((), device=accelerator.device) for _ in range(2))
+        self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
+            torch.zeros((), device=accelerator.device) for _ in range(3)
+        )
+        self.saved_step: int | None = None
         self.losses: list[Tensor] = []
         """This process's losses since the last line of metrics, 0-d."""
-        self._stop_signal: int | None = None
         if directory.checkpoint is not None:
             self._restore(directory)
         self.forward_model = accelerator.prepare(self.model)
@@ -128,13 +151,19 @@ class Trainer:
         self.ema.updates = manifest["ema"]["updates"]
         self.nonfinite_steps += manifest["nonfinite_steps"]
         self.nonfinite_in_a_row += manifest["nonfinite_in_a_row"]
-        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in manifest["losses_since_log"]]
+        self.saved_step = self.step
+        self.longest_failure += manifest["nonfinite_in_a_row"]
+        losses = (math.nan if loss is None else loss for loss in manifest["losses_since_log"])
+        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in losses]
         self.model.load_state_dict(load_tensors(directory.checkpoint, "model"))
         self.ema.model.load_state_dict(load_tensors(directory.checkpoint, "ema"))
         load_optimizer_tensors(self.optimizer, self.model, load_tensors(directory.checkpoint, "optimizer"))
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of this step, from the main process, and delete those no longer wanted."""
+        if self.saved_step == self.step:
+            return
+        self._check_finite()
         losses = self.accelerator.reduce(torch.stack(self.losses), reduction="mean").tolist() if self.losses else []
         if self.accelerator.is_main_process:
             settings = self.config.training
@@ -149,13 +178,14 @@ class Trainer:
                 "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
                 "nonfinite_steps": int(self.nonfinite_steps),
                 "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
-                "losses_since_log": losses,
+                "losses_since_log": [loss if math.isfinite(loss) else None for loss in losses],
             }
             began = time.perf_counter()
             saved = save_checkpoint(self.directory.path, self.step, tensors, manifest)
             seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in saved.iterdir()) / 1e9
             progress.write(f"saved {saved}: {size:.3g} GB in {seconds:.2g} s ({seconds / size:.2g} s/GB)")
             remove_old_checkpoints(self.directory.path, settings.keep_last, settings.keep_every)
+        self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -199,7 +229,9 @@ class Trainer:
             last = micro_step == settings.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward_model):
                 loss = self.micro_loss(self.sample_numbers(self.step, micro_step))
-                self.accelerator.backward(loss / settings.gradient_accumulation_steps)
+                # A loss that is not finite makes every gradient so, in all processes: the step will be skipped.
+                poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+                self.accelerator.backward(loss * poison / settings.gradient_accumulation_steps)
             total += loss.detach() / settings.gradient_accumulation_steps
         rate = learning_rate(settings, self.step)
         norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)
@@ -207,6 +239,7 @@ class Trainer:
         self.nonfinite_steps += 1 - took_step
         self.nonfinite_in_a_row += 1
         self.nonfinite_in_a_row *= 1 - took_step
+        torch.maximum(self.longest_failure, self.nonfinite_in_a_row, out=self.longest_failure)
         self.step += 1
         return total, norm
 
@@ -220,9 +253,11 @@ class Trainer:
             return
         if self.accelerator.is_main_process and settings.trackers:
             self.accelerator.init_trackers("trackers")
-        with self._signals_caught(), Progress(self.step, settings.max_steps, self.accelerator) as progress:
+        progress = Progress(self.step, settings.max_steps, self.accelerator)
+        with StopSignal(self.accelerator.num_processes) as stop, progress:
             started, first_step = time.perf_counter(), self.step
-            while self.step < settings.max_steps and not self._must_stop():
+            asked: int | None = None
+            while self.step < settings.max_steps and asked is None:
                 loss, norm = self.train_step()
                 self.losses.append(loss)
                 progress.advance()
@@ -237,16 +272,17 @@ class Trainer:
                         self._sample()
                     if self._due(settings.checkpoint_every):
                         self.save(progress)
+                    asked = stop.agreed()
                 started += paused()
-            if self._stop_signal is not None:
+            if asked is not None:
                 self.save(progress)
-                progress.write(f"stopped by signal {self._stop_signal}; --resume auto goes on from step {self.step}")
+                progress.write(f"stopped by signal {asked}; --resume auto goes on from step {self.step}")
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.training.max_steps
 
     def _log(self, norm: Tensor, images_per_second: float, progress: Progress) -> None:
-        """Write mean loss since the last line, and stop the run if steps keep failing."""
+        """Write the mean loss since the last line, and stop the run if steps keep failing."""
         loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
         self.losses.clear()
         values = {
@@ -261,12 +297,15 @@ class Trainer:
         self._check_finite()
 
     def _check_finite(self) -> None:
-        failed = int(self.nonfinite_in_a_row)
+        """Stop the run if too many steps in a row failed since the last look, which costs a wait for the device."""
+        failed = int(self.longest_failure)
         if failed >= self.config.training.max_nonfinite_steps:
             raise UserError(
-                f"{failed} steps in a row had a non-finite loss or gradient and were skipped, up to step {self.step}; "
-                "the last checkpoint is untouched: lower training.learning_rate or look at the data, then --resume auto"
+                f"{failed} steps in a row up to step {self.step} had a non-finite loss or gradient and were skipped; "
+                "the last checkpoint is untouched: look at the data, or start again in another output_dir with a lower "
+                "training.learning_rate"
             )
+        self.longest_failure.copy_(self.nonfinite_in_a_row)
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -277,19 +316,19 @@ class Trainer:
     def _validate(self, progress: Progress) -> None:
         from gspn_dit.training.validation import validation_loss
 
-        settings = self.config.training
+        if self.parts.validation is None:
+            return
         values = validation_loss(
             self.ema.model,
             self.parts.validation,
             self.parts.objective,
             self.config.seed,
-            settings.validation_images,
-            settings.batch_size,
+            self.config.training.validation_images,
+            len(self.sample_numbers(0, 0)),
             self.accelerator,
         )
-        if values:
-            self._record(values)
-            progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
+        self._record(values)
+        progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
 
     def _sample(self) -> None:
         from gspn_dit.training.previews import save_preview
@@ -305,32 +344,6 @@ class Trainer:
                 self.config.seed,
             )
         self.accelerator.wait_for_everyone()
-
-    # -- signals and time ----------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        """Remember SIGTERM and SIGUSR1 instead of dying, so that the loop can save and end."""
-
-        def remember(number: int, frame: Any) -> None:
-            self._stop_signal = number
-
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _must_stop(self) -> bool:
-        """Tell whether a stop was asked for; processes agree at steps that log, alone it is told at once."""
-        if self.accelerator.num_processes > 1:
-            if self.step % self.config.training.log_every:
-                return False
-            asked = torch.tensor(float(self._stop_signal or 0), device=self.accelerator.device)
-            signals = self.accelerator.gather(asked[None])
-            self._stop_signal = int(signals.max()) or None
-        return self._stop_signal is not None
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[Callable[[], float]]:

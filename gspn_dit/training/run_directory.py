@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gspn_dit.config import Config, flatten, save_config
 from gspn_dit.errors import UserError
-from gspn_dit.training.checkpoint import find_checkpoints, read_manifest, resolve_checkpoint
+from gspn_dit.training.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
 
 WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples", "trackers", "report")
 """What a run and its report leave in the directory, and all that `--overwrite` deletes."""
@@ -27,7 +27,7 @@ MAY_DIFFER = (
     *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
     *("training.keep_last", "training.keep_every"),
 )
-"""Config keys that a resumed run may change; sections named here whole may change too."""
+"""Config keys that a resumed run may change: length, intervals, retention, trackers, paths, number of processes."""
 _PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "datasets", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
 
 
@@ -37,6 +37,8 @@ class RunDirectory:
 
     path: Path
     checkpoint: Path | None
+    ignored: dict[int, str] = field(default_factory=dict)
+    """Newer checkpoints that are not complete: step and what is wrong."""
 
     @property
     def metrics(self) -> Path:
@@ -58,7 +60,19 @@ class RunDirectory:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
         step = read_manifest(self.checkpoint)["step"] if self.checkpoint else 0
         _cut_metrics(self.metrics, step)
-        (self.path / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
+        self._record_environment(step)
+        for ignored, problem in self.ignored.items():
+            print(f"checkpoint of step {ignored} is ignored: {problem}; going on from step {step}")
+
+    def _record_environment(self, step: int) -> None:
+        """Write what the run started with; a resumed run adds what it goes on with under "resumed"."""
+        path = self.path / "environment.json"
+        environment = describe_environment()
+        if self.checkpoint is not None and path.exists():
+            first = json.loads(path.read_text())
+            first.setdefault("resumed", []).append({"step": step, **environment})
+            environment = first
+        path.write_text(json.dumps(environment, indent=2))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
@@ -86,18 +100,36 @@ def open_run_directory(config: Config, resume: str | None, overwrite: bool) -> R
                 "or another output_dir"
             )
         return RunDirectory(path, None)
-    checkpoint = _checkpoint_to_resume(path, resume)
-    if checkpoint is not None:
-        _check_same_run(config, read_manifest(checkpoint)["config"], checkpoint)
-    return RunDirectory(path, checkpoint)
+    if filled and not (path / "config.yaml").exists():
+        raise UserError(f"output_dir {path} is not empty and holds no run to resume; give another output_dir")
+    checkpoint = _newest_to_resume(path) if resume == "auto" else _named_to_resume(path, resume, filled)
+    if checkpoint is None:
+        return RunDirectory(path, None)
+    manifest = read_manifest(checkpoint)
+    _check_same_run(config, manifest["config"], checkpoint)
+    ignored = {step: problem for step, problem in find_incomplete(path).items() if step > manifest["step"]}
+    return RunDirectory(path, checkpoint, ignored)
 
 
-def _checkpoint_to_resume(path: Path, resume: str) -> Path | None:
-    complete = find_checkpoints(path)
-    if resume == "auto":
-        return complete[max(complete)] if complete else None
+def _newest_to_resume(path: Path) -> Path | None:
+    """Return the newest complete checkpoint; raise UserError rather than start afresh over damaged ones."""
+    complete, incomplete = find_checkpoints(path), find_incomplete(path)
+    later_format = [step for step, problem in incomplete.items() if "format_version" in problem]
+    if incomplete and (not complete or later_format):
+        step = max(later_format or incomplete)
+        raise UserError(
+            f"no checkpoint of {path} can be resumed: that of step {step} is not usable, {incomplete[step]}; "
+            "restore it, or give --overwrite to start afresh"
+        )
+    return complete[max(complete)] if complete else None
+
+
+def _named_to_resume(path: Path, resume: str, filled: bool) -> Path:
+    """Return the checkpoint that --resume names; raise UserError if output_dir holds another run, or goes beyond it."""
     checkpoint = resolve_checkpoint(resume)
-    step = read_manifest(checkpoint)["step"]
+    step, complete = read_manifest(checkpoint)["step"], find_checkpoints(path)
+    if filled and checkpoint.resolve().parent.parent != path.resolve():
+        raise UserError(f"--resume {resume} is not of the run in {path}, which is not empty; give another output_dir")
     if complete and max(complete) > step:
         raise UserError(
             f"--resume {resume} is at step {step}, but {path} goes on to step {max(complete)}; "
@@ -110,8 +142,7 @@ def _check_same_run(config: Config, saved: Mapping[str, Any], checkpoint: Path) 
     """Raise UserError naming the first key that a resumed run may not change."""
     before, now = dict(flatten(saved)), dict(flatten(config.to_dict()))
     for key in sorted({*before, *now}):
-        allowed = key in MAY_DIFFER or key.startswith("sampling.")
-        if before.get(key) != now.get(key) and not allowed:
+        if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(
                 f"{checkpoint} was trained with {key} = {before.get(key)}, this run has {now.get(key)}; "
                 "restore it, or start afresh in another output_dir"

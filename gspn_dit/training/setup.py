@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from gspn_dit.config import Config
@@ -14,8 +15,11 @@ from gspn_dit.data.batches import Batches
 from gspn_dit.data.images import ImageSet, load_images
 from gspn_dit.data.latents import Latent, create_latent
 from gspn_dit.diffusion import Objective, create_objective
-from gspn_dit.errors import UserError
+from gspn_dit.errors import LocalUserError, UserError
 from gspn_dit.models import GSPNTransformer, create_model
+
+FINGERPRINT_IMAGES = 64
+"""Evenly spaced images whose pixels enter the fingerprint of a data set."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Parts:
     """What a config stands for, on the CPU."""
 
     training: Batches
-    validation: Batches
+    validation: Batches | None
+    """None if the source has no validation split and `data.validation_fraction` is 0."""
     latent: Latent
     objective: Objective
     model: GSPNTransformer
@@ -37,7 +42,9 @@ def build_parts(config: Config) -> Parts:
     Raises UserError for whatever does not exist or does not fit.
     """
     objective = create_objective(config.objective)
-    training, validation = (_load(config, split) for split in ("train", "validation"))
+    training = _load(config, "train")
+    held_out = training.has_validation or config.data.validation_fraction > 0
+    validation = _load(config, "validation") if held_out else None
     latent = create_latent(config.latent, training.image_size, training.channels)
     arguments = {
         "name": config.model.name,
@@ -53,9 +60,17 @@ def build_parts(config: Config) -> Parts:
             model = create_model(**arguments)
         except ValueError as error:
             raise UserError(f"model: {error}") from None
+    batches = Batches(training, latent, config.seed, config.data.horizontal_flip)
+    validation_batches = Batches(validation, latent, config.seed) if validation else None
+    try:  # every process decodes the same images before anything is written, so one of them tells
+        for part in filter(None, (batches, validation_batches)):
+            part.decode_small_set()
+        facts = {"name": training.name, "images": len(training), "fingerprint": fingerprint(training)}
+    except LocalUserError as error:
+        raise UserError(str(error)) from None
     return Parts(
-        training=Batches(training, latent, config.seed, config.data.horizontal_flip),
-        validation=Batches(validation, latent, config.seed),
+        training=batches,
+        validation=validation_batches,
         latent=latent,
         objective=objective,
         model=model,
@@ -63,7 +78,7 @@ def build_parts(config: Config) -> Parts:
             "model": arguments,
             "latent": latent.spec(),
             "class_names": training.class_names,
-            "data": {"name": training.name, "images": len(training), "fingerprint": fingerprint(training)},
+            "data": facts,
         },
     )
 
@@ -76,8 +91,10 @@ def _load(config: Config, split: str) -> ImageSet:
 
 
 def fingerprint(images: ImageSet) -> str:
-    """Return a hash of the labels, class names and geometry of an image set, by which another set is noticed."""
+    """Return a hash of labels, class names, geometry and some of the pixels, by which another set is noticed."""
     facts = [images.class_names, images.image_size, images.channels, len(images)]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(images.labels.astype("<i8").tobytes())
+    some = np.linspace(0, len(images) - 1, min(len(images), FINGERPRINT_IMAGES)).astype(np.int64)
+    digest.update(images.pixels(some).tobytes())
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def test_round_trip(tmp_path: Path) -> None:
     manifest = read_manifest(directory)
     assert (manifest["format_version"], manifest["step"], manifest["note"]) == (1, 12, "x")
     assert manifest["files"] == {
-        name: (directory / name).stat().st_size for name in ("model.safetensors", "ema.safetensors")
+        name: {"bytes": (directory / name).stat().st_size, "crc32": zlib.crc32((directory / name).read_bytes())}
+        for name in ("model.safetensors", "ema.safetensors")
     }
     assert torch.equal(load_tensors(directory, "ema")["w"], torch.full((3,), 0.5))
 
@@ -173,6 +175,25 @@ def test_damaged_checkpoint_is_ignored_in_a_run_and_named_when_asked_for(
     assert resolve_checkpoint(tmp_path).name == "step-00000001"
     with pytest.raises(UserError, match=f"step-00000002 is not a complete checkpoint: {message}"):
         resolve_checkpoint(newest)
+
+
+def test_flipped_bit_is_noticed_when_the_file_is_read(tmp_path: Path) -> None:
+    directory = save(tmp_path, 1)
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged .* move .* away to go on from an earlier one"):
+        load_tensors(directory, "model")
+
+
+def test_saving_a_step_again_leaves_its_checkpoint_alone_and_clears_remains(tmp_path: Path) -> None:
+    directory = save(tmp_path, 3, value=1.0)
+    (tmp_path / "checkpoints" / "step-00000002.partial").mkdir()
+    assert save(tmp_path, 3, value=2.0) == directory
+    assert torch.equal(load_tensors(directory, "model")["w"], torch.ones(3))
+    save(tmp_path, 4)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
 
 
 def test_newest_is_found_by_number_not_by_time_or_size(tmp_path: Path) -> None:

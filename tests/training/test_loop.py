@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from gspn_dit.config import Config
 from gspn_dit.data.batches import Batches
 from gspn_dit.errors import UserError
 from gspn_dit.training import loop
@@ -97,6 +101,19 @@ def test_accumulation_changes_the_order_of_sums_alone(tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, reference[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_nonfinite_loss_with_finite_gradients_is_skipped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Trainer.micro_loss
+
+    def micro_loss(trainer: loop.Trainer, numbers: range) -> torch.Tensor:
+        loss = original(trainer, numbers)
+        return loss + float("inf") if trainer.step == 2 else loss
+
+    monkeypatch.setattr(loop.Trainer, "micro_loss", micro_loss)
+    run_training(tiny_config(tmp_path, checkpoint_every=1))
+    assert_same_tensors(tensors_of(tmp_path, 2), tensors_of(tmp_path, 3))
+    assert metrics_of(tmp_path)[-2]["nonfinite_steps"] == 1
+
+
 @pytest.mark.parametrize("processes, accumulation", [(1, 1), (2, 1), (2, 2), (4, 2)])
 def test_sample_numbers_are_shared_out_without_gap_or_overlap(processes: int, accumulation: int) -> None:
     class Fake:
@@ -129,7 +146,7 @@ def test_nonfinite_step_is_skipped_counted_and_logged_as_null(tmp_path: Path, mo
 
 def test_too_many_nonfinite_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison_batches(monkeypatch, {0, 2, 3, 4})
-    with pytest.raises(UserError, match="3 steps in a row had a non-finite loss or gradient"):
+    with pytest.raises(UserError, match="3 steps in a row up to step 5 had a non-finite loss or gradient"):
         run_training(tiny_config(tmp_path, max_steps=20, max_nonfinite_steps=3, checkpoint_every=2))
     assert metrics_of(tmp_path)[-1]["step"] == 5
     newest = max(find_checkpoints(tmp_path))
@@ -183,6 +200,92 @@ def test_what_a_run_writes_and_when(tmp_path: Path) -> None:
     assert manifest["class_names"] == [str(digit) for digit in range(10)]
 
 
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(tiny_config(tmp_path))
+    weights = find_checkpoints(tmp_path)[4] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    run_training(tiny_config(tmp_path), resume="auto")
+    assert "checkpoint of step 4 is ignored: its file model.safetensors has" in capsys.readouterr().out
+    assert list(find_checkpoints(tmp_path)) == [2, 4]
+
+
+def test_run_without_a_usable_checkpoint_is_not_started_afresh(tmp_path: Path) -> None:
+    run_training(tiny_config(tmp_path, checkpoint_every=4))
+    manifest = find_checkpoints(tmp_path)[4] / "config.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="that of step 4 is not usable, it has format_version 2"):
+        run_training(tiny_config(tmp_path, checkpoint_every=4), resume="auto")
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_resume_stays_within_the_run(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_training(tiny_config(first))
+    run_training(tiny_config(second, max_steps=2))
+    with pytest.raises(UserError, match="is not of the run in"):
+        run_training(tiny_config(second), resume=str(first))
+    with pytest.raises(UserError, match="goes on to step 4; give another output_dir to branch off"):
+        run_training(tiny_config(first), resume=str(first / "checkpoints" / "step-00000002"))
+    run_training(tiny_config(tmp_path / "branch"), resume=str(first / "checkpoints" / "step-00000002"))
+    assert_same_tensors(tensors_of(first, 4), tensors_of(tmp_path / "branch", 4))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no run to resume"):
+        run_training(tiny_config(tmp_path / "thesis"), resume="auto")
+
+
+def write_folder(folder: Path, value: int, broken: bool = False) -> None:
+    """Two classes of four 8×8 images; the last one cut short if asked for."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            noise = np.random.default_rng(number).integers(0, 40, (8, 8), dtype=np.uint8)
+            Image.fromarray(noise + np.uint8(value)).save(folder / name / f"{number}.png")
+    if broken:
+        path = folder / "b" / "3.png"
+        path.write_bytes(path.read_bytes()[:-30])
+
+
+def folder_config(output_dir: Path, data: Path, fraction: float = 0.25) -> Config:
+    keys = {"name": "imagefolder", "path": str(data), "validation_fraction": fraction}
+    return changed(tiny_config(output_dir, max_steps=1, batch_size=4), data=keys)
+
+
+def test_images_of_another_folder_are_noticed_though_the_labels_are_equal(tmp_path: Path) -> None:
+    write_folder(tmp_path / "one", 0)
+    write_folder(tmp_path / "two", 100)
+    run_training(folder_config(tmp_path / "run", tmp_path / "one"))
+    with pytest.raises(UserError, match="was trained on other data"):
+        run_training(folder_config(tmp_path / "run", tmp_path / "two"), resume="auto")
+
+
+def test_unreadable_image_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", 0, broken=True)
+    with pytest.raises(UserError, match=r"b/3\.png"):
+        run_training(folder_config(tmp_path / "run", tmp_path / "data"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_without_a_validation_split(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", 0)
+    run_training(folder_config(tmp_path / "run", tmp_path / "data", fraction=0.0))
+    assert not any("val_loss" in line for line in metrics_of(tmp_path / "run"))
+    assert read_manifest(find_checkpoints(tmp_path / "run")[1])["data"]["images"] == 8
+
+
+def test_full_disk_outside_a_save_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gspn_dit.training.run_directory.RunDirectory.log", refuse)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device"):
+        run_training(tiny_config(tmp_path))
+
+
 def test_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_training(tiny_config(tmp_path, max_steps=2))
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -198,7 +301,7 @@ def test_resume_refuses_another_model_by_the_name_of_the_key(tmp_path: Path) -> 
         run_training(changed(config, model={"scan_window": 1}), resume="auto")
     with pytest.raises(UserError, match=r"training\.learning_rate = 0\.01, this run has 0\.5"):
         run_training(changed(config, training={"learning_rate": 0.5}), resume="auto")
-    allowed = changed(config, training={"max_steps": 3, "log_every": 3, "keep_last": 2}, sampling={"steps": 3})
+    allowed = changed(config, training={"max_steps": 3, "log_every": 3, "keep_last": 2}, data={"path": None})
     run_training(allowed, resume="auto")
     assert max(find_checkpoints(tmp_path)) == 3
 
