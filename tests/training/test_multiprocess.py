@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gspn_dit.training.checkpoint import find_checkpoints
 from tests.training.test_loop import assert_same_tensors, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +67,30 @@ def test_two_processes_stopped_and_resumed_are_bit_identical(tmp_path: Path) -> 
     done = train(tmp_path / "parted", 2, "--training.max_steps", "50", "--resume", "auto")
     assert done.returncode == 0, done.stderr
     assert_same_tensors(tensors_of(tmp_path / "whole", 50), tensors_of(tmp_path / "parted", 50))
+
+
+def test_sigterm_to_the_launcher_saves_one_step_in_all_processes(tmp_path: Path) -> None:
+    """The launcher forwards the signal and kills after 30 seconds; no logging or checkpoint step lies in between."""
+    arguments = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"),
+        *("--config", "configs/demo.yaml", "--output_dir", str(tmp_path), "--training.max_steps", "1000000"),
+        *("--model.name", "GSPN-N/4", "--model.hidden_size", "16", "--model.depth", "2", "--training.trackers", "[]"),
+        *("--training.log_every", "5", "--training.checkpoint_every", "1000000"),
+        *("--training.validate_every", "1000000", "--training.sample_every", "1000000"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    job = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert job.stdout is not None
+    lines = iter(job.stdout.readline, "")
+    assert any("step 5/" in line for line in lines)
+    job.send_signal(signal.SIGTERM)
+    rest = job.stdout.read()
+    job.wait(timeout=60)
+    assert "stopped by signal 15" in rest
+    (step,) = find_checkpoints(tmp_path)
+    assert f"goes on from step {step}" in rest
 
 
 def test_mistake_is_told_once(tmp_path: Path) -> None:
