@@ -59,7 +59,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
     >>> run_cli(lambda: None)
     """
-    # Read when torch is loaded, which `main` does: threads that spin while they wait slow down whoever shares the cores.
+    # Read when torch is loaded, which `main` does: threads that spin while they wait slow whoever shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         main()
