@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/python train.py --config configs/demo.yaml --resume auto
 	mkdir -p $(DEMO)/report
 	$(BIN)/python sample.py --checkpoint $(DEMO) --classes 0-9 --per-class 100 --order interleaved \
-		--guidance-scale 1.2 --steps 30 --save-npz $(DEMO)/samples.npz
+		--guidance-scale 1.2 --steps 50 --save-npz $(DEMO)/samples.npz
 	$(BIN)/python -m fid --samples $(DEMO)/samples.npz --reference digits --features digits \
 		--out $(DEMO)/report --overwrite
 

@@ -105,7 +105,7 @@ def main() -> None:
     """Measure and write the JSON."""
     parser = ArgumentParser(prog="benchmarks.demo_quality", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default="runs/demo", help="run directory of the demo")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=1.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write the JSON here as well")

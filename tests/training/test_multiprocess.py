@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,23 +18,46 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
-def train(
-    output_dir: Path, processes: int, *options: str, script: str = "train.py"
-) -> subprocess.CompletedProcess[str]:
-    """Run a script that trains a tiny model on the digits in one or more processes of one thread each."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def command(output_dir: Path, processes: int, *options: str, script: str = "train.py") -> list[str]:
+    """How a script trains a tiny model on the digits in one or more processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    arguments = [
-        *("--config", "configs/demo.yaml", "--output_dir", str(output_dir)),
+    return [
+        *(*launcher, script, "--config", "configs/demo.yaml", "--output_dir", str(output_dir)),
         *("--model.name", "GSPN-N/4", "--model.hidden_size", "16", "--model.depth", "2", "--sampling.steps", "2"),
         *("--training.batch_size", "64", "--training.trackers", "[]", "--training.num_processes", str(processes)),
         *("--training.checkpoint_every", "25", "--training.log_every", "25", *options),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def train(*arguments: Any, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """Run what `command` gives to its end."""
     return subprocess.run(
-        [*launcher, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        command(*arguments, **keywords), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
+
+
+def start(*arguments: Any) -> subprocess.Popen[str]:
+    """Start what `command` gives, in a process group of its own."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_line(job: subprocess.Popen[str], words: str) -> None:
+    """Read the job's output up to a line with these words."""
+    assert job.stdout is not None
+    assert any(words in line for line in iter(job.stdout.readline, "")), f"the job ended without '{words}'"
 
 
 @pytest.mark.parametrize("script, tolerance", [("train.py", 1e-4), ("tests/training/train_in_float64.py", 1e-9)])
@@ -60,32 +84,28 @@ def test_world_size_and_accumulation_change_the_order_of_sums_alone(
                 assert difference <= tolerance, (name, key, difference)
 
 
-def test_two_processes_stopped_and_resumed_are_bit_identical(tmp_path: Path) -> None:
-    for name, steps in (("whole", "50"), ("parted", "25")):
-        done = train(tmp_path / name, 2, "--training.max_steps", steps)
-        assert done.returncode == 0, done.stderr
-    done = train(tmp_path / "parted", 2, "--training.max_steps", "50", "--resume", "auto")
+def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path: Path) -> None:
+    done = train(tmp_path / "whole", 2, "--training.max_steps", "50")
     assert done.returncode == 0, done.stderr
-    assert_same_tensors(tensors_of(tmp_path / "whole", 50), tensors_of(tmp_path / "parted", 50))
+    job = start(tmp_path / "killed", 2, "--training.max_steps", "50", "--training.log_every", "1")
+    wait_for_line(job, "step 30/50")
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait(timeout=60)
+    assert list(find_checkpoints(tmp_path / "killed")) == [25]
+    done = train(tmp_path / "killed", 2, "--training.max_steps", "50", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(tensors_of(tmp_path / "whole", 50), tensors_of(tmp_path / "killed", 50))
 
 
 def test_sigterm_to_the_launcher_saves_one_step_in_all_processes(tmp_path: Path) -> None:
     """The launcher forwards the signal and kills after 30 seconds; no logging or checkpoint step lies in between."""
-    arguments = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"),
-        *("--config", "configs/demo.yaml", "--output_dir", str(tmp_path), "--training.max_steps", "1000000"),
-        *("--model.name", "GSPN-N/4", "--model.hidden_size", "16", "--model.depth", "2", "--training.trackers", "[]"),
-        *("--training.log_every", "5", "--training.checkpoint_every", "1000000"),
-        *("--training.validate_every", "1000000", "--training.sample_every", "1000000"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    job = subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert job.stdout is not None
-    lines = iter(job.stdout.readline, "")
-    assert any("step 5/" in line for line in lines)
+    never = "1000000"
+    intervals = [f"--training.{name}_every" for name in ("checkpoint", "validate", "sample")]
+    options = [word for interval in intervals for word in (interval, never)]
+    job = start(tmp_path, 2, "--training.max_steps", never, "--training.log_every", "5", *options)
+    wait_for_line(job, "step 5/")
     job.send_signal(signal.SIGTERM)
+    assert job.stdout is not None
     rest = job.stdout.read()
     job.wait(timeout=60)
     assert "stopped by signal 15" in rest
