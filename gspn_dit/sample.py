@@ -88,6 +88,10 @@ def run(options: argparse.Namespace) -> None:
     if options.order == "interleaved":
         labels = classes * options.per_class
     with tqdm(total=len(labels), unit="image", disable=None) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
         try:
             images = pipeline(
                 labels,
@@ -97,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
                 sampler=options.sampler,
                 seed=options.seed,
                 output_type="np",
-                on_chunk=lambda done: bar.update(done - bar.n),
+                on_chunk=show,
             ).images
         except ValueError as error:
             raise UserError(str(error)) from None
