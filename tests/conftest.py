@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import hypothesis
+import setuptools  # noqa: F401  # before anything imports the distutils that it replaces, which inductor insists on
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
