@@ -45,11 +45,11 @@ def judge_agreement(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def training_seconds(run: Path) -> dict[str, Any]:
     """Return steps and seconds of the run from its metrics, without validation, grids and checkpoints."""
+    from gspn_dit.training.checkpoint import read_manifest, resolve_checkpoint
+
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
-    batch_size = json.loads((max((run / "checkpoints").iterdir()) / "config.json").read_text())["config"]["training"][
-        "batch_size"
-    ]
+    batch_size = read_manifest(resolve_checkpoint(run))["config"]["training"]["batch_size"]
     seconds, before = 0.0, 0
     for line in logged:
         seconds += (line["step"] - before) * batch_size / line["images_per_second"]
