@@ -32,6 +32,8 @@ from gspn_dit.training.run_directory import RunDirectory, open_run_directory
 from gspn_dit.training.setup import Parts, build_parts
 from gspn_dit.training.stop import StopSignal
 
+GRACE_SECONDS = 5
+"""How long a process that lost another one waits before it fails, so that the launcher finds the dead one first."""
 REFUSALS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -52,10 +54,19 @@ def train(arguments: TrainArguments) -> None:
             if error.errno not in REFUSALS_OF_THE_DISK:
                 raise
             mistakes.append(LocalUserError(f"output_dir {arguments.config.output_dir} cannot be written: {error}"))
+        except RuntimeError as error:
+            if _lost_a_process(error):
+                time.sleep(GRACE_SECONDS)
+            raise
 
     run()
     if mistakes:
         raise mistakes[0]
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Tell whether a collective failed, which is seldom this process's own fault; gloo raises bare RuntimeErrors."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _train(arguments: TrainArguments) -> None:
