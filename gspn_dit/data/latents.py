@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,16 @@ class Latent(ABC):
     """Channels of a latent."""
     size: int
     """Height and width of a latent."""
+    factor: int = 1
+    """Image pixels per latent pixel, along each side."""
+
+    def to(self, device: str | torch.device) -> Latent:
+        """Move what the latent computes with to a device; returns itself."""
+        return self
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write into a directory what decoding needs beside the spec; returns the spec, its paths relative to it."""
+        return self.spec()
 
     @abstractmethod
     def encode(self, images: np.ndarray) -> Tensor:

@@ -13,6 +13,9 @@ from gspn_dit.diffusion.objective import Model, Objective
 
 SAMPLERS = ("euler", "heun")
 
+CHUNK = 64
+"""Images generated at a time. Fixed, and the last chunk is padded: the size of a batch can change its rounding."""
+
 
 def draw_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return the starting noise of images by index, float32 [len(indices), *shape]; image i depends on (seed, i)."""
