@@ -1,0 +1,59 @@
+"""Linear maps that make their input again: the values, gradients and dtypes of the ordinary operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gspn_dit.ops.recompute import norm_linear, squared_relu_linear
+
+
+def plain_norm_linear(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, x.shape[-1:], scale, shift, 1e-6), weight)
+
+
+def plain_squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x * F.relu(x), weight)
+
+
+PAIRS = {
+    "norm": (lambda *tensors: norm_linear(*tensors, 1e-6), plain_norm_linear, [(2, 3, 8), (8,), (8,), (5, 8)]),
+    "squared_relu": (squared_relu_linear, plain_squared_relu_linear, [(2, 3, 8), (5, 8)]),
+}
+
+
+def draw(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_and_gradients_are_those_of_the_ordinary_operations(name: str) -> None:
+    recomputed, plain, shapes = PAIRS[name]
+    tensors = draw(shapes, torch.float64)
+    y, expected = recomputed(*tensors), plain(*tensors)
+    assert torch.equal(y, expected)
+    upstream = torch.cos(torch.arange(y.numel()).double()).reshape(y.shape)
+    gradients = torch.autograd.grad(y, tensors, upstream)
+    for one, other in zip(gradients, torch.autograd.grad(expected, tensors, upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradcheck(name: str) -> None:
+    recomputed, _, shapes = PAIRS[name]
+    assert torch.autograd.gradcheck(recomputed, draw(shapes, torch.float64))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_autocast_casts_what_it_casts_in_the_ordinary_operations(name: str) -> None:
+    recomputed, plain, shapes = PAIRS[name]
+    tensors = draw(shapes, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = recomputed(*tensors), plain(*tensors)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    for gradient in torch.autograd.grad(y.float().square().sum(), tensors):
+        assert gradient.dtype == torch.float32
