@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.config import Config
-from gspn_dit.models import GSPNTransformer, create_model
+from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.training.checkpoint import save_checkpoint
 
 CLASS_NAMES = ["ant", "bee", "cat", "dog", "10"]
@@ -17,7 +17,7 @@ SIZE = 4
 """Height and width of an image in pixels."""
 
 
-def tiny_model(seed: int, channels: int = 1) -> GSPNTransformer:
+def tiny_model(seed: int, channels: int = 1) -> DiffusionModel:
     """A model of 2×2 tokens whose every weight is drawn, so that time, class and noise all show in its output."""
     model = create_model(**model_arguments(channels))
     generator = torch.Generator().manual_seed(seed)

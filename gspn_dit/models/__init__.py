@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from gspn_dit.models.base import DiffusionModel
+from gspn_dit.models.dit import DiT
 from gspn_dit.models.gspn import GSPNTransformer
-from gspn_dit.models.presets import GSPN_PRESETS, parse_name
+from gspn_dit.models.presets import DIT_PRESETS, GSPN_PRESETS, PRESETS, parse_name
 
-__all__ = ["GSPN_PRESETS", "GSPNTransformer", "create_model"]
+__all__ = ["DIT_PRESETS", "GSPN_PRESETS", "DiT", "DiffusionModel", "GSPNTransformer", "create_model"]
+
+_OF_BOTH = ("hidden_size", "depth", "weight_groups", "scan_window", "drop_path_rate")
+_OPTIONS = {
+    "GSPN": _OF_BOTH,
+    "DiT": (*_OF_BOTH, "num_heads", "mixer", "interpolate_positions", "mlp_norm_epsilon", "timestep_endpoint"),
+}
 
 
 def create_model(
@@ -17,31 +25,35 @@ def create_model(
     latent_size: int | tuple[int, int],
     out_channels: int | None = None,
     **overrides: Any,
-) -> GSPNTransformer:
-    """Build a model by preset and patch size, such as "GSPN-B/2".
+) -> DiffusionModel:
+    """Build a model by family, size and patch, such as "GSPN-B/2" or "DiT-XL/2".
 
     Args:
-        name: size and patch, see `GSPN_PRESETS`.
+        name: see `GSPN_PRESETS` and `DIT_PRESETS`; any patch size.
         num_classes: number of classes; `num_classes` itself is the id that means "no class".
         latent_channels: channels of the latent.
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
-        overrides: `hidden_size`, `depth`, `weight_groups`, `scan_window`, `drop_path_rate`; None keeps the preset's.
+        overrides: `hidden_size`, `depth`, `weight_groups`, `scan_window`, `drop_path_rate`; for DiT also `mixer`
+            ("attention", the default, or "gspn"), `num_heads` and the rest of `DiT`'s. None keeps the preset's.
 
     Raises:
         ValueError: an unknown name or override, a size that the patch does not divide, or a value out of range.
     """
-    size, patch_size = parse_name(name)
-    preset = GSPN_PRESETS[size]
+    family, size, patch_size = parse_name(name)
     height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"a latent of {height}×{width} is not divisible by the patch size {patch_size} of model '{name}'; "
-            f"choose another image size or another patch, such as GSPN-{size}/1"
+            f"choose another image size or another patch, such as {family}-{size}/1"
         )
-    options: dict[str, Any] = {"hidden_size": preset.hidden_size, "depth": preset.depth}
-    options.update({key: value for key, value in overrides.items() if value is not None})
-    allowed = {"hidden_size", "depth", "weight_groups", "scan_window", "drop_path_rate"}
-    if unknown := sorted(set(options) - allowed):
-        raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(sorted(allowed))}")
-    return GSPNTransformer(num_classes, latent_channels, out_channels, patch_size=patch_size, **options)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if unknown := sorted(set(given) - set(_OPTIONS[family])):
+        if unknown[0] in _OPTIONS["DiT"]:
+            raise ValueError(f"{unknown[0]} is an option of DiT models, but the model is {name}; leave it out")
+        raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(sorted(_OPTIONS[family]))}")
+    options: dict[str, Any] = {**vars(PRESETS[family][size]), **given, "patch_size": patch_size}
+    if family == "GSPN":
+        return GSPNTransformer(num_classes, latent_channels, out_channels, **options)
+    grid = (height // patch_size, width // patch_size)
+    return DiT(num_classes, latent_channels, out_channels, grid=grid, **options)

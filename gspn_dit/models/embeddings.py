@@ -26,19 +26,45 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height * patch_size, width * patch_size)
 
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep followed by a two-layer MLP (DiT, arXiv 2212.09748)."""
+def sincos_positions(rows: Tensor, columns: Tensor, channels: int) -> Tensor:
+    """Encode a grid's coordinates by sines and cosines (DiT, arXiv 2212.09748; ViT, arXiv 2010.11929).
 
-    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
+    Args:
+        rows: [H], coordinate of each row.
+        columns: [W], coordinate of each column.
+        channels: C, divisible by 4; the first half tells the column, the second the row, each C/4 sines and then C/4
+            cosines at frequencies 10000^(-4i/C).
+
+    Returns:
+        [H, W, C], float32.
+    """
+    exponents = torch.arange(channels // 4, device=rows.device, dtype=torch.float32) / (channels // 4)
+    frequencies = torch.exp(-math.log(10_000) * exponents)
+    of_rows, of_columns = (
+        torch.cat([angles.sin(), angles.cos()], dim=-1)
+        for angles in (coordinates.float()[:, None] * frequencies for coordinates in (rows, columns))
+    )
+    shape = (len(rows), len(columns), -1)
+    return torch.cat([of_columns[None].expand(shape), of_rows[:, None].expand(shape)], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep followed by a two-layer MLP (DiT, arXiv 2212.09748).
+
+    The n frequencies are 10000^(-i/n). With `endpoint` they are 10000^(-i/(n-1)), so that the last one is 1/10000:
+    diffusers' `DiTTransformer2DModel` spaces them so, DiT itself does not.
+    """
+
+    def __init__(self, hidden_size: int, frequencies: int = 256, endpoint: bool = False) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.endpoint = frequencies, endpoint
         self.expand = nn.Linear(frequencies, hidden_size)
         self.mix = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps [B] in [0, 1000] as [B, hidden_size]."""
         half = self.frequencies // 2
-        exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
+        exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / (half - self.endpoint)
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mix(F.silu(self.expand(sinusoids.to(self.expand.weight.dtype))))
@@ -51,19 +77,36 @@ class ClassEmbedding(nn.Embedding):
         super().__init__(num_classes + 1, hidden_size)
 
 
+class Modulation(nn.Linear):
+    """Shifts, scales and gates as a linear map of SiLU(conditioning); starts at zero."""
+
+    def __init__(self, hidden_size: int, parts: int) -> None:
+        super().__init__(hidden_size, parts * hidden_size)
+        self.parts = parts
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
+        """Map conditioning [B, C] to `parts` tensors [B, 1, 1, C]."""
+        return super().forward(F.silu(conditioning))[:, None, None].chunk(self.parts, dim=-1)
+
+
+def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Return LayerNorm(tokens)·(1 + scale) + shift; tokens [B, H, W, C], shift and scale [B, 1, 1, C]."""
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=epsilon) * (1 + scale) + shift
+
+
 class ModulatedOutput(nn.Module):
     """LayerNorm with shift and scale from the conditioning, then a linear map to patches; starts at zero."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.modulation = Modulation(hidden_size, 2)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        for layer in (self.modulation, self.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
         """Map tokens [B, H, W, C] and conditioning [B, C] to patches [B, H, W, out_channels·p·p]."""
-        shift, scale = self.modulation(F.silu(conditioning))[:, None, None].chunk(2, dim=-1)
-        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
-        return self.linear(normed * (1 + scale) + shift)
+        shift, scale = self.modulation(conditioning)
+        return self.linear(modulated_norm(tokens, shift, scale))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn_dit.models.embeddings import ClassEmbedding, ModulatedOutput, TimestepEmbedding, patchify, unpatchify
+from gspn_dit.models.base import DiffusionModel
 from gspn_dit.ops import DIRECTIONS, gspn_scan_from_proxy
+from gspn_dit.ops.recompute import norm_linear, squared_relu_linear
 
 PROXY_RATIO = 16
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is made contiguous: a batched product takes a strided one matrix by matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -40,6 +55,7 @@ class DepthwiseConv(nn.Conv2d):
         taps = torch.where(inside, down * size + right, size**2).flatten(2).flatten(0, 1)  # [positions, positions]
         matrices = F.pad(self.weight.flatten(1), (0, 1))[:, taps]  # [C, from, to]
         mixed = tokens.flatten(1, 2).permute(2, 0, 1).contiguous() @ matrices.contiguous()  # [C, B, positions]
+        mixed = _ContiguousGradient.apply(mixed)
         if self.bias is not None:
             mixed = mixed + self.bias[:, None, None]
         return mixed.permute(1, 2, 0).reshape(batch, height, width, channels)
@@ -91,26 +107,24 @@ class GSPNBlock(nn.Module):
 
     def forward(self, tokens: Tensor, branch_scale: Tensor | None = None) -> Tensor:
         """Map tokens [B, H, W, C]; `branch_scale` [B] is 0 for samples whose branch is dropped."""
-        branch = self.local_conv(self.in_proj(self.norm(tokens)))
+        norm = self.norm
+        branch = self.local_conv(norm_linear(tokens, norm.weight, norm.bias, self.in_proj.weight, norm.eps))
         branch = self.gate_conv(self.mixer_proj(self.mixer(branch)))
-        branch = self.out_proj(branch * F.relu(branch))
+        branch = squared_relu_linear(branch, self.out_proj.weight)
         if branch_scale is not None:
             branch = branch * branch_scale[:, None, None, None].to(branch.dtype)
         return tokens + branch
 
 
-class GSPNTransformer(nn.Module):
+class GSPNTransformer(DiffusionModel):
     """Class-conditional denoiser: depth/2 encoder blocks, one in the middle, depth/2 decoder blocks with long skips.
 
     No positional embedding: any height and width that the patch size divides will do.
 
     Args:
-        num_classes: class ids are 0 … num_classes-1; `num_classes` itself means "no class".
-        in_channels: channels of the latent.
-        out_channels: channels of the prediction; None for `in_channels`.
+        num_classes, in_channels, out_channels, patch_size: as in `DiffusionModel`.
         hidden_size: width C; at least 16.
         depth: even number of blocks, without the one in the middle.
-        patch_size: side of a patch in latent pixels.
         weight_groups: groups of channels that share propagation weights; None for one per channel.
         scan_window: lines after which the scan restarts; None for global propagation.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
@@ -128,69 +142,28 @@ class GSPNTransformer(nn.Module):
         scan_window: int | None = None,
         drop_path_rate: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size)
         if depth < 2 or depth % 2:
             raise ValueError(f"depth is {depth}, but must be an even number of at least 2")
-        self.num_classes, self.patch_size = num_classes, patch_size
-        self.in_channels, self.out_channels = in_channels, out_channels or in_channels
-        self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
-        self.timestep_embed = TimestepEmbedding(hidden_size)
-        self.class_embed = ClassEmbedding(num_classes, hidden_size)
         self.blocks = nn.ModuleList(GSPNBlock(hidden_size, weight_groups, scan_window) for _ in range(depth + 1))
         self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in range(depth // 2))
-        self.output = ModulatedOutput(hidden_size, patch_size, self.out_channels)
-        self.drop_path_rates = [drop_path_rate * layer / depth for layer in range(depth + 1)]
-        self._initialise()
-
-    @property
-    def null_label(self) -> int:
-        """The class id that means "no class"."""
-        return self.num_classes
+        self._finish(drop_path_rate)
 
     def _initialise(self) -> None:
-        """Xavier for linear maps, small embeddings; branches and the output start near zero."""
-        output = set(self.output.modules())
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module not in output:
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.class_embed.weight, std=0.02)
+        super()._initialise()
         for block in self.blocks:
             assert isinstance(block, GSPNBlock)
             nn.init.normal_(block.out_proj.weight, std=0.02 / len(self.blocks) ** 0.5)
 
-    def forward(
-        self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, keep_mask: Tensor | None = None
-    ) -> Tensor:
-        """Predict from noisy latents.
-
-        Args:
-            latents: [B, in_channels, H, W].
-            timesteps: [B], in [0, 1000].
-            class_labels: int64 [B]; `num_classes` means "no class".
-            keep_mask: bool [depth + 1, B], False where stochastic depth drops a sample's branch; None keeps all.
-
-        Returns:
-            [B, out_channels, H, W].
-        """
-        conditioning = self.timestep_embed(timesteps) + self.class_embed(class_labels)  # [B, C]
-        tokens = self.patch_embed(patchify(latents, self.patch_size)) + conditioning[:, None, None]  # [B, h, w, C]
-        scales = self._branch_scales(keep_mask)
+    def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:
+        """Run encoder, middle and decoder blocks; the conditioning joins the tokens once, before them."""
+        tokens = tokens + conditioning[:, None, None]
         half = len(self.skips)
         encoded: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             if layer > half:
                 tokens = self.skips[layer - half - 1](torch.cat([tokens, encoded.pop()], dim=-1))
-            tokens = block(tokens, scales[layer])
+            tokens = self.run_block(block, tokens, branch_scales[layer])
             if layer < half:
                 encoded.append(tokens)
-        return unpatchify(self.output(tokens, conditioning), self.patch_size)
-
-    def _branch_scales(self, keep_mask: Tensor | None) -> list[Tensor | None]:
-        """Return what each block's branch is multiplied by: keep / probability of keeping."""
-        if keep_mask is None:
-            return [None] * len(self.blocks)
-        if keep_mask.shape[0] != len(self.blocks):
-            raise ValueError(f"keep_mask has {keep_mask.shape[0]} layers, but the model has {len(self.blocks)} blocks")
-        return [mask / (1 - rate) for mask, rate in zip(keep_mask, self.drop_path_rates, strict=True)]
+        return tokens

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """Width and depth of a model size; `depth` blocks plus one in the middle."""
+    """Width and depth of a GSPN size; `depth` blocks plus one in the middle."""
 
     hidden_size: int
     depth: int
+
+
+@dataclass(frozen=True)
+class DiTPreset(Preset):
+    """Width, depth and heads of a DiT size."""
+
+    num_heads: int
 
 
 GSPN_PRESETS = {
@@ -25,11 +32,24 @@ GSPN_PRESETS = {
     "XL": Preset(1500, 56),
 }
 
+DIT_PRESETS = {
+    # For small studies: as many parameters as GSPN-N and GSPN-T, without the class table.
+    "N": DiTPreset(64, 6, 2),
+    "T": DiTPreset(128, 8, 4),
+    # The published sizes (arXiv 2212.09748, table 1).
+    "S": DiTPreset(384, 12, 6),
+    "B": DiTPreset(768, 12, 12),
+    "L": DiTPreset(1024, 24, 16),
+    "XL": DiTPreset(1152, 28, 16),
+}
 
-def parse_name(name: str) -> tuple[str, int]:
-    """Split "GSPN-XL/2" into its size "XL" and patch size 2; raise ValueError for another name."""
-    match = re.fullmatch(r"GSPN-([A-Z]+)/(\d+)", name)
-    if match is None or match[1] not in GSPN_PRESETS or int(match[2]) < 1:
-        sizes = ", ".join(f"GSPN-{size}/2" for size in GSPN_PRESETS)
-        raise ValueError(f"unknown model '{name}'; allowed are {sizes}, and other patch sizes such as GSPN-N/1")
-    return match[1], int(match[2])
+PRESETS: dict[str, dict[str, Preset]] = {"GSPN": dict(GSPN_PRESETS), "DiT": dict(DIT_PRESETS)}
+
+
+def parse_name(name: str) -> tuple[str, str, int]:
+    """Split "GSPN-XL/2" into its family "GSPN", size "XL" and patch size 2; raise ValueError for another name."""
+    match = re.fullmatch(r"(GSPN|DiT)-([A-Z]+)/(\d+)", name)
+    if match is None or match[2] not in PRESETS[match[1]] or int(match[3]) < 1:
+        names = ", ".join(f"{family}-{size}/2" for family, sizes in PRESETS.items() for size in sizes)
+        raise ValueError(f"unknown model '{name}'; allowed are {names}, and other patch sizes such as GSPN-N/1")
+    return match[1], match[2], int(match[3])

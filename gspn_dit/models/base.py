@@ -1,0 +1,117 @@
+"""What every denoising model shares: signature, embeddings, output, stochastic depth, checkpointing of blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gspn_dit.models.embeddings import (
+    ClassEmbedding,
+    ModulatedOutput,
+    Modulation,
+    TimestepEmbedding,
+    patchify,
+    unpatchify,
+)
+
+
+class DiffusionModel(nn.Module, ABC):
+    """A class-conditional denoiser: `model(latents, timesteps, class_labels, keep_mask=None)`.
+
+    Args:
+        num_classes: class ids are 0 … num_classes-1; `num_classes` itself means "no class".
+        in_channels: channels of the latent.
+        out_channels: channels of the prediction; None for `in_channels`.
+        hidden_size: width C.
+        patch_size: side of a patch in latent pixels.
+        timestep_endpoint: see `TimestepEmbedding`.
+    """
+
+    blocks: nn.ModuleList
+    output: ModulatedOutput
+    drop_path_rates: list[float]
+    """Probability of each block that stochastic depth drops its branch."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        out_channels: int | None,
+        hidden_size: int,
+        patch_size: int,
+        timestep_endpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.patch_size = num_classes, patch_size
+        self.in_channels, self.out_channels = in_channels, out_channels or in_channels
+        self.gradient_checkpointing = False
+        """Keep the inputs of blocks alone for the backward pass, and run each block again there."""
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
+        self.timestep_embed = TimestepEmbedding(hidden_size, endpoint=timestep_endpoint)
+        self.class_embed = ClassEmbedding(num_classes, hidden_size)
+
+    def _finish(self, drop_path_rate: float) -> None:
+        """Build what follows the blocks and draw the weights: the last act of a constructor."""
+        self.output = ModulatedOutput(self.patch_embed.out_features, self.patch_size, self.out_channels)
+        last = max(1, len(self.blocks) - 1)
+        self.drop_path_rates = [drop_path_rate * layer / last for layer in range(len(self.blocks))]
+        self._initialise()
+
+    @property
+    def null_label(self) -> int:
+        """The class id that means "no class"."""
+        return self.num_classes
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, keep_mask: Tensor | None = None
+    ) -> Tensor:
+        """Predict from noisy latents.
+
+        Args:
+            latents: [B, in_channels, H, W]; the patch size divides H and W.
+            timesteps: [B], in [0, 1000].
+            class_labels: int64 [B]; `num_classes` means "no class".
+            keep_mask: bool [blocks, B], False where stochastic depth drops a sample's branch; None keeps all.
+
+        Returns:
+            [B, out_channels, H, W].
+        """
+        conditioning = self.timestep_embed(timesteps) + self.class_embed(class_labels)  # [B, C]
+        tokens = self.patch_embed(patchify(latents, self.patch_size))  # [B, h, w, C]
+        tokens = self.transform(tokens, conditioning, self._branch_scales(keep_mask))
+        return unpatchify(self.output(tokens, conditioning), self.patch_size)
+
+    @abstractmethod
+    def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:
+        """Run the blocks over embedded patches [B, h, w, C], with conditioning [B, C] and a scale [B] per block."""
+
+    def run_block(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """Run a block, recomputed in the backward pass where `gradient_checkpointing` is set."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
+        return block(*arguments)
+
+    def _branch_scales(self, keep_mask: Tensor | None) -> list[Tensor | None]:
+        """Return what each block's branch is multiplied by: keep / probability of keeping."""
+        if keep_mask is None:
+            return [None] * len(self.blocks)
+        if keep_mask.shape[0] != len(self.blocks):
+            raise ValueError(f"keep_mask has {keep_mask.shape[0]} layers, but the model has {len(self.blocks)} blocks")
+        return [mask / (1 - rate) for mask, rate in zip(keep_mask, self.drop_path_rates, strict=True)]
+
+    def _initialise(self) -> None:
+        """Xavier for linear maps and small class vectors; what modulates or predicts stays at zero."""
+        for module in self.modules():
+            if (
+                isinstance(module, nn.Linear)
+                and not isinstance(module, Modulation)
+                and module is not self.output.linear
+            ):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
