@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,17 @@ from PIL import Image
 
 from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
-from gspn_dit.diffusion import Guidance, Objective, create_objective, draw_noise, sample_latents
+from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_noise, sample_latents
 from gspn_dit.errors import UserError, nearest
-from gspn_dit.models import GSPNTransformer, create_model
-from gspn_dit.training.checkpoint import load_tensors, read_manifest, resolve_checkpoint
+from gspn_dit.files import write_atomically
+from gspn_dit.model_card import CODE_LICENSE, LIBRARY, model_card
+from gspn_dit.models import DiffusionModel, create_model
+from gspn_dit.training.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors, read_manifest, resolve_checkpoint
 
-CHUNK = 64
-"""Images generated at a time. Fixed, and the last chunk is padded: the size of a batch can change its rounding."""
+PUBLISHED = ("step", "model", "latent", "class_names", "config", "data", "ema")
+"""Entries of a checkpoint's manifest that `save_pretrained` keeps."""
+CARD = "README.md"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass
@@ -37,9 +45,21 @@ class GSPNPipeline(DiffusionPipeline):
     Image i depends on (seed, i) and its label alone, not on what is generated beside it.
     """
 
-    def __init__(self, model: GSPNTransformer, objective: Objective, latent: Latent, class_names: list[str]) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        objective: Objective,
+        latent: Latent,
+        class_names: list[str],
+        manifest: Mapping[str, Any] | None = None,
+        weights: str = "ema",
+    ) -> None:
         super().__init__()
-        self.model, self.objective, self.latent, self.class_names = model, objective, latent, class_names
+        self.register_modules(model=model, objective=objective, latent=latent)
+        self.class_names = class_names
+        self.manifest, self.weights = dict(manifest or {}), weights
+
+    # -- loading and saving --------------------------------------------------------------------------------------
 
     @classmethod
     def from_checkpoint(
@@ -62,11 +82,130 @@ class GSPNPipeline(DiffusionPipeline):
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{directory} cannot be used by this version: its config.json: {error}") from None
         _load_weights(model, directory, weights)
-        return cls(model.eval().to(device), objective, latent, class_names)
+        return cls(model.eval(), objective, latent, class_names, manifest, weights).to(device)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        weights: str | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> GSPNPipeline:
+        """Load what `save_pretrained` wrote, from a directory or the Hugging Face Hub; checkpoints and runs will do too.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or the id of a Hub repository such as "name/model".
+            weights: "ema" or "model"; None for the average if it is there.
+            device: where to.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are kept; None for the usual place.
+            token: for repositories that are not public.
+            local_files_only: take what was downloaded before.
+
+        Raises:
+            UserError: nothing is there, or it is not complete, or not of this project. Nothing is ever unpickled.
+        """
+        directory = Path(pretrained_model_name_or_path)
+        if not directory.exists():
+            directory = _download(str(pretrained_model_name_or_path), revision, cache_dir, token, local_files_only)
+        directory = resolve_checkpoint(directory)
+        if weights is None:
+            weights = "ema" if "ema.safetensors" in read_manifest(directory)["files"] else "model"
+        return cls.from_checkpoint(directory, weights, device)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        license: str = CODE_LICENSE,
+        push_to_hub: bool = False,
+        **push_options: Any,
+    ) -> None:
+        """Write a directory that `from_pretrained` and every `--checkpoint` of this project read back bit by bit.
+
+        It holds the weights as safetensors, config.json, what the latent decodes with, and a model card.
+
+        Args:
+            save_directory: is created; files of an earlier save are replaced.
+            safe_serialization: only True.
+            variant: only None.
+            license: identifier of the weights' licence, for the model card.
+            push_to_hub: upload it, too, to the repository `repo_id` (default: the directory's name).
+            push_options: of `push_to_hub`.
+
+        Raises:
+            UserError: the directory cannot be written.
+            ValueError: another format is asked for, or the pipeline was not loaded from a checkpoint.
+        """
+        if not safe_serialization or variant is not None:
+            raise ValueError("only safetensors without a variant are written; leave both options out")
+        if not self.manifest:
+            raise ValueError("a pipeline built from parts does not know its config; load it with from_checkpoint")
+        directory = Path(save_directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._save(directory)
+            write_atomically(directory / CARD, model_card(self.manifest, self.weights, license).encode())
+        except OSError as error:
+            raise UserError(f"cannot save the model in {directory}: {error}") from None
+        if push_to_hub:
+            self.push_to_hub(push_options.pop("repo_id", directory.resolve().name), **push_options)
+
+    def _save(self, directory: Path) -> None:
+        """Write weights, latent and, last, the manifest."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.model.state_dict().items()}
+        content, name = save(tensors), f"{self.weights}.safetensors"
+        write_atomically(directory / name, content)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **{key: self.manifest[key] for key in PUBLISHED if key in self.manifest},
+            "config": _without_paths(self.manifest["config"]),
+            "latent": self.latent.save(directory),
+            "files": {name: {"bytes": len(content), "crc32": zlib.crc32(content)}},
+        }
+        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False).encode())
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload with our model card in place of the generic one; a card of ours, edited on the Hub, stays."""
+        card = Path(working_dir) / CARD
+        if not card.exists() or LIBRARY not in card.read_text():
+            card.write_text(model_card(self.manifest, self.weights, repo_id=repo_id))
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+
+    # -- what diffusers asks of a pipeline -----------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What another pipeline around the same model is built from."""
+        names = ("model", "objective", "latent", "class_names")
+        return {name: getattr(self, name) for name in names}
+
+    def to(  # type: ignore[override]
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> GSPNPipeline:
+        """Move to a device; raises ValueError for a dtype other than float32, in which sampling computes."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"GSPNPipeline samples in float32; {dtype} is not supported")
+        if device is not None:
+            self.model.to(device)
+            self.latent.to(device)
+        return self
+
+    # -- images --------------------------------------------------------------------------------------------------
 
     def class_ids(self, labels: Sequence[int | str]) -> list[int]:
         """Turn class ids and names into ids; raises UserError for one that the model does not know."""
@@ -75,54 +214,96 @@ class GSPNPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str],
+        class_labels: int | str | Sequence[int | str],
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         sampler: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         first_index: int = 0,
         output_type: str = "pil",
         on_chunk: Callable[[int], None] | None = None,
-    ) -> GSPNPipelineOutput:
+        generator: torch.Generator | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        return_dict: bool = True,
+    ) -> GSPNPipelineOutput | tuple[list[Image.Image] | np.ndarray]:
         """Generate one image per label.
 
         Args:
-            class_labels: ids or names.
+            class_labels: ids or names; one of them will do for one image.
             num_inference_steps: steps of the sampler.
             guidance_scale: 1 is no guidance.
             guidance_interval: times t (1 noise, 0 data) at which guidance acts.
             sampler: one of the objective's; None for its default.
-            seed: image i depends on (seed, first_index + i).
+            seed: image i depends on (seed, first_index + i); None for 0, or what `generator` draws.
             first_index: index of the first image; a multiple of the chunk size continues a set bit by bit.
             output_type: "pil" or "np".
             on_chunk: called with the number of images done after each chunk.
+            generator: draws the seed, so that one call after another gives other images.
+            height: of the images in pixels; None for what the model was trained on.
+            width: likewise.
+            return_dict: False for a tuple that holds the images.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.
-            ValueError: guidance or steps out of range.
+            ValueError: guidance, steps or size out of range.
         """
-        ids = self.class_ids(class_labels)
+        ids = self.class_ids([class_labels] if isinstance(class_labels, (int, str)) else class_labels)
+        sampler = self.choose_sampler(sampler)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, but must be at least 1")
+        if output_type not in ("pil", "np"):
+            raise ValueError(f"output_type is '{output_type}', but must be 'pil' or 'np'")
+        guidance, shape = Guidance(guidance_scale, guidance_interval), self._latent_shape(height, width)
+        seed = _choose_seed(seed, generator)
+        starts = range(0, len(ids), CHUNK)
+        calls = len(self.objective.make_scheduler(sampler, num_inference_steps).timesteps)
+        chunks = []
+        with self.progress_bar(total=len(starts) * calls) as bar:
+            for start in starts:
+                chunk = ids[start : start + CHUNK]
+                images = self._chunk(
+                    chunk, first_index + start, shape, num_inference_steps, guidance, sampler, seed, bar.update
+                )
+                chunks.append(images[: len(chunk)])
+                if on_chunk is not None:
+                    on_chunk(start + len(chunk))
+        images = np.concatenate(chunks) if chunks else self._empty(shape)
+        output = GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
+        return output if return_dict else (output.images,)
+
+    def choose_sampler(self, sampler: str | None) -> str:
+        """Return the sampler of that name, or the objective's default; raises UserError for an unknown one."""
         sampler = sampler or self.objective.samplers[0]
         if sampler not in self.objective.samplers:
             raise UserError(f"unknown sampler '{sampler}'; allowed are {', '.join(self.objective.samplers)}")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}, but must be at least 1")
-        guidance = Guidance(guidance_scale, guidance_interval)
-        chunks = []
-        for start in range(0, len(ids), CHUNK):
-            chunk = ids[start : start + CHUNK]
-            images = self._chunk(chunk, first_index + start, num_inference_steps, guidance, sampler, seed)
-            chunks.append(images[: len(chunk)])
-            if on_chunk is not None:
-                on_chunk(start + len(chunk))
-        images = np.concatenate(chunks) if chunks else self._empty()
-        return GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
+        return sampler
 
-    def _chunk(self, ids: list[int], first: int, steps: int, guidance: Guidance, sampler: str, seed: int) -> np.ndarray:
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return channels, height and width of the latents of an image size in pixels."""
+        latent, multiple = self.latent, self.latent.factor * self.model.patch_size
+        sides = []
+        for name, pixels in (("height", height), ("width", width)):
+            pixels = latent.size * latent.factor if pixels is None else pixels
+            if pixels < 1 or pixels % multiple:
+                raise ValueError(f"{name} is {pixels} pixels, but must be a positive multiple of {multiple}")
+            sides.append(pixels // latent.factor)
+        return latent.channels, sides[0], sides[1]
+
+    def _chunk(
+        self,
+        ids: list[int],
+        first: int,
+        shape: tuple[int, int, int],
+        steps: int,
+        guidance: Guidance,
+        sampler: str,
+        seed: int,
+        on_step: Callable[[], Any],
+    ) -> np.ndarray:
         """Generate CHUNK images from index `first` on; labels are padded with the last one."""
         labels = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids)))
-        shape = (self.latent.channels, self.latent.size, self.latent.size)
         noise = draw_noise(seed, range(first, first + CHUNK), shape)
         latents = sample_latents(
             self.model,
@@ -133,22 +314,29 @@ class GSPNPipeline(DiffusionPipeline):
             steps,
             guidance,
             sampler,
+            on_step,
         )
         return self.latent.decode(latents)
 
-    def _empty(self) -> np.ndarray:
-        return self.latent.decode(torch.zeros(0, self.latent.channels, self.latent.size, self.latent.size))
+    def _empty(self, shape: tuple[int, int, int]) -> np.ndarray:
+        return self.latent.decode(torch.zeros(0, *shape, device=self.device))
 
 
 def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
     """Return the id of a class given as id, as digits, or by name; raises UserError for an unknown one.
 
-    A name beats a number: among classes named "10", "20", … the label "10" is that name's class.
+    A name beats a number: among classes named "10", "20", … the label "10" is that name's class. Of a name with
+    synonyms, such as "tench, Tinca tinca", one of them will do if no other class has it.
     """
     if isinstance(label, str) and label in class_names:
         return list(class_names).index(label)
     last = len(class_names) - 1
     if isinstance(label, str) and not label.removeprefix("-").isdecimal():
+        owners = [number for number, name in enumerate(class_names) if label in name.split(", ")]
+        if len(owners) == 1:
+            return owners[0]
+        if owners:
+            raise UserError(f"class '{label}' is ambiguous: {', '.join(map(str, owners))} have that name; give the id")
         names = ", ".join(class_names[:20]) + (", …" if last >= 20 else "")
         raise UserError(f"unknown class '{label}'{nearest(label, class_names)}; classes are 0-{last}: {names}")
     if not 0 <= int(label) <= last:
@@ -156,8 +344,54 @@ def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
     return int(label)
 
 
+def _choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    if generator is None:
+        return seed or 0
+    if seed is not None:
+        raise ValueError("seed and generator exclude each other; give one of them")
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the places on the machine that trained it."""
+    public = {key: value for key, value in config.items() if key != "output_dir"}
+    if isinstance(public.get("data"), Mapping):
+        public["data"] = {**public["data"], "path": None}
+    return public
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """Return the local copy of a Hub repository; raises UserError in one line if it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name} does not exist; give a directory or the id of a repository on the Hugging Face Hub")
+    try:
+        local = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", CARD],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"'{name}' is neither a directory nor a repository of the Hugging Face Hub that can be read: {reason}"
+        ) from None
+    return Path(local)
 
 
 def _load_weights(model: torch.nn.Module, directory: Path, weights: str) -> None:

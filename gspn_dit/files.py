@@ -1,0 +1,40 @@
+"""Files that are complete whenever they exist."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def write_atomically(path: str | os.PathLike[str], write: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file beside its place, fsync it and rename it, so that a kill or a crash leaves all of it or nothing.
+
+    `write` is the content, or is called with the open file. Raises OSError; the temporary file is gone then.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(write, bytes):
+                file.write(write)
+            else:
+                write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file's name is that of what a killed `write_atomically` leaves behind.
+
+    >>> is_temporary(".000001-3.png.4711.tmp"), is_temporary("000001-3.png")
+    (True, False)
+    """
+    return bool(_TEMPORARY.fullmatch(name))
