@@ -35,9 +35,13 @@ class ModelConfig:
     """Which network; a value of null keeps the preset's."""
 
     name: str = "GSPN-B/2"
-    """Preset and patch size, such as GSPN-XL/2."""
+    """Preset and patch size, such as GSPN-XL/2 or DiT-XL/2."""
+    mixer: Literal["attention", "gspn"] | None = None
+    """What mixes the tokens of a DiT model; null: attention."""
     hidden_size: int | None = None
     depth: int | None = None
+    num_heads: int | None = None
+    """Heads of attention; DiT models alone."""
     weight_groups: int | None = None
     """Number of groups of channels that share propagation weights (GSPN-2); null: one per channel."""
     scan_window: int | None = None
@@ -46,7 +50,10 @@ class ModelConfig:
     """Probability that stochastic depth drops the last block's branch; rises linearly from 0."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "depth", "weight_groups", "scan_window"):
+        for name in ("mixer", "num_heads"):
+            refused = self.name.startswith("GSPN-") and getattr(self, name) is not None
+            _require(not refused, f"model.{name} is for DiT models, but model.name is {self.name}; leave it out")
+        for name in ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         rate = self.drop_path_rate
@@ -178,12 +185,21 @@ class SamplingConfig:
     """Guidance acts at times t inside [low, high]; t is 1 for noise and 0 for data."""
     per_class: int = 8
     max_classes: int = 10
+    sampler: str | None = None
+    """One of the objective's samplers; null: its first (euler for velocity, ddpm for epsilon)."""
+    guidance_channels: int | None = None
+    """Guide the first channels alone (3 in DiT's published figures); null: all."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "per_class", "max_classes"):
             _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}, but must be at least 1")
         scale = self.guidance_scale
-        _require(scale >= 0, f"sampling.guidance_scale is {scale}, but must be at least 0")
+        _require(0 <= scale < float("inf"), f"sampling.guidance_scale is {scale}, but must be at least 0 and finite")
+        channels = self.guidance_channels
+        _require(
+            channels is None or channels >= 1,
+            f"sampling.guidance_channels is {channels}, but must be null or at least 1",
+        )
         _require_interval("sampling.guidance_interval", self.guidance_interval)
 
 

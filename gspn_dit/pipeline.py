@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_noise, sample_latents
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.files import write_atomically
-from gspn_dit.model_card import CODE_LICENSE, LIBRARY, model_card
+from gspn_dit.hub import download
+from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.training.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors, read_manifest, resolve_checkpoint
 
 PUBLISHED = ("step", "model", "latent", "class_names", "config", "data", "ema")
 """Entries of a checkpoint's manifest that `save_pretrained` keeps."""
-CARD = "README.md"
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass
@@ -96,7 +94,7 @@ class GSPNPipeline(DiffusionPipeline):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> GSPNPipeline:
-        """Load what `save_pretrained` wrote, from a directory or the Hugging Face Hub; checkpoints and runs will do too.
+        """Load what `save_pretrained` wrote, from a directory or the Hugging Face Hub; a checkpoint or run will do too.
 
         Args:
             pretrained_model_name_or_path: a directory, or the id of a Hub repository such as "name/model".
@@ -112,7 +110,7 @@ class GSPNPipeline(DiffusionPipeline):
         """
         directory = Path(pretrained_model_name_or_path)
         if not directory.exists():
-            directory = _download(str(pretrained_model_name_or_path), revision, cache_dir, token, local_files_only)
+            directory = download(str(pretrained_model_name_or_path), revision, cache_dir, token, local_files_only)
         directory = resolve_checkpoint(directory)
         if weights is None:
             weights = "ema" if "ema.safetensors" in read_manifest(directory)["files"] else "model"
@@ -362,36 +360,6 @@ def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(public.get("data"), Mapping):
         public["data"] = {**public["data"], "path": None}
     return public
-
-
-def _download(
-    name: str,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> Path:
-    """Return the local copy of a Hub repository; raises UserError in one line if it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(f"{name} does not exist; give a directory or the id of a repository on the Hugging Face Hub")
-    try:
-        local = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", CARD],
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"'{name}' is neither a directory nor a repository of the Hugging Face Hub that can be read: {reason}"
-        ) from None
-    return Path(local)
 
 
 def _load_weights(model: torch.nn.Module, directory: Path, weights: str) -> None:

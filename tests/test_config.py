@@ -371,7 +371,7 @@ def no_default() -> Config:
             **dict(max_nonfinite_steps=3, log_every=1, checkpoint_every=2, keep_last=1, keep_every=4, sample_every=6),
             **dict(validate_every=9, validation_images=11, trackers=[]),
         ),
-        sampling=SamplingConfig(3, 1.1, (0.1, 0.9), 2, 4),
+        sampling=SamplingConfig(3, 1.1, (0.1, 0.9), 2, 4, "heun", 3),
     )
 
 

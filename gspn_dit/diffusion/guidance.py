@@ -27,6 +27,8 @@ class Guidance:
             raise ValueError(f"guidance interval is {list(self.interval)}, but must be within 0 ≤ low ≤ high ≤ 1")
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"guidance scale is {self.scale}, but must be at least 0 and finite")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance channels is {self.channels}, but must be at least 1, or none for all")
 
     def acts(self, t: float) -> bool:
         """Tell whether the unconditional prediction is needed at time t in [0, 1]."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gspn_dit.config import ObjectiveConfig
@@ -20,6 +21,36 @@ class Objective(ABC):
 
     samplers: tuple[str, ...]
     """Names of the samplers that `make_scheduler` takes, the default first."""
+    stochastic_samplers: tuple[str, ...] = ()
+    """Those whose every step draws noise."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+
+    def times(self, uniforms: Tensor) -> Tensor:
+        """Map uniform draws [B] in [0, 1) to times t [B] in [0, 1], 1 for noise.
+
+        This is the inverse distribution function of t, which is uniform or logit-normal and then shifted.
+        """
+        t = uniforms
+        if self.config.timestep_sampling == "logit_normal":
+            t = torch.sigmoid(self.config.logit_normal_mean + self.config.logit_normal_std * torch.special.ndtri(t))
+        shift = self.config.timestep_shift
+        return shift * t / (1 + (shift - 1) * t)
+
+    def resolve_sampler(self, sampler: str | None, num_inference_steps: int) -> str:
+        """Return a sampler's name, the default for None; raises UserError if there is none, or not of so many steps."""
+        name = sampler or self.samplers[0]
+        if name not in self.samplers:
+            raise UserError(f"unknown sampler '{name}'; allowed are {', '.join(self.samplers)}")
+        most = self.most_steps(name)
+        if most is not None and num_inference_steps > most:
+            raise UserError(f"sampler '{name}' takes at most {most} steps, not {num_inference_steps}")
+        return name
+
+    def most_steps(self, sampler: str) -> int | None:
+        """Return how many steps a sampler can take, or None for any number."""
+        return None
 
     @abstractmethod
     def out_channels(self, latent_channels: int) -> int:
@@ -55,8 +86,7 @@ class Objective(ABC):
 
 def create_objective(config: ObjectiveConfig) -> Objective:
     """Build the objective a config names."""
+    from gspn_dit.diffusion.epsilon import EpsilonObjective
     from gspn_dit.diffusion.velocity import VelocityObjective
 
-    if config.name == "velocity":
-        return VelocityObjective(config)
-    raise UserError(f"objective.name '{config.name}' is not available in this version; use velocity")
+    return {"velocity": VelocityObjective, "epsilon": EpsilonObjective}[config.name](config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from gspn_dit import rng
 from gspn_dit.diffusion.guidance import Guidance
 from gspn_dit.diffusion.objective import Model, Objective
 
-SAMPLERS = ("euler", "heun")
+SAMPLERS = ("euler", "heun", "ddpm", "ddim", "dpm++", "unipc")
+"""The samplers of all objectives: the first two of velocity, the others of epsilon."""
 
 CHUNK = 64
 """Images generated at a time. Fixed, and the last chunk is padded: the size of a batch can change its rounding."""
@@ -20,6 +22,13 @@ CHUNK = 64
 def draw_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return the starting noise of images by index, float32 [len(indices), *shape]; image i depends on (seed, i)."""
     return rng.normal(seed, rng.Stream.SAMPLE, indices, shape)
+
+
+def step_generators(seed: int, indices: Sequence[int], num_steps: int) -> Iterator[list[torch.Generator]]:
+    """Yield, step by step, the generator of each image's noise, a function of (seed, image index, step)."""
+    seeds = (rng.uniform(seed, rng.Stream.SAMPLE_STEP, indices, (num_steps,)) * 2**32).long()
+    for of_step in seeds.T.tolist():
+        yield [torch.Generator().manual_seed(of_image) for of_image in of_step]
 
 
 @torch.no_grad()
@@ -31,8 +40,10 @@ def sample_latents(
     null_label: int,
     num_inference_steps: int,
     guidance: Guidance | None = None,
-    sampler: str = "euler",
+    sampler: str | None = None,
     on_step: Callable[[], None] | None = None,
+    seed: int | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Tensor:
     """Integrate from noise to latents.
 
@@ -44,24 +55,40 @@ def sample_latents(
         null_label: the id that means "no class".
         num_inference_steps: steps of the scheduler, at least 1.
         guidance: None for no guidance.
-        sampler: one of the objective's.
+        sampler: one of the objective's; None for its default.
         on_step: called after each scheduler step.
+        seed, indices: what the noise of the steps of a stochastic sampler is a function of; indices are the B images'.
 
     Returns:
         Latents [B, C, H, W].
+
+    Raises:
+        UserError: a sampler that the objective does not have, or that cannot take so many steps.
+        ValueError: a stochastic sampler without `seed` and `indices`, or guidance of more channels than there are.
     """
     guidance = guidance or Guidance()
+    if guidance.channels is not None and guidance.channels > noise.shape[1]:
+        raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {noise.shape[1]}")
+    sampler = objective.resolve_sampler(sampler, num_inference_steps)
     scheduler = objective.make_scheduler(sampler, num_inference_steps)
+    generators = None
+    if sampler in objective.stochastic_samplers:
+        if seed is None or indices is None:
+            raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
+        generators = step_generators(seed, indices, len(scheduler.timesteps))
     latents, null_labels = noise, torch.full_like(class_labels, null_label)
     for timestep in scheduler.timesteps:
         times = timestep.to(noise).expand(len(noise))
         if guidance.acts(float(timestep) / scheduler.config.num_train_timesteps):
             output = model(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([class_labels, null_labels]))
-            conditional, unconditional = (objective.split_output(half) for half in output.chunk(2))
-            prediction = guidance.combine(conditional[0], unconditional[0])
+            (conditional, variance), (unconditional, _) = (objective.split_output(half) for half in output.chunk(2))
+            prediction = guidance.combine(conditional, unconditional)
         else:
-            prediction, _ = objective.split_output(model(latents, times, class_labels))
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            prediction, variance = objective.split_output(model(latents, times, class_labels))
+        if variance is not None and scheduler.config.get("variance_type") == "learned_range":
+            prediction = torch.cat([prediction, variance], dim=1)
+        options: dict[str, Any] = {} if generators is None else {"generator": next(generators)}
+        latents = scheduler.step(prediction.to(noise), timestep, latents, return_dict=False, **options)[0]
         if on_step is not None:
             on_step()
     return latents

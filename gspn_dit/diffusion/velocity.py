@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from gspn_dit.config import ObjectiveConfig
 from gspn_dit.diffusion.objective import Model, Objective
 
 TIMESTEP_SCALE = 1000
@@ -20,19 +18,12 @@ class VelocityObjective(Objective):
 
     samplers = ("euler", "heun")
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
-
     def out_channels(self, latent_channels: int) -> int:
         return latent_channels
 
     def timesteps(self, uniforms: Tensor) -> Tensor:
-        """Map uniforms to 1000·t by the inverse distribution function; t is uniform or logit-normal, then shifted."""
-        t = uniforms
-        if self.config.timestep_sampling == "logit_normal":
-            t = torch.sigmoid(self.config.logit_normal_mean + self.config.logit_normal_std * torch.special.ndtri(t))
-        shift = self.config.timestep_shift
-        return TIMESTEP_SCALE * (shift * t / (1 + (shift - 1) * t))
+        """Map uniforms to 1000·t."""
+        return TIMESTEP_SCALE * self.times(uniforms)
 
     def loss(
         self,
@@ -51,15 +42,19 @@ class VelocityObjective(Objective):
         return error.square().flatten(1).mean(dim=1)
 
     def make_scheduler(self, sampler: str, num_inference_steps: int) -> Any:
-        """Return diffusers' flow-matching scheduler, "euler" or "heun" (2·steps - 1 model calls)."""
+        """Return diffusers' flow-matching scheduler, "euler" or "heun", on the times 1, 1 - 1/steps, …, 1/steps, 0.
+
+        Heun's last step is one of Euler's, since the velocity is not asked for at t = 0: 2·steps - 1 model calls.
+        """
         from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
+        # The schedulers' own grids are not uniform: they go down to .001 in steps - 1 parts, and then to 0.
         if sampler == "heun":
             heun: Any = FlowMatchHeunDiscreteScheduler(num_train_timesteps=TIMESTEP_SCALE)
+            heun.sigma_min = 1 / num_inference_steps
             heun.set_timesteps(num_inference_steps)
             return heun
         euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEP_SCALE)
-        # The scheduler's own grid is not uniform and ends at .001; this one is 1, …, 1/steps, and then 0.
         euler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist())
         return euler
 
