@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+CARD = "README.md"
 LIBRARY = "gspn-dit"
 CODE_LICENSE = "apache-2.0"
 """Licence of this library; the default for weights."""
