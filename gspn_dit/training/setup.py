@@ -16,7 +16,7 @@ from gspn_dit.data.images import ImageSet, load_images
 from gspn_dit.data.latents import Latent, create_latent
 from gspn_dit.diffusion import Objective, create_objective
 from gspn_dit.errors import LocalUserError, UserError
-from gspn_dit.models import GSPNTransformer, create_model
+from gspn_dit.models import DiffusionModel, create_model
 
 FINGERPRINT_IMAGES = 64
 """Evenly spaced images whose pixels enter the fingerprint of a data set."""
@@ -31,7 +31,7 @@ class Parts:
     """None if the source has no validation split and `data.validation_fraction` is 0."""
     latent: Latent
     objective: Objective
-    model: GSPNTransformer
+    model: DiffusionModel
     description: dict[str, Any]
     """What a checkpoint says of them: arguments of `create_model`, latent, class names, data."""
 
@@ -42,10 +42,14 @@ def build_parts(config: Config) -> Parts:
     Raises UserError for whatever does not exist or does not fit.
     """
     objective = create_objective(config.objective)
+    objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
     training = _load(config, "train")
     held_out = training.has_validation or config.data.validation_fraction > 0
     validation = _load(config, "validation") if held_out else None
     latent = create_latent(config.latent, training.image_size, training.channels)
+    guided = config.sampling.guidance_channels
+    if guided is not None and guided > latent.channels:
+        raise UserError(f"sampling.guidance_channels is {guided}, but the latent has {latent.channels} channels")
     arguments = {
         "name": config.model.name,
         "num_classes": training.num_classes,
