@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
@@ -42,6 +42,10 @@ class GSPNPipeline(DiffusionPipeline):
 
     Image i depends on (seed, i) and its label alone, not on what is generated beside it.
     """
+
+    model: DiffusionModel
+    objective: Objective
+    latent: Latent
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class GSPNPipeline(DiffusionPipeline):
         weights: str | None = None,
         device: str | torch.device = "cpu",
         revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> GSPNPipeline:
@@ -190,7 +194,7 @@ class GSPNPipeline(DiffusionPipeline):
         names = ("model", "objective", "latent", "class_names")
         return {name: getattr(self, name) for name in names}
 
-    def to(  # type: ignore[override]
+    def to(
         self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> GSPNPipeline:
         """Move to a device; raises ValueError for a dtype other than float32, in which sampling computes."""
@@ -224,8 +228,7 @@ class GSPNPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         height: int | None = None,
         width: int | None = None,
-        return_dict: bool = True,
-    ) -> GSPNPipelineOutput | tuple[list[Image.Image] | np.ndarray]:
+    ) -> GSPNPipelineOutput:
         """Generate one image per label.
 
         Args:
@@ -241,7 +244,6 @@ class GSPNPipeline(DiffusionPipeline):
             generator: draws the seed, so that one call after another gives other images.
             height: of the images in pixels; None for what the model was trained on.
             width: likewise.
-            return_dict: False for a tuple that holds the images.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.
@@ -268,8 +270,7 @@ class GSPNPipeline(DiffusionPipeline):
                 if on_chunk is not None:
                     on_chunk(start + len(chunk))
         images = np.concatenate(chunks) if chunks else self._empty(shape)
-        output = GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
-        return output if return_dict else (output.images,)
+        return GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
 
     def choose_sampler(self, sampler: str | None) -> str:
         """Return the sampler of that name, or the objective's default; raises UserError for an unknown one."""

@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
 
     device = _choose_device(options.device)
     pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device)
+    pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
     classes = parse_classes(options.classes, pipeline.class_names)
     labels = [label for label in classes for _ in range(options.per_class)]
     if options.order == "interleaved":
