@@ -36,28 +36,28 @@ class ModelConfig:
 
     name: str = "GSPN-B/2"
     """Preset and patch size, such as GSPN-XL/2 or DiT-XL/2."""
-    mixer: Literal["attention", "gspn"] | None = None
-    """What mixes the tokens of a DiT model; null: attention."""
     hidden_size: int | None = None
     depth: int | None = None
-    num_heads: int | None = None
-    """Heads of attention; DiT models alone."""
     weight_groups: int | None = None
     """Number of groups of channels that share propagation weights (GSPN-2); null: one per channel."""
     scan_window: int | None = None
     """Lines after which the scan restarts (local GSPN); null: global."""
     drop_path_rate: float | None = None
     """Probability that stochastic depth drops the last block's branch; rises linearly from 0."""
+    mixer: Literal["attention", "gspn"] | None = None
+    """What mixes the tokens of a DiT model; null: attention."""
+    num_heads: int | None = None
+    """Heads of attention; DiT models alone."""
 
     def __post_init__(self) -> None:
-        for name in ("mixer", "num_heads"):
-            refused = self.name.startswith("GSPN-") and getattr(self, name) is not None
-            _require(not refused, f"model.{name} is for DiT models, but model.name is {self.name}; leave it out")
         for name in ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         rate = self.drop_path_rate
         _require(rate is None or 0 <= rate < 1, f"model.drop_path_rate is {rate}, but must lie in [0, 1)")
+        for name in ("mixer", "num_heads"):
+            refused = self.name.startswith("GSPN-") and getattr(self, name) is not None
+            _require(not refused, f"model.{name} is for DiT models, but model.name is {self.name}; leave it out")
 
     def overrides(self) -> dict[str, Any]:
         """Return the options that were set, for `create_model`."""

@@ -254,12 +254,22 @@ def test_null_on_the_command_line_is_a_word_where_words_are_asked_for() -> None:
     assert "seed" in refusal("--seed", "null")
 
 
+@pytest.mark.parametrize("option", [("mixer", "gspn"), ("num_heads", 4)])
+def test_options_of_dit_are_refused_for_another_family(option: tuple[str, Any]) -> None:
+    key, value = option
+    assert ModelConfig("DiT-S/2", **{key: value}).overrides() == {key: value}
+    assert refusal("--model.name", "GSPN-N/2", f"--model.{key}", str(value)) == (
+        f"model.{key} is for DiT models, but model.name is GSPN-N/2; leave it out"
+    )
+
+
 OUT_OF_RANGE = [
     (Config, "seed", -1),
     (Config, "seed", 2**63),
     (Config, "output_dir", ""),
     (ModelConfig, "hidden_size", 0),
     (ModelConfig, "depth", 0),
+    (ModelConfig, "num_heads", 0),
     (ModelConfig, "weight_groups", 0),
     (ModelConfig, "scan_window", 0),
     (ModelConfig, "drop_path_rate", 1.0),
@@ -361,7 +371,7 @@ def no_default() -> Config:
     return Config(
         output_dir="other",
         seed=2**63 - 1,
-        model=ModelConfig("GSPN-N/2", 32, 4, 8, 2, 0.05),
+        model=ModelConfig("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2),
         data=DataConfig("hf", "some/path", 32, 0.25, True),
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),
         training=TrainingConfig(
