@@ -64,8 +64,9 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps [B] in [0, 1000] as [B, hidden_size]."""
         half = self.frequencies // 2
-        exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / (half - self.endpoint)
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+        # In the order of DiT and diffusers: at timestep 999 another rounding of the exponents is seen in the output.
+        exponents = -math.log(10_000) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
+        angles = timesteps.float()[:, None] * torch.exp(exponents / (half - self.endpoint))
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mix(F.silu(self.expand(sinusoids.to(self.expand.weight.dtype))))
 
@@ -86,9 +87,10 @@ class Modulation(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
-        """Map conditioning [B, C] to `parts` tensors [B, 1, 1, C]."""
-        return super().forward(F.silu(conditioning))[:, None, None].chunk(self.parts, dim=-1)
+    def forward(self, conditioning: Tensor) -> Tensor:
+        """Map conditioning [B, C] to [parts, B, 1, 1, C]."""
+        parts = super().forward(F.silu(conditioning)).unflatten(-1, (self.parts, -1))
+        return parts.transpose(0, 1)[:, :, None, None]
 
 
 def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
