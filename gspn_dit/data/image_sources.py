@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,16 +186,23 @@ def _standard_columns(dataset: Dataset, path: Path) -> Dataset:
     return dataset.rename_columns({old: new for old, new in found.items() if old != new})
 
 
-def read_saved_dataset(path: str | os.PathLike[str] | None) -> dict[str, Dataset]:
-    """A directory that `save_to_disk` wrote: a Dataset, or a DatasetDict with `train` and a held-out part."""
-    from datasets import Dataset, load_from_disk
+def is_hub_name(path: str | os.PathLike[str] | None) -> bool:
+    """Tell whether a path is OWNER/DATA_SET on the Hugging Face hub rather than a place here."""
+    return bool(path) and not Path(str(path)).exists() and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)))
 
-    folder = _require_directory("hf", path)
+
+def read_saved_dataset(path: str | os.PathLike[str] | None) -> dict[str, Dataset]:
+    """A Dataset, or a DatasetDict with `train` and a held-out part, that `save_to_disk` wrote or the hub holds."""
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    hub = is_hub_name(path)
+    folder = Path(str(path)) if hub else _require_directory("hf", path)
     try:
-        stored = load_from_disk(str(folder))
+        stored = load_dataset(str(path)) if hub else load_from_disk(str(folder))
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{folder} is not a data set that save_to_disk wrote: {reason}") from error
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        what = "neither a directory nor a data set of the hub" if hub else "not a data set that save_to_disk wrote"
+        raise UserError(f"{folder} is {what}: {reason}") from error
     parts = {"all": stored} if isinstance(stored, Dataset) else dict(stored)
     if len(parts) == 1:
         return {"all": _standard_columns(next(iter(parts.values())), folder)}

@@ -103,18 +103,33 @@ class ImageSet:
         out = np.empty((len(rows), size, size, channels), dtype=np.uint8)
         for start in range(0, len(rows), DECODE_CHUNK):
             chunk = rows[start : start + DECODE_CHUNK]
-            for offset, cell in enumerate(self._undecoded[chunk]["image"]):
-                place = _place(cell, int(chunk[offset]))
-                image = decode_image(_content(cell, place), place, channels)
-                if image.size != (size, size):
-                    if not crop:
-                        raise LocalUserError(
-                            f"image {place} is {image.size[0]}x{image.size[1]}, the others {size}x{size}; "
-                            "set data.image_size and every image is centre-cropped and resized to it"
-                        )
-                    image = center_crop(image, size)
-                out[start + offset] = np.asarray(image).reshape(size, size, channels)
+            for offset, cell in enumerate(self.cells(chunk)):
+                out[start + offset], _ = decode_cell(cell, int(chunk[offset]), size, channels, crop)
         return out
+
+    def cells(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any] | None]:
+        """Return the undecoded images of rows, for `decode_cell`: {"bytes": …, "path": …}."""
+        return self._undecoded[rows]["image"]
+
+
+def decode_cell(
+    cell: dict[str, Any] | None, row: int, size: int, channels: int, crop: bool
+) -> tuple[np.ndarray, str]:
+    """Decode an undecoded image to uint8 [size, size, channels]; return it and the mode it had, such as "L" or "CMYK".
+
+    Raises:
+        LocalUserError: it cannot be read, or has another size and shall not be cropped; names its file or row.
+    """
+    place = _place(cell, row)
+    image, mode = _decode(_content(cell, place), place, channels)
+    if image.size != (size, size):
+        if not crop:
+            raise LocalUserError(
+                f"image {place} is {image.size[0]}x{image.size[1]}, the others {size}x{size}; "
+                "set data.image_size and every image is centre-cropped and resized to it"
+            )
+        image = center_crop(image, size)
+    return np.asarray(image).reshape(size, size, channels), mode
 
 
 def load_images(
@@ -123,21 +138,25 @@ def load_images(
     split: str | None = "train",
     image_size: int | None = None,
     validation_fraction: float = 0.1,
+    channels: int | None = None,
 ) -> ImageSet:
-    """Open a labelled image set; nothing is downloaded.
+    """Open a labelled image set.
 
     Sets of at most 20,000 images are inspected completely (headers only); of a larger one 1,000 evenly spaced images
     decide size and channels, and an image of another size is found when it is decoded.
 
     Args:
         name: "digits" (bundled), "imagefolder" (`path/class/image`, or `path/train/class/image` with a held-out
-            folder beside), or "hf" (a directory written by `save_to_disk`).
+            folder beside), or "hf" (a directory written by `save_to_disk`, or a name on the Hugging Face hub, the
+            only one that is downloaded).
         path: the directory; not for "digits".
         split: "train", "validation", or None for all images.
         image_size: centre-crop and resize every image to this many pixels. None: all images must share one square
             size.
         validation_fraction: in (0, 0.5]; the share of images held out where the source has no split of its own
             (deterministic, stratified). 0: do not split, the training set is everything.
+        channels: turn every image into 1 (greyscale) or 3 (RGB). None: by the images. With `image_size` and
+            `channels` given nothing is left to find out, and no image is inspected.
 
     Raises:
         UserError: anything about the source that cannot be used, in one line.
@@ -152,16 +171,33 @@ def load_images(
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1, not {image_size}")
     parts = READERS[name](path)
-    sizes, modes = _inspect(parts)
+    if split is not None and "all" not in parts:  # a further part, such as a test set without labels, is not looked at
+        parts = {part: parts[part] for part in ("train", next(part for part in HELD_OUT if part in parts))}
     label = name if not path else (Path(path).resolve().name or name)
+    _check_labels(parts)
+    crop = image_size is not None
+    if image_size is None or channels is None:
+        sizes, modes = _inspect(parts)
+        image_size = image_size or _common_size(sizes, label)
+        channels = channels or (1 if all(mode in ("1", "L") for mode in modes) else 3)
     return ImageSet(
         dataset=_choose(parts, split, validation_fraction, label),
         name=label,
-        image_size=image_size or _common_size(sizes, label),
-        channels=1 if all(mode in ("1", "L") for mode in modes) else 3,
-        crop=image_size is not None,
+        image_size=image_size,
+        channels=channels,
+        crop=crop,
         has_validation="all" not in parts,
     )
+
+
+def open_source(
+    source: str, split: str | None = "train", image_size: int | None = None, channels: int | None = None
+) -> ImageSet:
+    """Open what a command line names: "imagefolder:DIR", "hf:NAME_OR_DIR" or "digits"; see `load_images`."""
+    kind, colon, place = source.partition(":")
+    if kind not in READERS or (colon and not place):
+        raise UserError(f"--source {source} is unknown; give imagefolder:DIR, hf:NAME_OR_DIR or digits")
+    return load_images(kind, place or None, split, image_size, channels=channels)
 
 
 def decode_image(source: bytes | str | os.PathLike[str], place: str, channels: int | None = None) -> Image:
@@ -171,6 +207,11 @@ def decode_image(source: bytes | str | os.PathLike[str], place: str, channels: i
         source: encoded bytes or a file path.
         place: how an error message names the image.
     """
+    return _decode(source, place, channels)[0]
+
+
+def _decode(source: bytes | str | os.PathLike[str], place: str, channels: int | None) -> tuple[Image, str]:
+    """Return an image in 8 bits, and the mode it had."""
     from PIL import Image as PILImage
     from PIL import ImageOps
 
@@ -181,7 +222,7 @@ def decode_image(source: bytes | str | os.PathLike[str], place: str, channels: i
             image = ImageOps.exif_transpose(opened)
             if channels is None:
                 channels = 1 if opened.mode in ("1", "L") else 3
-            return image.convert("L" if channels == 1 else "RGB")
+            return image.convert("L" if channels == 1 else "RGB"), opened.mode
     except UserError:
         raise
     except Exception as error:  # decoders raise whatever the bytes lead them to
@@ -244,17 +285,21 @@ def _require_eight_bits(image: Image, place: str) -> None:
         )
 
 
-def _inspect(parts: dict[str, Dataset]) -> tuple[Counter[tuple[int, int]], Counter[str]]:
-    """(width, height) and mode of the images, counted, from their headers; labels are checked as well."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    modes: Counter[str] = Counter()
-    total = sum(len(dataset) for dataset in parts.values())
+def _check_labels(parts: dict[str, Dataset]) -> None:
     for part, dataset in parts.items():
         if not len(dataset):
             raise UserError(f"the image set has no images in its part '{part}'")
         labels = dataset.select_columns("label").with_format(None)[:]["label"]
         if any(label is None or label < 0 for label in labels):
             raise UserError(f"the image set has images without a class label in its part '{part}'")
+
+
+def _inspect(parts: dict[str, Dataset]) -> tuple[Counter[tuple[int, int]], Counter[str]]:
+    """(width, height) and mode of the images, counted, from their headers."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    modes: Counter[str] = Counter()
+    total = sum(len(dataset) for dataset in parts.values())
+    for dataset in parts.values():
         rows = np.arange(len(dataset))
         if total > MAX_HEADERS:
             rows = np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_HEADERS).astype(np.int64))
@@ -300,8 +345,7 @@ def _choose(parts: dict[str, Dataset], split: str | None, fraction: float, name:
     if split is None:
         return concatenate_datasets(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
     if "all" not in parts:
-        held_out = next(part for part in HELD_OUT if part in parts)
-        return parts["train" if split == "train" else held_out]
+        return next(dataset for part, dataset in parts.items() if (part == "train") == (split == "train"))
     everything = parts["all"]
     if fraction == 0:
         if split == "train":
