@@ -63,6 +63,7 @@ def test_scale_1_never_acts(t: float) -> None:
         ({"scale": -0.5}, "guidance scale is -0.5, but must be at least 0 and finite"),
         ({"scale": float("inf")}, "guidance scale"),
         ({"scale": float("nan")}, "guidance scale"),
+        ({"channels": 0}, "guidance channels is 0, but must be at least 1, or none for all"),
     ],
 )
 def test_out_of_range(options: dict[str, Any], message: str) -> None:
