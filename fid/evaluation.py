@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fid.features import FeatureNet, Features, extract, load_feature_net, resolve_device
-from fid.images import LabelledImages, Reference, interleave, read_reference, read_samples, require_samples
-from fid.metrics import (
-    IS_SPLITS,
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    NEIGHBOURHOOD,
-    class_agreement,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    nearest_distances,
-    precision_recall,
-)
+from fid.cache import extract_cached
+from fid.distributed import World, connect, local_device
+from fid.extraction import Extraction, extract_all
+from fid.features import FeatureNet, load_dinov2, load_feature_net, load_inception, resolve_device
+from fid.images import LabelledImages, Reference, read_reference, read_samples, require_samples
+from fid.protocols import INCEPTION, Protocol, check_samples, find_protocol, is_published_reference
+from fid.published import PROTOCOL as PUBLISHED_PROTOCOL
+from fid.published import published_rows
 from fid.report import prepare_directory, versions, write_report
-from gspn_dit.errors import UserError
+from fid.scores import (
+    Measured,
+    Target,
+    compare_with_held_out,
+    nearest_neighbours,
+    score_intervals,
+    score_names,
+    scores_of,
+)
+from gspn_dit.errors import UserError, nearest
 
-REPORT_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A set of images in interleaved order, with its features."""
-
-    images: LabelledImages
-    features: Features
-    labels: np.ndarray | None
-    """Ids in the feature net's classes, or None when the set's classes are not the net's."""
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def first(self, count: int) -> Features:
-        """The features of the first `count` images."""
-        return self.features[np.arange(count)]
+REPORT_FORMAT_VERSION = 2
+BATCH_SIZE = 256
 
 
 def evaluate(
@@ -51,26 +38,42 @@ def evaluate(
     features: str | os.PathLike[str] = "digits",
     out: str | os.PathLike[str] | None = None,
     *,
+    protocol: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    allow_unknown_weights: bool = False,
+    dinov2: str | os.PathLike[str] | None = None,
+    held_out: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     device: str = "cpu",
     seed: int = 0,
+    show_progress: bool = False,
 ) -> dict[str, Any]:
     """Score generated images against real ones; with `out`, write report.json, report.md, index.html and grid.png.
 
-    Cheap checks come first: the paths, then the net and the reference, and the samples last.
+    Cheap checks come first: the paths, then the net, the samples' number and size, and the reference. Under
+    `accelerate launch` or `torchrun` the processes share the images; the first one alone scores and writes.
 
     Args:
         samples: a directory of PNGs or an NPZ, see `fid.images.read_samples`.
         reference: real images, see `fid.images.read_reference`.
-        features: "digits", or a file that `python -m fid.train_features` wrote.
+        features: "digits", or a file that `python -m fid.train_features` wrote; not used with `protocol`.
         out: directory of the report, new, empty, or (with `overwrite`) holding an earlier report.
+        protocol: a name of `fid.protocols.PROTOCOLS`; None: `features` with the settings of a small study.
+        weights: file of the Inception net, for the protocols that use it; None: torch-fidelity's usual place.
+        allow_unknown_weights: take another net than the published one; no score is called FID then.
+        dinov2: local directory of a DINOv2 model, for FD-DINOv2 as well.
+        held_out: real images to be scored as if they were samples; None: the reference's validation split, if any.
+        cache: directory in which features of real images are kept between evaluations; None: do not.
         batch_size: images per forward pass.
-        device: where the feature net runs.
-        seed: of the subsets that the kernel distance draws.
+        device: where the nets run; "cuda" under a launcher is each process's own.
+        seed: of the subsets that the kernel distance draws; protocols bring their own.
+        show_progress: whether to show a bar with the time that is left.
 
     Returns:
-        The content of report.json: "scores", "held_out", "comparison" and every setting that moved them.
+        The content of report.json: "scores", "held_out", "comparison" and every setting that moved them; {} in the
+        other processes of a launch.
 
     Raises:
         UserError: in one line what was given and what is needed; nothing has been written then.
@@ -79,15 +82,45 @@ def evaluate(
         prepare_directory(out, overwrite)
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
+    chosen = find_protocol(protocol) if protocol else Protocol("features", str(features), kid_seed=seed)
+    device = local_device(device)
     resolve_device(device)
     require_samples(samples)
-    net = load_feature_net(features)
-    real = read_reference(reference, net.image_size)
+    net = _load_net(chosen, weights, allow_unknown_weights)
+    others = [load_dinov2(dinov2)] if dinov2 is not None else []
     drawn = read_samples(samples)
-    report = score(drawn, real, net, batch_size=batch_size, device=device, seed=seed)
-    if out is not None:
-        write_report(report, drawn, out, overwrite, net.class_names)
+    check_samples(chosen, drawn)
+    size = net.image_size or drawn.pixels.shape[1]
+    real = read_reference(reference, size)
+    if held_out is not None:
+        real = dataclasses.replace(real, held_out=read_reference(held_out, size).images)
+    with connect() as world:
+        report = score(
+            drawn,
+            real,
+            net,
+            batch_size=batch_size,
+            device=device,
+            protocol=chosen,
+            others=others,
+            cache=None if cache is None else Path(cache),
+            world=world,
+            show_progress=show_progress,
+        )
+    if out is not None and report:
+        write_report(report, drawn, out, overwrite, net.class_names, real.images)
     return report
+
+
+def _load_net(protocol: Protocol, weights: str | os.PathLike[str] | None, allow_unknown: bool) -> FeatureNet:
+    if protocol.features == INCEPTION:
+        return load_inception(weights, allow_unknown)
+    if weights is not None or allow_unknown:
+        raise UserError(
+            f"--weights and --allow-unknown-weights are for the Inception net; protocol {protocol.name} uses "
+            f"'{protocol.features}'"
+        )
+    return load_feature_net(protocol.features)
 
 
 def score(
@@ -95,176 +128,234 @@ def score(
     reference: Reference,
     net: FeatureNet,
     *,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     device: str = "cpu",
     seed: int = 0,
+    protocol: Protocol | None = None,
+    others: Sequence[FeatureNet] = (),
+    cache: Path | None = None,
+    world: World | None = None,
+    show_progress: bool = False,
 ) -> dict[str, Any]:
-    """`evaluate` on images in memory; writes nothing."""
-    _check_fit(samples, net, "samples", "sample images")
-    _check_fit(reference.images, net, "reference", "reference images")
-    if reference.held_out is not None:
-        _check_fit(reference.held_out, net, "held-out images", None)
-    sets = [samples, reference.images, *([reference.held_out] if reference.held_out is not None else [])]
-    measured = [_measure(images, net, batch_size, device) for images in sets]
-    drawn, real = measured[:2]
-    held_out = measured[2] if len(measured) > 2 else None
-    notes = _notes(drawn, held_out, net)
-    if held_out is not None and len(held_out) < _needed(net):
+    """`evaluate` on images that have been opened; writes nothing but what `cache` keeps.
+
+    Args:
+        protocol: default: the settings of a small study, with `seed`.
+        others: further nets, on each of which a Fréchet distance is computed in the same pass.
+        world: this process among those that share the images.
+    """
+    protocol = protocol or Protocol("features", net.source, kid_seed=seed)
+    world = world or World()
+    held_out = reference.held_out
+    _check_set(samples, net, protocol, "samples", "sample images", others)
+    _check_set(reference.images, net, protocol, "reference", "reference images", others)
+    _check_pair(samples, reference.images)
+    if held_out is not None:
+        _check_set(held_out, net, protocol, "held-out images", None)
+    nets = [net, *others]
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "world": world,
+        "show_progress": show_progress,
+    }
+    # the reference first: what is wrong with it shows before the samples' long pass
+    sets = {
+        "reference": (reference.images, extract_cached(reference.images, nets, cache, title="reference", **options))
+    }
+    if held_out is not None:
+        sets["held_out"] = (held_out, extract_cached(held_out, nets, cache, title="held-out images", **options))
+    sets["samples"] = (samples, extract_all(samples, nets, title="samples", **options))
+    if not world.is_main:
+        return {}
+    measured = {name: _measured(images, found, net, protocol) for name, (images, found) in sets.items()}
+    settings = {"batch_size": batch_size, "device": device, "processes": world.size, "tf32": False}
+    return _report(measured, reference, net, others, protocol, settings)
+
+
+def _measured(
+    images: LabelledImages, found: tuple[list[Extraction], str], net: FeatureNet, protocol: Protocol
+) -> Measured:
+    (first, *rest), sha256 = found
+    return Measured(images, first, tuple(rest), sha256, net.class_names, protocol.order)
+
+
+def _report(
+    measured: dict[str, Measured],
+    reference: Reference,
+    net: FeatureNet,
+    others: Sequence[FeatureNet],
+    protocol: Protocol,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    drawn, real, held_out = measured["samples"], measured["reference"], measured.get("held_out")
+    notes = _notes(drawn, held_out, reference, net, protocol)
+    if held_out is not None and len(held_out) < protocol.needed(net.feature_dim):
         held_out = None
-    subset = min(KID_SUBSET_SIZE, *(len(part) for part in (drawn, real, held_out) if part is not None))
-    scores = _scores(drawn, real, net, subset, seed)
-    own = None if held_out is None else _scores(held_out, real, net, subset, seed)
+    subset = min(protocol.kid_subset_size, *(len(part) for part in (drawn, real, held_out) if part is not None))
+    names = score_names(net, protocol, len(drawn))
+    target = Target.build(real, reference.statistics if not net.score_suffix else {}, net, others)
+    scores = scores_of(drawn, target, names, protocol, subset, settings["device"])
+    own = None
+    if held_out is not None:
+        own = scores_of(held_out, target, names, protocol, subset, settings["device"])
+    comparison = compare_with_held_out(drawn, held_out, target, scores, own, names, protocol)
+    if own is not None and not net.class_names and len(drawn) != own.figures["n"]:
+        own.figures.update({names[key]: None for key in ("fd", "sfd") if names[key] in own.figures})
+    published = is_published_reference(protocol, reference.images.source, "features" in reference.statistics)
+    comparable = protocol.comparable and published and not net.score_suffix
+    stated = drawn.images.generation or {}
+    rows = published_rows(stated.get("guidance_scale")) if protocol.name == PUBLISHED_PROTOCOL and comparable else []
     return {
         "format_version": REPORT_FORMAT_VERSION,
-        "names": {"fd": f"FD-{net.score_suffix}", "is": f"IS-{net.score_suffix}", "kid": f"KID-{net.score_suffix}"},
-        "scores": scores,
-        "held_out": own,
-        "comparison": _comparison(drawn, real, held_out, scores, own),
+        "protocol": protocol.name,
+        "comparable": comparable,
+        "names": names,
+        "scores": scores.figures,
+        "intervals": score_intervals(drawn, target, scores, names, protocol),
+        "held_out": None if own is None else own.figures,
+        "comparison": comparison,
+        "published": [dataclasses.asdict(row) for row in rows],
+        "neighbours": nearest_neighbours(drawn, target),
         "settings": {
-            "samples": _describe(samples),
-            "reference": _describe(reference.images),
-            "held_out": None if reference.held_out is None else _describe(reference.held_out),
-            "feature_net": {
-                "source": net.source,
-                "data_set": net.score_suffix,
-                "sha256": net.sha256,
-                "feature_dim": net.feature_dim,
-                "image_size": net.image_size,
-                "channels": net.channels,
-                "classes": len(net.class_names),
-                **net.description,
+            "protocol": protocol.knobs(),
+            "generation": drawn.images.generation,
+            "samples": _describe(drawn),
+            "reference": {**_describe(real), "statistics": target.statistics_sha256},
+            "held_out": None if "held_out" not in measured else _describe(measured["held_out"]),
+            "feature_net": _describe_net(net),
+            "other_nets": {other.names["fd"]: _describe_net(other) for other in others},
+            "inception_score": {"splits": protocol.inception_splits, "order": drawn.order_name},
+            "precision_recall": {"neighbourhood": protocol.neighbourhood},
+            "kernel_distance": {
+                "subsets": protocol.kid_subsets,
+                "subset_size": subset,
+                "seed": protocol.kid_seed,
             },
-            "inception_score": {"splits": IS_SPLITS, "order": "interleaved classes, consecutive splits"},
-            "precision_recall": {"neighbourhood": NEIGHBOURHOOD},
-            "kernel_distance": {"subsets": KID_SUBSETS, "subset_size": subset, "seed": seed},
-            "batch_size": batch_size,
-            "device": device,
+            **settings,
             "versions": versions(),
         },
         "notes": notes,
     }
 
 
-def _needed(net: FeatureNet) -> int:
-    return max(net.feature_dim + 1, IS_SPLITS, NEIGHBOURHOOD + 1)
-
-
-def _check_fit(images: LabelledImages, net: FeatureNet, what: str, counted: str | None) -> None:
+def _check_set(
+    images: LabelledImages,
+    net: FeatureNet,
+    protocol: Protocol,
+    what: str,
+    counted: str | None,
+    others: Sequence[FeatureNet] = (),
+) -> None:
     """Refuse images that the net cannot read, or fewer than the metrics need (`counted` names them)."""
     height, width, channels = images.pixels.shape[1:]
-    if (height, width, channels) != (net.image_size, net.image_size, net.channels):
+    if net.image_size is not None and (height, width, channels) != (net.image_size, net.image_size, net.channels):
         raise UserError(
             f"the {what} ({images.source}) are {height}x{width} with {channels} channel(s); the feature net "
             f"'{net.source}' reads {net.image_size}x{net.image_size} with {net.channels}"
         )
-    needed = _needed(net)
-    if counted is not None and len(images) < needed:
+    for each in (net, *others) if counted is not None else ():
+        needed = protocol.needed(each.feature_dim)
+        if len(images) >= needed:
+            continue
+        why = f"its {each.feature_dim} features + 1" if needed > each.feature_dim else "of the Inception score's splits"
         raise UserError(
-            f"FD-{net.score_suffix} needs at least {needed} {counted} (its {net.feature_dim} features + 1), "
-            f"{len(images)} given ({images.source})"
+            f"{each.names['fd']} needs at least {needed} {counted} ({why}), {len(images)} given ({images.source})"
         )
-    if images.labels is not None and images.class_names is None and images.labels.max() >= len(net.class_names):
+    known = len(net.class_names)
+    if known and images.labels is not None and images.class_names is None and images.labels.max() >= known:
         raise UserError(
             f"the {what} ({images.source}) have the class id {images.labels.max()}; the feature net "
-            f"'{net.source}' knows the ids 0 to {len(net.class_names) - 1}"
+            f"'{net.source}' knows the ids 0 to {known - 1}"
         )
 
 
-def _net_labels(images: LabelledImages, net: FeatureNet) -> np.ndarray | None:
-    """Labels as ids of the net's classes, matched by name where the set names its classes."""
-    if images.labels is None or images.class_names is None:
-        return images.labels
-    ids = {name: index for index, name in enumerate(net.class_names)}
-    if any(name not in ids for name in images.class_names):
-        return None
-    return np.array([ids[name] for name in images.class_names], dtype=np.int64)[images.labels]
+def _check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
+    """Refuse samples of another resolution than the reference, and classes of which some are misnamed."""
+    sizes = [f"{images.pixels.shape[1]}x{images.pixels.shape[2]}" for images in (samples, reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the samples ({samples.source}) are {sizes[0]}, the reference ({reference.source}) is {sizes[1]}; "
+            "both must have one resolution"
+        )
+    if samples.class_names is None or reference.class_names is None:
+        return
+    unknown = [name for name in samples.class_names if name not in reference.class_names]
+    if unknown and len(unknown) < len(samples.class_names):
+        raise UserError(
+            f"the samples ({samples.source}) have the class '{unknown[0]}', which is not among the reference's "
+            f"{len(reference.class_names)} classes{nearest(unknown[0], reference.class_names)}"
+        )
 
 
-def _measure(images: LabelledImages, net: FeatureNet, batch_size: int, device: str) -> Measured:
-    order = interleave(images.labels, len(images))
-    labels = _net_labels(images, net)
-    ordered = LabelledImages(
-        images.pixels[order],
-        images.source,
-        None if images.labels is None else images.labels[order],
-        images.class_names,
-    )
-    features = extract(net, ordered.pixels, batch_size, device)
-    return Measured(ordered, features, None if labels is None else labels[order])
-
-
-def _scores(images: Measured, real: Measured, net: FeatureNet, subset: int, seed: int) -> dict[str, Any]:
-    features, target = images.features.features, real.features.features
-    precision, recall = precision_recall(features, target)
-    mean, deviation = inception_score(images.features.logits)
-    kid_mean, kid_deviation = kernel_distance(features, target, subset, seed=seed)
-    nearest = nearest_distances(images.images.pixels, real.images.pixels)
-    return {
-        f"FD-{net.score_suffix}": frechet_distance(features, target),
-        f"IS-{net.score_suffix}": {"mean": mean, "std": deviation},
-        f"KID-{net.score_suffix}": {"mean": kid_mean, "std": kid_deviation},
-        "precision": precision,
-        "recall": recall,
-        "class_agreement": None if images.labels is None else class_agreement(images.features.logits, images.labels),
-        "nearest_distance": None if nearest is None else float(np.median(nearest)),
-        "n": len(images),
-    }
-
-
-def _comparison(
-    drawn: Measured,
-    real: Measured,
-    held_out: Measured | None,
-    scores: dict[str, Any],
-    own: dict[str, Any] | None,
-) -> dict[str, Any] | None:
-    """Samples beside held-out real images, at an equal number of each, because the Fréchet distance falls with n."""
-    if held_out is None or own is None:
-        return None
-    count = min(len(drawn), len(held_out))
-    target = real.features.features
-    of_samples = frechet_distance(drawn.first(count).features, target)
-    of_held_out = frechet_distance(held_out.first(count).features, target)
-    recall = precision_recall(drawn.first(count).features, target)[1]
-    distances = scores["nearest_distance"], own["nearest_distance"]
-    return {
-        "n": count,
-        "fd_samples": of_samples,
-        "fd_held_out": of_held_out,
-        "fd_ratio_at_equal_n": of_samples / of_held_out if of_held_out > 0 else None,
-        "recall_samples": recall,
-        "recall_held_out": precision_recall(held_out.first(count).features, target)[1],
-        "nearest_distance_ratio": distances[0] / distances[1] if distances[1] else None,
-    }
-
-
-def _notes(drawn: Measured, held_out: Measured | None, net: FeatureNet) -> list[str]:
-    notes = [
-        f"Scores named …-{net.score_suffix} come from a small net trained on {net.score_suffix}: "
-        "they compare with one another, and with no published FID or Inception score."
-    ]
-    if drawn.images.labels is None:
+def _notes(
+    drawn: Measured, held_out: Measured | None, reference: Reference, net: FeatureNet, protocol: Protocol
+) -> list[str]:
+    notes = []
+    if net.class_names:
+        notes.append(
+            f"Scores named …-{net.score_suffix} come from a small net trained on {net.score_suffix}: "
+            "they compare with one another, and with no published FID or Inception score."
+        )
+    elif net.score_suffix:
+        notes.append(
+            f"The weights are not those of the published Inception net: scores named …-{net.score_suffix} are no FID "
+            "and compare with nothing but scores on the same weights."
+        )
+    elif not protocol.comparable:
+        notes.append("Not comparable with published figures: another number of images, or another protocol.")
+    if reference.statistics and net.score_suffix:
+        notes.append("The reference's statistics are of another net and were not used; its own images were.")
+    needed = protocol.needed(net.feature_dim)
+    if not protocol.full_rank and len(drawn) <= net.feature_dim:
+        notes.append(
+            f"{len(drawn)} samples for {net.feature_dim} features: a Fréchet distance of so few is mostly bias."
+        )
+    if drawn.images.generation is None and protocol.required:
+        wanted = ", ".join(f"{key} '{value}'" for key, value in protocol.required)
+        notes.append(f"The samples carry no generation.json: the protocol's {wanted} are taken on trust.")
+    if drawn.images.labels is None and drawn.order_name != "as stored":
         notes.append(
             "The samples have no labels: they were scored in file order, and if that order is by class the "
             "Inception score is too low."
         )
-    elif drawn.labels is None:
+    elif drawn.images.labels is not None and drawn.labels is None and net.class_names:
         notes.append("The samples' class names are not the feature net's: class agreement was not measured.")
+    if drawn.was_sorted:
+        notes.append("The samples are stored class by class: they were interleaved for the Inception score's splits.")
     if held_out is None:
         notes.append("The reference has no validation split: there are no scores of real images to compare with.")
-    elif len(held_out) < _needed(net):
-        notes.append(f"{len(held_out)} held-out images are too few to be scored; {_needed(net)} are needed.")
+    elif len(held_out) < needed:
+        notes.append(f"{len(held_out)} held-out images are too few to be scored; {needed} are needed.")
+    elif not net.class_names and len(held_out) != len(drawn):
+        notes.append(
+            f"The real images' own Fréchet distances are left out: they are {len(held_out)}, the samples {len(drawn)}, "
+            "and the distance falls with the number; see the rows at an equal number."
+        )
     return notes
 
 
-def _describe(images: LabelledImages) -> dict[str, Any]:
-    height, width, channels = images.pixels.shape[1:]
+def _describe(measured: Measured) -> dict[str, Any]:
+    height, width, channels = measured.images.pixels.shape[1:]
     return {
-        "source": images.source,
-        "n": len(images),
+        "source": measured.images.source,
+        "n": len(measured),
         "height": height,
         "width": width,
         "channels": channels,
-        "labelled": images.labels is not None,
-        "sha256": images.sha256,
+        "labelled": measured.images.labels is not None,
+        "sha256": measured.sha256,
+    }
+
+
+def _describe_net(net: FeatureNet) -> dict[str, Any]:
+    return {
+        "source": net.source,
+        "data_set": net.score_suffix or "ImageNet",
+        "sha256": net.sha256,
+        "feature_dim": net.feature_dim,
+        "image_size": net.image_size,
+        "channels": net.channels,
+        "classes": len(net.class_names),
+        **net.description,
     }

@@ -56,19 +56,33 @@ class FeatureNet:
     """A feature net with all that a report says about it; another protocol adds another loader of these."""
 
     extractor: FeatureExtractorBase
-    """Maps uint8 [B, C, H, W] to the layers "features" and "logits"."""
+    """Maps uint8 [B, C, H, W] to layers: "features", mostly "logits", perhaps "spatial"."""
     score_suffix: str
-    """The data set that the net knows; scores are named FD-<score_suffix>."""
+    """The data set that the net knows; scores are named FD-<score_suffix>, and FID where it is empty."""
     source: str
     """The bundled net's name, or the file."""
     sha256: str
     """Of the weights file."""
-    image_size: int
+    image_size: int | None
+    """The one size that the net reads; None: any."""
     channels: int
+    """3 where greyscale images are repeated if `image_size` is None."""
     feature_dim: int
     class_names: tuple[str, ...]
     description: dict[str, Any]
     """Further facts for the report."""
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that the extractor returns, in its order."""
+        return list(self.extractor.get_requested_features_list())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the scores on this net are called: FID, sFID, IS and KID on the published Inception net alone."""
+        if not self.score_suffix:
+            return {"fd": "FID", "sfd": "sFID", "is": "IS", "kid": "KID"}
+        return {key: f"{key.upper().replace('SFD', 'sFD')}-{self.score_suffix}" for key in ("fd", "sfd", "is", "kid")}
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,50 @@ def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
             "training_images": info.training_images,
             "validation_accuracy": info.validation_accuracy,
         },
+    )
+
+
+def load_inception(weights: str | os.PathLike[str] | None = None, allow_unknown: bool = False) -> FeatureNet:
+    """The Inception net from a file, or from torch-fidelity's usual place; see `fid.inception`.
+
+    Raises:
+        UserError: no file, not the published one without `allow_unknown`, or something else.
+    """
+    from fid.inception import FEATURE_DIM, WEIGHTS_SHA256, create_extractor, find_weights, read_weights
+
+    path = find_weights(weights)
+    state, sha256 = read_weights(path, allow_unknown)
+    known = sha256 == WEIGHTS_SHA256
+    return FeatureNet(
+        extractor=create_extractor(state, path),
+        score_suffix="" if known else "unknown",
+        source="Inception 2015-12-05" if known else str(path),
+        sha256=sha256,
+        image_size=None,
+        channels=3,
+        feature_dim=FEATURE_DIM,
+        class_names=(),
+        description={"resize": "bilinear as TensorFlow 1, to 299", "logits": "without bias", "dtype": "float32"},
+    )
+
+
+def load_dinov2(directory: str | os.PathLike[str]) -> FeatureNet:
+    """DINOv2 from a local directory; see `fid.dinov2`. Only ViT-L/14 gives what is published as FD-DINOv2."""
+    from fid.dinov2 import LARGE, create_extractor, read_directory
+
+    net, sha256 = read_directory(directory)
+    config = net.config
+    large = (config.hidden_size, config.num_hidden_layers, config.patch_size) == LARGE
+    return FeatureNet(
+        extractor=create_extractor(net),
+        score_suffix="DINOv2" if large else f"DINOv2-{config.hidden_size}x{config.num_hidden_layers}",
+        source=str(directory),
+        sha256=sha256,
+        image_size=None,
+        channels=3,
+        feature_dim=config.hidden_size,
+        class_names=(),
+        description={"resize": "bicubic with antialiasing, to 224", "dtype": "float32"},
     )
 
 

@@ -1,21 +1,27 @@
-"""Samples and reference images as uint8 arrays, read from NPZ files, PNG directories and data sets."""
+"""Samples and reference images, read from NPZ files, PNG directories and data sets; large sets are never in memory."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import zipfile
-import zlib
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gspn_dit.errors import UserError, nearest
+from fid.npz import IN_MEMORY_BYTES, open_npz
+from gspn_dit.errors import LocalUserError, UserError, nearest
 
 BUNDLED = ("digits",)
 SAVED_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
+SIDECAR = "generation.json"
+INDEX_AND_CLASS = re.compile(r"(\d+)-(\d+)\.png", re.IGNORECASE)
+HASH_CHUNK = 1024
 
 
 def interleave(labels: np.ndarray | None, count: int) -> np.ndarray:
@@ -37,11 +43,38 @@ def interleave(labels: np.ndarray | None, count: int) -> np.ndarray:
     return np.lexsort((labels, rank))
 
 
+class LazyPixels:
+    """Images uint8 [n, H, W, C] that are decoded when a slice or an array of row numbers asks for them."""
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int, int, int]) -> None:
+        self.read, self.shape = read, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self.read(np.arange(len(self))[rows])
+
+
+def decoded_if_small(pixels: LazyPixels) -> np.ndarray | LazyPixels:
+    """Small sets are decoded once and kept; larger ones are decoded on demand."""
+    return pixels[:] if np.prod(pixels.shape, dtype=np.int64) <= IN_MEMORY_BYTES else pixels
+
+
+def image_digests(pixels: np.ndarray) -> np.ndarray:
+    """The SHA-256 of every image, uint8 [n, 32]."""
+    digests = b"".join(hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in pixels)
+    return np.frombuffer(digests, np.uint8).reshape(len(pixels), 32)
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """A set of images of one size, with class ids where they are known."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | LazyPixels
     """uint8 [n, H, W, C], C = 1 or 3."""
     source: str
     """Where the images come from, for the report."""
@@ -49,6 +82,8 @@ class LabelledImages:
     """Class ids, int64 [n]."""
     class_names: tuple[str, ...] | None = None
     """Names by class id, where the source names its classes."""
+    generation: dict[str, Any] | None = None
+    """How the images were generated: the content of `generation.json`, where there is one."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -56,8 +91,14 @@ class LabelledImages:
     @cached_property
     def sha256(self) -> str:
         """Hash of shape, pixels and labels, whatever file they came in."""
-        digest = hashlib.sha256(repr(self.pixels.shape).encode())
-        digest.update(np.ascontiguousarray(self.pixels).data)
+        starts = range(0, len(self), HASH_CHUNK)
+        parts = [image_digests(self.pixels[start : start + HASH_CHUNK]) for start in starts]
+        return self.hash_of(np.concatenate(parts))
+
+    def hash_of(self, digests: np.ndarray) -> str:
+        """`sha256` from the images' own digests, [n, 32], which several processes may have computed."""
+        digest = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
+        digest.update(np.ascontiguousarray(digests).data)
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -69,6 +110,9 @@ class Reference:
 
     images: LabelledImages
     held_out: LabelledImages | None = None
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """Mean and covariance by layer ("features", "spatial") of the whole real set, where the file has them: those of
+    the published Inception net, of more images than the file itself holds."""
 
 
 def require_samples(path: str | os.PathLike[str]) -> Path:
@@ -81,17 +125,22 @@ def require_samples(path: str | os.PathLike[str]) -> Path:
 def read_samples(path: str | os.PathLike[str]) -> LabelledImages:
     """Generated images: an NPZ (`arr_0` uint8 NHWC, `arr_1` class ids or none) or a directory of PNGs.
 
-    A directory holds its PNGs itself, in name order and without labels, or in one sub-folder per class.
+    A directory holds its PNGs itself, as `<index>-<class id>.png` or in name order and without labels, or in one
+    sub-folder per class. `generation.json` in the directory, or FILE.json beside FILE.npz, says how they were made.
 
     Raises:
         UserError: what is wrong with them, in one line.
     """
     location = require_samples(path)
-    return _read_directory(location) if location.is_dir() else _read_npz(location)
+    generation = read_generation(location)
+    images = _read_directory(location) if location.is_dir() else _read_npz(location).images
+    return _described(images, generation)
 
 
-def read_reference(reference: str | os.PathLike[str], image_size: int) -> Reference:
+def read_reference(reference: str | os.PathLike[str], image_size: int | None) -> Reference:
     """Real images: "digits", an image folder, a saved data set, a directory of PNGs, or an NPZ.
+
+    An NPZ may bring ADM's statistics (mu, sigma, mu_s, sigma_s) of the real set beside images of it.
 
     The bundled set, and folders and saved sets with a validation split, give that split as held-out images. Images of
     a folder or saved set are centre-cropped and resized to `image_size` (the feature net's) as for training; PNGs of
@@ -101,7 +150,7 @@ def read_reference(reference: str | os.PathLike[str], image_size: int) -> Refere
     if name in BUNDLED:
         return _read_image_set(name, None, None)
     if location.is_file():
-        return Reference(_read_npz(location))
+        return _read_npz(location)
     if not location.is_dir():
         raise UserError(
             f"no reference '{name}': it is neither a file or directory nor a bundled data set "
@@ -119,7 +168,9 @@ def _read_image_set(name: str, path: Path | None, image_size: int | None) -> Ref
 
     def read(images: ImageSet, part: str) -> LabelledImages:
         source = f"{path or name}, {part}" if images.has_validation else str(path or name)
-        return LabelledImages(images.pixels(), source, images.labels, tuple(images.class_names))
+        shape = (len(images), images.image_size, images.image_size, images.channels)
+        pixels = decoded_if_small(LazyPixels(images.pixels, shape))
+        return LabelledImages(pixels, source, images.labels, tuple(images.class_names))
 
     train = load_images(name, path, "train", image_size, validation_fraction=0)
     if not train.has_validation:
@@ -128,28 +179,19 @@ def _read_image_set(name: str, path: Path | None, image_size: int | None) -> Ref
     return Reference(read(train, "training split"), read(held_out, "validation split"))
 
 
-def _read_npz(path: Path) -> LabelledImages:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} holds a single array; an NPZ with arr_0 is needed (numpy.savez)")
-        with archive:
-            names = archive.files
-            if "arr_0" not in names:
-                raise UserError(f"{path} has no arr_0 (it has: {', '.join(names) or 'nothing'})")
-            pixels = archive["arr_0"]
-            labels = archive["arr_1"] if "arr_1" in names else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "pickle" in str(error):
-            raise UserError(f"{path} holds pickled objects, which are never loaded; save plain arrays") from error
-        raise UserError(f"{path} cannot be read as NPZ: {error}") from error
-    _check_pixels(pixels, path)
-    return LabelledImages(pixels, str(path), None if labels is None else _check_labels(labels, len(pixels), path))
+def _read_npz(path: Path) -> Reference:
+    with open_npz(path) as archive:
+        if "arr_0" not in archive:
+            raise UserError(f"{path} has no arr_0 (it has: {', '.join(archive.names) or 'nothing'})")
+        pixels = archive.array("arr_0")
+        _check_pixels(pixels, path)
+        labels = _check_labels(archive.array("arr_1"), len(pixels), path) if "arr_1" in archive else None
+        return Reference(LabelledImages(pixels, str(path), labels), statistics=archive.statistics())
 
 
 def _check_pixels(pixels: np.ndarray, path: Path) -> None:
     if np.issubdtype(pixels.dtype, np.floating):
-        bad = int((~np.isfinite(pixels)).sum())
+        bad = sum(int((~np.isfinite(part)).sum()) for part in pixels)
         found = f"{bad} NaN or infinite values" if bad else "floating-point values"
         raise UserError(f"arr_0 of {path} has {found} ({pixels.dtype}); images must be uint8 in 0…255")
     if pixels.dtype != np.uint8:
@@ -183,23 +225,82 @@ def _read_directory(folder: Path) -> LabelledImages:
     if not flat and not by_class:
         raise UserError(f"no PNG images in {folder} or its sub-folders (other formats lose what is to be measured)")
     if flat:
-        return LabelledImages(_read_pngs(flat), str(folder))
+        numbered = [INDEX_AND_CLASS.fullmatch(file.name) for file in flat]
+        found = [(int(match[1]), int(match[2]), file) for match, file in zip(numbered, flat) if match]
+        if len(found) < len(flat):
+            return LabelledImages(_read_pngs(flat), str(folder))
+        indices, ids, files = zip(*sorted(found))
+        if len(set(indices)) < len(indices):
+            raise UserError(f"{folder} has two images of one index; the names must be <index>-<class id>.png")
+        return LabelledImages(_read_pngs(list(files)), str(folder), np.array(ids, dtype=np.int64))
     labels = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class.values()])
     files = [file for group in by_class.values() for file in group]
     return LabelledImages(_read_pngs(files), str(folder), labels.astype(np.int64), tuple(by_class))
 
 
-def _read_pngs(files: list[Path]) -> np.ndarray:
+def _read_pngs(files: list[Path]) -> np.ndarray | LazyPixels:
     from gspn_dit.data.images import decode_image
 
-    images = [decode_image(file, str(file)) for file in files]
-    first = images[0].size
-    for file, image in zip(files, images):
-        if image.size != first:
+    size, grey = _common_header(files)
+    channels = 1 if grey else 3
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = [decode_image(files[row], str(files[row]), channels) for row in rows]
+        return np.stack([np.asarray(image).reshape(size[1], size[0], channels) for image in images])
+
+    return decoded_if_small(LazyPixels(read, (len(files), size[1], size[0], channels)))
+
+
+def _common_header(files: list[Path]) -> tuple[tuple[int, int], bool]:
+    """(width, height) of all images, and whether all are greyscale, from their headers."""
+    from PIL import Image
+
+    first: tuple[int, int] | None = None
+    grey = True
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size, mode = image.size, image.mode
+        except Exception as error:  # decoders raise whatever the bytes lead them to
+            raise UserError(f"cannot read the image {file}: not a PNG, or damaged") from error
+        first, grey = first or size, grey and mode in ("1", "L")
+        if size != first:
             raise UserError(
-                f"{file} is {image.size[0]}x{image.size[1]} pixels, {files[0].name} is {first[0]}x{first[1]}; "
+                f"{file} is {size[0]}x{size[1]} pixels, {files[0].name} is {first[0]}x{first[1]}; "
                 "all images must have one size"
             )
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    pixels = np.stack([np.asarray(image.convert(mode)) for image in images])
-    return pixels[..., None] if mode == "L" else pixels
+    assert first is not None
+    return first, grey
+
+
+def sidecar_path(samples: Path) -> Path:
+    """Where a sample set says how it was generated: in a directory, or beside a file."""
+    return samples / SIDECAR if samples.is_dir() else samples.with_suffix(".json")
+
+
+def read_generation(samples: Path) -> dict[str, Any] | None:
+    """The content of a sample set's sidecar, or None where there is none; an unfinished set is refused."""
+    path = sidecar_path(samples)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; it must say how the samples were generated, or not be there")
+    if found.get("complete") is False:
+        raise UserError(f"the samples at {samples} are incomplete ({path.name} says so); run the generation again")
+    return found
+
+
+def _described(images: LabelledImages, generation: dict[str, Any] | None) -> LabelledImages:
+    """The images with their sidecar, which names the classes where the images themselves do not."""
+    names = (generation or {}).get("class_names")
+    if images.class_names is None and isinstance(names, list) and images.labels is not None:
+        if images.labels.max() >= len(names):
+            raise UserError(
+                f"{images.source} has the class id {images.labels.max()}; its generation names {len(names)} classes"
+            )
+        images = LabelledImages(images.pixels, images.source, images.labels, tuple(map(str, names)))
+    return LabelledImages(images.pixels, images.source, images.labels, images.class_names, generation)

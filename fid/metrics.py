@@ -1,16 +1,15 @@
-"""Metrics as pure functions of feature arrays, over torch-fidelity's functions, in float64 and finite or an error.
+"""Metrics as pure functions of feature arrays, in float64 and finite or an error, equal to torch-fidelity's.
 
 torch-fidelity accepts fewer samples than dimensions, NaN features and too few samples for the splits without a word,
-so every function here checks its input first.
+so every function here checks its input first. The values behind a mean are returned too: intervals come from them.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
+from fid.moments import Gaussian, Moments
 from gspn_dit.errors import UserError
 
 IS_SPLITS = 10
@@ -22,119 +21,156 @@ MAX_PAIRWISE_PRODUCTS = 2**44  # multiplications; beyond it the nearest-image se
 
 
 def _require(features: torch.Tensor, needed: int, metric: str, what: str) -> torch.Tensor:
-    """`features` in float64 on the CPU, after checks of their number and finiteness."""
+    """`features` on the CPU, after checks of their number and finiteness."""
     if len(features) < needed:
         raise UserError(f"{metric} needs at least {needed} {what}, {len(features)} given")
-    if not torch.isfinite(features).all():
-        bad = int((~torch.isfinite(features)).any(dim=1).sum())
+    finite = torch.isfinite(features).all(dim=1)
+    if not finite.all():
+        bad = int((~finite).sum())
         raise UserError(f"{metric}: the features of {bad} of {len(features)} {what} are NaN or infinite")
-    return features.detach().cpu().double()
+    return features.detach().cpu()
 
 
-def _finite(value: float, metric: str) -> float:
-    if not math.isfinite(value):
-        raise UserError(f"{metric} is not finite ({value}); the features are degenerate")
-    return float(value)
+def _finite(values: np.ndarray, metric: str) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise UserError(f"{metric} is not finite ({values[~np.isfinite(values)][0]}); the features are degenerate")
+    return values
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Fréchet distance of two Gaussian fits (arXiv 1706.08500 eq. 6): |μ₁-μ₂|² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½).
-
-    The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂; tiny negative ones count as zero.
+    """Fréchet distance of two Gaussian fits (arXiv 1706.08500 eq. 6), see `fid.moments.Gaussian`.
 
     Args:
         features: samples [n, d], n ≥ d + 1, so that the covariance can have full rank.
         reference: real images [m, d], m ≥ d + 1.
     """
-    from torch_fidelity.metric_fid import (
-        KEY_METRIC_FID,
-        fid_features_to_statistics,
-        fid_statistics_to_metric,
-    )
-
     needed = features.shape[1] + 1
-    statistics = [
-        fid_features_to_statistics(_require(features, needed, "the Fréchet distance", "samples")),
-        fid_features_to_statistics(_require(reference, needed, "the Fréchet distance", "reference images")),
-    ]
-    try:
-        value = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-    except np.linalg.LinAlgError as error:
-        raise UserError(f"the Fréchet distance is not finite: {error}") from error
-    return max(0.0, _finite(value, "the Fréchet distance"))
+    checked = (
+        _require(features, needed, "the Fréchet distance", "samples"),
+        _require(reference, needed, "the Fréchet distance", "reference images"),
+    )
+    drawn, real = (Gaussian.fit(Moments.of(rows)) for rows in checked)
+    return real.frechet_distance(drawn)
 
 
-def inception_score(logits: torch.Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
-    """Inception score exp(E KL(p(y|x) ‖ p(y))) (arXiv 1606.03498): mean and standard deviation over splits.
+def inception_scores(logits: torch.Tensor, splits: int = IS_SPLITS) -> np.ndarray:
+    """Inception score exp(E KL(p(y|x) ‖ p(y))) (arXiv 1606.03498) of every consecutive split, float64 [splits].
 
-    The splits are consecutive and nothing is shuffled, so give the logits in an order in which every run is balanced
-    (`fid.images.interleave`): splits of a class-ordered set would each see one class and score 1.
+    Nothing is shuffled, so give the logits in an order in which every run is balanced (`fid.images.interleave`):
+    splits of a class-ordered set would each see one class and score 1.
 
     Args:
         logits: [n, classes], n ≥ splits.
         splits: how many consecutive parts are scored apart.
     """
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     checked = _require(logits, splits, f"the Inception score with {splits} splits", "samples")
-    result = isc_features_to_metric(checked, splits=splits, shuffle=False)
-    return _finite(result[KEY_METRIC_ISC_MEAN], "the Inception score"), _finite(
-        result[KEY_METRIC_ISC_STD], "the Inception score"
-    )
+    edges = [index * len(checked) // splits for index in range(splits + 1)]
+    parts = [checked[start:stop] for start, stop in zip(edges, edges[1:])]
+    scores = [isc_features_to_metric(part, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN] for part in parts]
+    return _finite(np.array(scores), "the Inception score")
 
 
-def precision_recall(
-    features: torch.Tensor, reference: torch.Tensor, neighbourhood: int = NEIGHBOURHOOD
-) -> tuple[float, float]:
-    """Precision and recall by k-nearest-neighbour manifolds (arXiv 1904.06991).
+def inception_score(logits: torch.Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
+    """Mean and standard deviation of `inception_scores`."""
+    scores = inception_scores(logits, splits)
+    return float(scores.mean()), float(scores.std())
 
-    Precision is the share of samples inside the reference's manifold, recall the share of reference images inside
-    the samples' manifold.
+
+def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances float64 [n, m]; at most `PAIRWISE_CHUNK` of the rows at once are worth the memory."""
+    blocks = [torch.cdist(rows.double(), block.double()) for block in others.split(8 * PAIRWISE_CHUNK)]
+    return torch.cat(blocks, dim=1)
+
+
+def neighbourhood_radii(features: torch.Tensor, neighbourhood: int = NEIGHBOURHOOD) -> torch.Tensor:
+    """Distance of every row [n, d] to its k-th nearest other row, float64 [n]."""
+    nearest = [
+        _distances(rows, features).kthvalue(neighbourhood + 1).values  # the row itself is the first
+        for rows in features.split(PAIRWISE_CHUNK)
+    ]
+    return torch.cat(nearest)
+
+
+def inside_manifold(features: torch.Tensor, manifold: torch.Tensor, radii: torch.Tensor) -> torch.Tensor:
+    """Whether each row [n, d] lies in a ball around a row of `manifold` [m, d] with its radius [m]; bool [n]."""
+    parts = [(_distances(rows, manifold) <= radii).any(dim=1) for rows in features.split(PAIRWISE_CHUNK)]
+    return torch.cat(parts)
+
+
+def manifold_membership(
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    neighbourhood: int = NEIGHBOURHOOD,
+    device: str | torch.device = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples lie in the reference's manifold, and which reference images in the samples' (arXiv 1904.06991).
 
     Args:
         features: samples [n, d], n ≥ neighbourhood + 1.
         reference: real images [m, d], m ≥ neighbourhood + 1.
         neighbourhood: k; a manifold is the union of balls that reach every point's k-th neighbour.
+        device: where the distances are computed, in float64.
+
+    Returns:
+        bool [n], whose mean is the precision, and bool [m], whose mean is the recall.
     """
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    needed = neighbourhood + 1
-    result = prc_features_to_metric(
-        _require(features, needed, f"precision and recall with k = {neighbourhood}", "samples"),
-        _require(reference, needed, f"precision and recall with k = {neighbourhood}", "reference images"),
-        prc_neighborhood=neighbourhood,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return _finite(result[KEY_METRIC_PRECISION], "precision"), _finite(result[KEY_METRIC_RECALL], "recall")
+    needed, metric = neighbourhood + 1, f"precision and recall with k = {neighbourhood}"
+    drawn = _require(features, needed, metric, "samples").to(device)
+    real = _require(reference, needed, metric, "reference images").to(device)
+    covered = inside_manifold(real, drawn, neighbourhood_radii(drawn, neighbourhood))
+    realistic = inside_manifold(drawn, real, neighbourhood_radii(real, neighbourhood))
+    return realistic.cpu().numpy(), covered.cpu().numpy()
 
 
-def kernel_distance(
-    features: torch.Tensor, reference: torch.Tensor, subset_size: int, subsets: int = KID_SUBSETS, seed: int = 0
+def precision_recall(
+    features: torch.Tensor, reference: torch.Tensor, neighbourhood: int = NEIGHBOURHOOD
 ) -> tuple[float, float]:
-    """Kernel distance (arXiv 1801.01401): unbiased MMD² with the kernel (x·y/d + 1)³, mean and deviation over subsets.
+    """Precision and recall: the means of `manifold_membership`."""
+    realistic, covered = manifold_membership(features, reference, neighbourhood)
+    return float(realistic.mean()), float(covered.mean())
+
+
+def kernel_distances(
+    features: torch.Tensor, reference: torch.Tensor, subset_size: int, subsets: int = KID_SUBSETS, seed: int = 0
+) -> np.ndarray:
+    """Kernel distance (arXiv 1801.01401): unbiased MMD² with the kernel (x·y/d + 1)³ of each subset, float64 [subsets].
 
     Args:
         features: samples [n, d], n ≥ subset_size.
         reference: real images [m, d], m ≥ subset_size.
         subset_size: images drawn from each side for one estimate, ≥ 2.
         subsets: how many estimates.
-        seed: of the draws.
+        seed: of the draws, made as torch-fidelity makes them.
     """
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_kid import kernel_mmd
 
     needed = max(2, subset_size)
-    result = kid_features_to_metric(
-        _require(features, needed, "the kernel distance", "samples"),
-        _require(reference, needed, "the kernel distance", "reference images"),
-        kid_subsets=subsets,
-        kid_subset_size=subset_size,
-        rng_seed=seed,
-        verbose=False,
-    )
-    return _finite(result[KEY_METRIC_KID_MEAN], "the kernel distance"), _finite(
-        result[KEY_METRIC_KID_STD], "the kernel distance"
-    )
+    drawn = _require(features, needed, "the kernel distance", "samples").numpy()
+    real = _require(reference, needed, "the kernel distance", "reference images").numpy()
+    generator = np.random.RandomState(seed)
+    estimates = []
+    for _ in range(subsets):
+        first = drawn[generator.choice(len(drawn), subset_size, replace=False)]
+        second = real[generator.choice(len(real), subset_size, replace=False)]
+        estimates.append(kernel_mmd(first.astype(np.float64), second.astype(np.float64)))
+    return _finite(np.array(estimates), "the kernel distance")
+
+
+def kernel_distance(
+    features: torch.Tensor, reference: torch.Tensor, subset_size: int, subsets: int = KID_SUBSETS, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and standard deviation of `kernel_distances`."""
+    estimates = kernel_distances(features, reference, subset_size, subsets, seed)
+    return float(estimates.mean()), float(estimates.std())
+
+
+def nearest_features(features: torch.Tensor, reference: torch.Tensor, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows of `reference` [m, d] for every row [n, d]: indices and distances, nearest first, [n, count]."""
+    found = [_distances(rows, reference).topk(count, largest=False) for rows in features.split(PAIRWISE_CHUNK)]
+    indices = torch.cat([part.indices for part in found])
+    return indices.numpy(), torch.cat([part.values for part in found]).numpy()
 
 
 def nearest_distances(pixels: np.ndarray, reference: np.ndarray) -> np.ndarray | None:
