@@ -104,9 +104,7 @@ def ddpm_by_hand(latents: Tensor, steps: int, seed: int, indices: Sequence[int])
         epsilon, values = gaussian(x, torch.full((len(x),), grid[i]), torch.zeros(len(x))).chunk(2, dim=1)
         clean = (x - math.sqrt(1 - now) * epsilon) / math.sqrt(now)
         mean = (math.sqrt(before) * beta * clean + math.sqrt(now / before) * (1 - before) * x) / (1 - now)
-        noise = torch.stack(
-            [torch.randn(x.shape[1:], generator=generator, dtype=x.dtype) for generator in next(generators)]
-        )
+        drawn = [torch.randn(x.shape[1:], generator=generator, dtype=x.dtype) for generator in next(generators)]
         if i == 0:
             return mean
         log_variance = (values + 1) / 2 * math.log(beta)
