@@ -228,6 +228,7 @@ class GSPNPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         height: int | None = None,
         width: int | None = None,
+        guidance_channels: int | None = None,
     ) -> GSPNPipelineOutput:
         """Generate one image per label.
 
@@ -244,18 +245,22 @@ class GSPNPipeline(DiffusionPipeline):
             generator: draws the seed, so that one call after another gives other images.
             height: of the images in pixels; None for what the model was trained on.
             width: likewise.
+            guidance_channels: guide the first channels of the latent alone (3 in DiT's published figures); None for all.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.
             ValueError: guidance, steps or size out of range.
         """
         ids = self.class_ids([class_labels] if isinstance(class_labels, (int, str)) else class_labels)
-        sampler = self.choose_sampler(sampler)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}, but must be at least 1")
+        sampler = self.objective.resolve_sampler(sampler, num_inference_steps)
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type is '{output_type}', but must be 'pil' or 'np'")
-        guidance, shape = Guidance(guidance_scale, guidance_interval), self._latent_shape(height, width)
+        guidance, shape = (
+            Guidance(guidance_scale, guidance_interval, guidance_channels),
+            self._latent_shape(height, width),
+        )
         seed = _choose_seed(seed, generator)
         starts = range(0, len(ids), CHUNK)
         calls = len(self.objective.make_scheduler(sampler, num_inference_steps).timesteps)
@@ -271,13 +276,6 @@ class GSPNPipeline(DiffusionPipeline):
                     on_chunk(start + len(chunk))
         images = np.concatenate(chunks) if chunks else self._empty(shape)
         return GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
-
-    def choose_sampler(self, sampler: str | None) -> str:
-        """Return the sampler of that name, or the objective's default; raises UserError for an unknown one."""
-        sampler = sampler or self.objective.samplers[0]
-        if sampler not in self.objective.samplers:
-            raise UserError(f"unknown sampler '{sampler}'; allowed are {', '.join(self.objective.samplers)}")
-        return sampler
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return channels, height and width of the latents of an image size in pixels."""
@@ -302,8 +300,8 @@ class GSPNPipeline(DiffusionPipeline):
         on_step: Callable[[], Any],
     ) -> np.ndarray:
         """Generate CHUNK images from index `first` on; labels are padded with the last one."""
-        labels = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids)))
-        noise = draw_noise(seed, range(first, first + CHUNK), shape)
+        labels, indices = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids))), range(first, first + CHUNK)
+        noise = draw_noise(seed, indices, shape)
         latents = sample_latents(
             self.model,
             self.objective,
@@ -314,6 +312,8 @@ class GSPNPipeline(DiffusionPipeline):
             guidance,
             sampler,
             on_step,
+            seed,
+            indices,
         )
         return self.latent.decode(latents)
 
