@@ -26,23 +26,6 @@ TARGETS = {
 }
 
 
-def judge_agreement(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return the judge's agreement with the requested labels, and its accuracy on the validation split."""
-    from sklearn.svm import SVC
-
-    from gspn_dit.data.images import load_images
-
-    def flat(pixels: np.ndarray) -> np.ndarray:
-        return pixels.reshape(len(pixels), -1) / 255
-
-    training, validation = load_images("digits", split="train"), load_images("digits", split="validation")
-    judge = SVC(C=10, random_state=1).fit(flat(training.pixels()), training.labels)
-    return {
-        "class_agreement": float(judge.score(flat(images), labels)),
-        "judge_validation_accuracy": float(judge.score(flat(validation.pixels()), validation.labels)),
-    }
-
-
 def training_seconds(run: Path) -> dict[str, Any]:
     """Return steps and seconds of the run from its metrics, without validation, grids and checkpoints."""
     from gspn_dit.training.checkpoint import read_manifest, resolve_checkpoint
@@ -60,9 +43,11 @@ def training_seconds(run: Path) -> dict[str, Any]:
 
 def measure(run: Path, steps: int, guidance_scale: float, seed: int) -> dict[str, Any]:
     """Draw the samples and return every figure."""
+    from benchmarks.judge import judge_agreement
     from fid.evaluation import score
     from fid.features import load_feature_net
     from fid.images import LabelledImages, read_reference
+    from gspn_dit.data.images import load_images
     from gspn_dit.pipeline import GSPNPipeline
     from gspn_dit.training.run_directory import describe_environment
 
@@ -76,7 +61,7 @@ def measure(run: Path, steps: int, guidance_scale: float, seed: int) -> dict[str
     report = score(LabelledImages(images, "samples", labels), read_reference("digits", net.image_size), net)
     comparison = report["comparison"]
     figures = {
-        **judge_agreement(images, labels),
+        **judge_agreement(images, labels, *(load_images("digits", split=split) for split in ("train", "validation"))),
         "fd_ratio_at_equal_n": comparison["fd_ratio_at_equal_n"],
         "recall": comparison["recall_samples"],
         "nearest_distance_ratio": comparison["nearest_distance_ratio"],

@@ -1,0 +1,296 @@
+"""Does GSPN earn its place? Cells of (data set × model × seed × budget), trained and scored in one way, side by side.
+
+    python -m benchmarks.quality --data digits --variants gspn attention --seeds 5 --seconds 120 --jobs 2 \\
+        --out benchmarks/results/quality_digits.json
+
+Every cell is a run of `train.py` on one thread, then samples with a guidance and a seed that were fixed beforehand, then
+`fid`. A budget is a number of optimiser steps, or of seconds: those are turned into steps by timing all variants in
+turn, once, before the first cell, so that a busy neighbour hits every model alike and each learning rate schedule ends
+with its budget. Cells of one seed share data order, noise, times and labels: the comparison is paired. A cell that is
+done is not run again; one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+
+SAMPLES = 2_000
+SAMPLING_STEPS = 30
+GUIDANCE_SCALE = 1.2
+CALIBRATION_STEPS = 12
+"""Timed steps of each variant, in turn; the first two are warm-up."""
+METRICS = ("fd", "is", "precision", "recall", "class_agreement", "val_loss")
+LOWER_IS_BETTER = {"fd", "val_loss"}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is learnt, the patch that gives 64 tokens or fewer, and the net that scores it."""
+
+    config: str
+    patch: int
+    features: str
+    """Weights of the feature net: "digits", or a file that `fid.train_features` made."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+DATA_SETS = {
+    "digits": DataSet("configs/demo.yaml", 2, "digits"),
+    "fashion": DataSet("configs/fashion_pixels.yaml", 4, "runs/fashion/features.safetensors"),
+    "fashion-latents": DataSet("configs/fashion_latents.yaml", 1, "runs/fashion/features.safetensors"),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gspn": {"model.name": "GSPN-{size}/{patch}"},
+    "attention": {"model.name": "DiT-{size}/{patch}", "model.mixer": "attention"},
+    # What decides the defaults of the small presets.
+    "dit-block": {"model.name": "DiT-{size}/{patch}", "model.mixer": "gspn"},
+    "window-2": {"model.name": "GSPN-{size}/{patch}", "model.scan_window": 2},
+    "shared-weights": {"model.name": "GSPN-{size}/{patch}", "model.weight_groups": 6},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: everything about it that differs between cells."""
+
+    data: str
+    variant: str
+    seed: int
+    budget: str
+    """"1000steps" or "120s"."""
+    steps: int
+
+    def directory(self, work: Path) -> Path:
+        return work / self.data / self.budget / self.variant / f"seed-{self.seed}"
+
+
+def train_arguments(data: str, variant: str, size: str, seed: int, steps: int, run: Path) -> list[str]:
+    """Return the command line of `train.py` for a cell."""
+    source = DATA_SETS[data]
+    values: dict[str, Any] = {
+        "output_dir": run,
+        "seed": seed,
+        "training.max_steps": steps,
+        "training.warmup_steps": min(100, steps // 10),
+        "training.checkpoint_every": max(steps // 4, 1),
+        "training.validate_every": steps,
+        "training.sample_every": steps,
+        "training.trackers": "[]",
+        **source.overrides,
+        **{key: str(value).format(size=size, patch=source.patch) for key, value in VARIANTS[variant].items()},
+    }
+    return ["--config", source.config, *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
+
+
+def milliseconds_per_step(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:
+    """Time a training step of every variant in turn, on one thread; the median of the rounds of each."""
+    import time
+
+    import torch
+
+    from gspn_dit.config import parse_train_arguments
+    from gspn_dit.training import loop
+    from gspn_dit.training.run_directory import RunDirectory
+    from gspn_dit.training.setup import build_parts
+
+    torch.set_num_threads(1)
+    trainers = {}
+    for variant in variants:
+        folder = work / "calibration" / variant
+        folder.mkdir(parents=True, exist_ok=True)
+        config = parse_train_arguments(train_arguments(data, variant, size, 0, 100, folder)).config
+        accelerator = loop.create_accelerator(config)
+        trainers[variant] = loop.Trainer(config, build_parts(config), accelerator, RunDirectory(folder, None))
+    rounds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(CALIBRATION_STEPS):
+        for variant, trainer in trainers.items():
+            began = time.perf_counter()
+            trainer.train_step()
+            rounds[variant].append(1e3 * (time.perf_counter() - began))
+    return {variant: statistics.median(times[2:]) for variant, times in rounds.items()}
+
+
+def calibrated(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:
+    """Return milliseconds per step, measured once for a work directory so that resumed studies keep their budgets."""
+    file = work / data / f"calibration-{size}.json"
+    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    if set(variants) - set(known):
+        known = milliseconds_per_step(data, variants, size, work)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(known, indent=2))
+    return known
+
+
+def run_cell(cell: Cell, size: str, work: Path) -> dict[str, Any]:
+    """Train and score a cell in processes of their own, unless its result is there already."""
+    directory = cell.directory(work)
+    result = directory / "result.json"
+    if not result.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        train = train_arguments(cell.data, cell.variant, size, cell.seed, cell.steps, directory / "run")
+        _call(["train.py", *train, "--resume", "auto"], directory / "log.txt")
+        _call(["-m", "benchmarks.quality", "--score", str(directory), "--data", cell.data], directory / "log.txt")
+        print(f"{directory}: {json.loads(result.read_text())}", flush=True)
+    return {**json.loads(result.read_text()), "variant": cell.variant, "seed": cell.seed, "steps": cell.steps}
+
+
+def _call(arguments: list[str], log: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, *arguments], env=environment, stdout=file, stderr=file, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(arguments[:3])} … failed with exit code {done.returncode}; see {log}")
+
+
+def score_cell(directory: Path, data: str) -> None:
+    """Draw a trained cell's samples, and write result.json last."""
+    import numpy as np
+
+    from benchmarks.demo_quality import training_seconds
+    from benchmarks.judge import judge_agreement
+    from fid.evaluation import score
+    from fid.features import load_feature_net
+    from fid.images import LabelledImages, Reference
+    from gspn_dit.config import load_config
+    from gspn_dit.pipeline import GSPNPipeline
+    from gspn_dit.training.setup import load_data_set
+
+    run = directory / "run"
+    pipeline = GSPNPipeline.from_checkpoint(run)
+    labels = np.arange(SAMPLES) % len(pipeline.class_names)
+    images = pipeline(
+        labels.tolist(), num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE, seed=0, output_type="np"
+    ).images
+    assert isinstance(images, np.ndarray)
+    config = load_config(run / "config.yaml")
+    real = {split: load_data_set(config, split) for split in ("train", "validation")}
+    net = load_feature_net(DATA_SETS[data].features)
+    reference = Reference(*(LabelledImages(part.pixels(), name, part.labels) for name, part in real.items()))
+    scores = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
+    figures = {
+        "fd": scores[f"FD-{net.score_suffix}"],
+        "is": scores[f"IS-{net.score_suffix}"]["mean"],
+        "precision": scores["precision"],
+        "recall": scores["recall"],
+        **judge_agreement(images, labels, real["train"], real["validation"]),
+        "training_seconds": training_seconds(run)["training_seconds"],
+        "val_loss": training_seconds(run)["final_val_loss"],
+        "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
+    }
+    partial = directory / "result.json.partial"
+    partial.write_text(json.dumps(figures, indent=2))
+    partial.replace(directory / "result.json")
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Return mean and 95% interval of a handful of values (Student's t)."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    half = math.nan
+    if len(values) > 1:
+        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def paired_ratio(rows: list[dict[str, Any]], metric: str, variant: str, baseline: str) -> dict[str, float]:
+    """Return the geometric mean of variant / baseline over the seeds both have, with its 95% interval."""
+    by_seed = {
+        name: {row["seed"]: row[metric] for row in rows if row["variant"] == name} for name in (variant, baseline)
+    }
+    seeds = sorted(set(by_seed[variant]) & set(by_seed[baseline]))
+    logs = interval([math.log(by_seed[variant][seed] / by_seed[baseline][seed]) for seed in seeds])
+    return {key: math.exp(value) for key, value in logs.items()} | {"pairs": len(seeds)}
+
+
+def summary(rows: list[dict[str, Any]], baseline: str) -> dict[str, Any]:
+    """Return each variant's means with intervals, and its paired ratios to the baseline."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    means = {
+        variant: {metric: interval([row[metric] for row in rows if row["variant"] == variant]) for metric in METRICS}
+        for variant in variants
+    }
+    ratios = {
+        variant: {metric: paired_ratio(rows, metric, variant, baseline) for metric in ("fd", "val_loss")}
+        for variant in variants
+        if variant != baseline and baseline in variants
+    }
+    return {"means": means, f"paired_ratio_to_{baseline}": ratios}
+
+
+def study(options: Any) -> dict[str, Any]:
+    """Run every cell that is not there yet, seed by seed, and return figures and intervals."""
+    from benchmarks.measure import CpuDevice, software
+
+    work = Path(options.work)
+    times = calibrated(options.data, options.variants, options.size, work) if options.seconds else {}
+    budgets = [(f"{options.steps}steps", dict.fromkeys(options.variants, options.steps))] if options.steps else []
+    if options.seconds:
+        steps = {variant: max(int(1e3 * options.seconds / times[variant]), 1) for variant in options.variants}
+        budgets.append((f"{options.seconds}s", steps))
+    cells = [
+        Cell(options.data, variant, seed, budget, steps[variant])
+        for seed in range(options.seeds)
+        for budget, steps in budgets
+        for variant in options.variants
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda cell: {**run_cell(cell, options.size, work), "budget": cell.budget}, cells))
+    return {
+        "data": options.data,
+        "size": options.size,
+        "setting": {
+            "samples": SAMPLES,
+            "steps": SAMPLING_STEPS,
+            "guidance_scale": GUIDANCE_SCALE,
+            "jobs": options.jobs,
+        },
+        "milliseconds_per_step": times,
+        "cells": rows,
+        "budgets": {
+            budget: summary([row for row in rows if row["budget"] == budget], options.baseline) for budget, _ in budgets
+        },
+        "machine": CpuDevice().describe(),
+        "software": software(),
+    }
+
+
+def main() -> None:
+    """Run a study, or score one cell of it."""
+    parser = ArgumentParser(prog="benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", choices=tuple(DATA_SETS), default="digits")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["gspn", "attention"])
+    parser.add_argument("--baseline", choices=tuple(VARIANTS), default="attention", help="what the ratios divide by")
+    parser.add_argument("--size", default="N", help="preset size of all models")
+    parser.add_argument("--seeds", type=int, default=5, help="paired seeds, from 0 on")
+    parser.add_argument("--steps", type=int, help="equal steps: this many")
+    parser.add_argument("--seconds", type=int, help="equal wall-clock: this much on one idle core")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
+    parser.add_argument("--work", default="runs/quality", help="where the cells live")
+    parser.add_argument("--out", help="write the JSON here as well")
+    parser.add_argument("--score", metavar="DIR", help="only score this trained cell (used by the study itself)")
+    options = parser.parse_args()
+    if options.score:
+        return score_cell(Path(options.score), options.data)
+    if not (options.steps or options.seconds):
+        raise UserError("no budget; give --steps N, --seconds N, or both")
+    text = json.dumps(study(options), indent=2)
+    print(text)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    run_cli(main)
