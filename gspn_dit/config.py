@@ -78,6 +78,10 @@ class DataConfig:
     """Share held out where the source has no validation split of its own."""
     horizontal_flip: bool = False
     """Mirror half of the training images, chosen by sample number."""
+    streaming: bool = False
+    """hf: read the training images in the order they are stored, never the whole set; see docs/latents.md."""
+    streaming_shuffle_images: int = 1024
+    """Images of a stream that are shuffled among themselves."""
 
     def __post_init__(self) -> None:
         fraction = self.validation_fraction
@@ -86,13 +90,19 @@ class DataConfig:
             self.image_size is None or self.image_size >= 1,
             f"data.image_size is {self.image_size}, but must be at least 1",
         )
+        _require(not self.streaming or self.name == "hf", f"data.streaming is for data.name hf, not {self.name}")
+        block = self.streaming_shuffle_images
+        _require(block >= 1, f"data.streaming_shuffle_images is {block}, but must be at least 1")
 
 
 @dataclass(frozen=True)
 class LatentConfig:
     """What the model generates: pixels, or the latents of an autoencoder."""
 
-    name: Literal["identity"] = "identity"
+    name: Literal["identity", "kl"] = "identity"
+    """kl: latents of `vae`. With data.name latents it is always kl, and the autoencoder the one that encoded them."""
+    vae: str | None = None
+    """Directory or hub name of an AutoencoderKL; with data.name latents where it lies now, if it was moved."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +121,16 @@ class ObjectiveConfig:
         _require(self.timestep_shift > 0, f"objective.timestep_shift is {self.timestep_shift}, but must be > 0")
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """The optimisation and what is written on the way; a step is one optimiser step."""
 
     max_steps: int = 400_000
+    initialize_from: str | None = None
+    """Run directory or checkpoint whose averaged weights the model starts from (fine-tuning); null: from scratch."""
     batch_size: int = 256
     """Images per optimiser step, over all processes and accumulation steps."""
     gradient_accumulation_steps: int = 1
@@ -133,7 +148,20 @@ class TrainingConfig:
     class_dropout: float = 0.1
     """Probability that a label is replaced by the null label."""
     ema_decay: float = 0.9999
+    ema_sigma_rel: list[float] = field(default_factory=list)
+    """Relative lengths of power-function averages kept beside (EDM2: [0.05, 0.1]), from which others are made."""
+    ema_snapshot_every: int = 5_000
+    """Steps between snapshots of these averages."""
+    ema_snapshot_dtype: Literal["float16", "float32"] = "float16"
     mixed_precision: Literal["no", "bf16"] = "no"
+    tf32: bool = False
+    """Let float32 products on NVIDIA tensor cores round their factors to 10 bits: faster, less exact."""
+    compile: bool = False
+    """Compile the blocks of the model with torch.compile."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of blocks and run each block again in the backward pass: less memory, a third more time."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: split weights, gradients, averages and optimiser state over the processes."""
     max_nonfinite_steps: int = 10
     """Stop after this many non-finite steps in a row; each one is skipped."""
     log_every: int = 50
@@ -151,7 +179,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             *("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_last"),
-            *("sample_every", "validate_every", "validation_images", "max_nonfinite_steps"),
+            *("sample_every", "validate_every", "validation_images", "max_nonfinite_steps", "ema_snapshot_every"),
         ):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}, but must be at least 1")
         _require(self.warmup_steps >= 0, f"training.warmup_steps is {self.warmup_steps}, but must be at least 0")
@@ -166,8 +194,13 @@ class TrainingConfig:
             _require(0 <= value < 1, f"training.{name} is {value}, but must lie in [0, 1)")
         betas = list(self.adam_betas)
         _require(all(0 <= beta < 1 for beta in betas), f"training.adam_betas is {betas}, but both must lie in [0, 1)")
-        unknown = sorted(set(self.trackers) - {"tensorboard"})
-        _require(not unknown, f"training.trackers has {unknown}, but can hold tensorboard")
+        lengths = self.ema_sigma_rel
+        _require(
+            all(0.01 <= length <= 0.28 for length in lengths) and len({f"{x:.3f}" for x in lengths}) == len(lengths),
+            f"training.ema_sigma_rel is {lengths}, but must hold different lengths in [0.01, 0.28], to three decimals",
+        )
+        unknown = sorted(set(self.trackers) - set(TRACKERS))
+        _require(not unknown, f"training.trackers has {unknown}, but can hold {', '.join(TRACKERS)}")
         _require(
             self.batch_size % self.gradient_accumulation_steps == 0,
             f"training.batch_size {self.batch_size} is not divisible by "
@@ -219,6 +252,14 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.output_dir), "output_dir is empty, but must name a directory")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
+        _require(
+            self.latent.name != "kl" or self.data.name == "latents" or bool(self.latent.vae),
+            "latent.name is kl, but latent.vae names no autoencoder",
+        )
+        _require(
+            self.latent.vae is None or self.latent.name == "kl" or self.data.name == "latents",
+            f"latent.vae is {self.latent.vae}, but latent.name is {self.latent.name}; set latent.name kl",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the nested dict of plain JSON values."""

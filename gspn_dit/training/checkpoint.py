@@ -3,7 +3,9 @@
     checkpoints/step-00000100/
         model.safetensors       weights
         ema.safetensors         moving average of the weights
+        ema-0.050.safetensors   power-function average of this relative length, for each training.ema_sigma_rel
         optimizer.safetensors   optimiser state, "<parameter>.<state>"
+        sharded/                instead of the optimiser's, in sharded training: its state in torch's distributed format
         config.json             the manifest, written last: format_version, step, config, model, latent, and bytes and
                                 checksum of each file
 
@@ -69,17 +71,46 @@ def save_checkpoint(
         The directory; a complete checkpoint of this step is left as it is. Raises UserError if the disk refuses;
         what was there before is untouched.
     """
-    from safetensors.torch import save
-
     target = checkpoint_directory(run_directory, step)
-    if target.is_dir() and _problem(target) is None:
-        return target
-    partial = target.with_name(target.name + _PARTIAL_SUFFIX)
-    for remains in target.parent.glob(f"*{_PARTIAL_SUFFIX}"):
+    if not is_complete(target):
+        finish_checkpoint(begin_checkpoint(target), target, step, tensors, manifest)
+    return target
+
+
+def is_complete(directory: Path) -> bool:
+    """Tell whether a directory is a complete checkpoint."""
+    return directory.is_dir() and _problem(directory) is None
+
+
+def begin_checkpoint(target: Path) -> Path:
+    """Make the empty directory in which a checkpoint grows, beside its place; remains of earlier ones are deleted."""
+    for remains in (*target.parent.glob(f"step-*{_PARTIAL_SUFFIX}"), partial_directory(target)):
         shutil.rmtree(remains, ignore_errors=True)
+    partial = partial_directory(target)
     try:
         partial.mkdir(parents=True)
-        files = {}
+    except OSError as error:
+        raise UserError(f"cannot save a checkpoint in {target.parent}: {error}") from error
+    return partial
+
+
+def partial_directory(target: Path) -> Path:
+    """Return where a checkpoint grows before it is complete."""
+    return target.with_name(target.name + _PARTIAL_SUFFIX)
+
+
+def finish_checkpoint(
+    partial: Path, target: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> None:
+    """Add tensors and manifest to what a growing checkpoint holds, and put it in its place."""
+    from safetensors.torch import save
+
+    try:
+        files = {
+            str(path.relative_to(partial)): {"bytes": path.stat().st_size}  # its writer has its own format and checks
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        }
         for stem, named in tensors.items():
             content = save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
             _write_durably(partial / f"{stem}.safetensors", content)
@@ -93,7 +124,6 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot save the checkpoint of step {step} in {target.parent}: {error}") from error
-    return target
 
 
 def _problem(directory: Path) -> str | None:

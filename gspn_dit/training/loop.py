@@ -11,26 +11,29 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.errors import LocalUserError, UserError
-from gspn_dit.training.checkpoint import load_tensors, read_manifest, remove_old_checkpoints, save_checkpoint
+from gspn_dit.training.checkpoint import read_manifest
 from gspn_dit.training.draws import training_draws
-from gspn_dit.training.ema import EMA
-from gspn_dit.training.optimizer import (
-    create_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_step,
-    optimizer_tensors,
+from gspn_dit.training.ema import EMA, PowerEMA
+from gspn_dit.training.optimizer import create_optimizer, learning_rate, optimizer_step
+from gspn_dit.training.parallel import (
+    create_accelerator,
+    peak_memory_bytes,
+    prepare_forward,
+    prepare_weights,
+    training_flops,
 )
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
 from gspn_dit.training.setup import Parts, build_parts
+from gspn_dit.training.sharding import gathered, no_gradient_exchange, whole_tensors
+from gspn_dit.training.state import restore_tensors, save_state
 from gspn_dit.training.stop import StopSignal
+from gspn_dit.training.trackers import start_trackers
 
 GRACE_SECONDS = 5
 """How long a process that lost another one waits before it fails, so that the launcher finds the dead one first."""
@@ -86,32 +89,6 @@ def _train(arguments: TrainArguments) -> None:
         accelerator.end_training()
 
 
-def create_accelerator(config: Config) -> Accelerator:
-    """Return the Accelerator of a config; raises UserError where the batch cannot be shared out."""
-    settings = config.training
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        cpu=not torch.accelerator.is_available(),
-        log_with=list(settings.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
-    )
-    # The loop divides by the config's accumulation steps; a launcher's own setting shall not divide once more.
-    accelerator.gradient_accumulation_steps = 1
-    processes = accelerator.num_processes
-    if settings.num_processes not in (None, processes):
-        raise UserError(
-            f"training.num_processes is {settings.num_processes}, but {processes} are running; "
-            f"start with torchrun --nproc-per-node {settings.num_processes} or accelerate launch --multi_gpu"
-        )
-    shares = processes * settings.gradient_accumulation_steps
-    if settings.batch_size % shares:
-        raise UserError(
-            f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
-            f"{settings.gradient_accumulation_steps} accumulation steps"
-        )
-    return accelerator
-
-
 def _check_same_step(directory: RunDirectory, accelerator: Accelerator) -> None:
     step = read_manifest(directory.checkpoint)["step"] if directory.checkpoint else 0
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
@@ -141,7 +118,11 @@ class Trainer:
         self.step = 0
         """Optimiser steps done, skipped ones included."""
         self.model = parts.model.to(accelerator.device)
+        self.dtype = next(self.model.parameters()).dtype
+        self.flops_per_image = training_flops(self.model, parts.latent.size)
         self.ema = EMA(self.model, config.training.ema_decay)
+        self.sharded = prepare_weights(self.model, self.ema.model, config.training, accelerator)
+        self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in config.training.ema_sigma_rel]
         self.optimizer = create_optimizer(self.model, config.training)
         self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
             torch.zeros((), device=accelerator.device) for _ in range(3)
@@ -151,7 +132,7 @@ class Trainer:
         """This process's losses since the last line of metrics, 0-d."""
         if directory.checkpoint is not None:
             self._restore(directory)
-        self.forward_model = accelerator.prepare(self.model)
+        self.forward_model = prepare_forward(self.model, self.sharded, accelerator)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -166,38 +147,24 @@ class Trainer:
         self.longest_failure += manifest["nonfinite_in_a_row"]
         losses = (math.nan if loss is None else loss for loss in manifest["losses_since_log"])
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in losses]
-        self.model.load_state_dict(load_tensors(directory.checkpoint, "model"))
-        self.ema.model.load_state_dict(load_tensors(directory.checkpoint, "ema"))
-        load_optimizer_tensors(self.optimizer, self.model, load_tensors(directory.checkpoint, "optimizer"))
+        restore_tensors(directory.checkpoint, self.model, self.ema, self.power_emas, self.optimizer)
 
     def save(self, progress: Progress) -> None:
-        """Write the checkpoint of this step, from the main process, and delete those no longer wanted."""
+        """Write the checkpoint of this step and delete those no longer wanted."""
         if self.saved_step == self.step:
             return
         self._check_finite()
         losses = self.accelerator.reduce(torch.stack(self.losses), reduction="mean").tolist() if self.losses else []
-        if self.accelerator.is_main_process:
-            settings = self.config.training
-            tensors = {
-                "model": self.model.state_dict(),
-                "ema": self.ema.model.state_dict(),
-                "optimizer": optimizer_tensors(self.optimizer, self.model),
-            }
-            manifest = {
-                **self.parts.description,
-                "config": self.config.to_dict(),
-                "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
-                "nonfinite_steps": int(self.nonfinite_steps),
-                "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
-                "losses_since_log": [loss if math.isfinite(loss) else None for loss in losses],
-            }
-            began = time.perf_counter()
-            saved = save_checkpoint(self.directory.path, self.step, tensors, manifest)
-            seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in saved.iterdir()) / 1e9
-            progress.write(f"saved {saved}: {size:.3g} GB in {seconds:.2g} s ({seconds / size:.2g} s/GB)")
-            remove_old_checkpoints(self.directory.path, settings.keep_last, settings.keep_every)
+        manifest = {
+            **self.parts.description,
+            "config": self.config.to_dict(),
+            "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
+            "nonfinite_steps": int(self.nonfinite_steps),
+            "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
+            "losses_since_log": [loss if math.isfinite(loss) else None for loss in losses],
+        }
+        save_state(self, manifest, progress)
         self.saved_step = self.step
-        self.accelerator.wait_for_everyone()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -211,7 +178,7 @@ class Trainer:
 
     def micro_loss(self, numbers: range) -> Tensor:
         """Return the mean loss of the samples with these numbers, 0-d."""
-        weight = next(self.model.parameters())
+        device, dtype = self.accelerator.device, self.dtype
         latents, labels = self.parts.training.training(numbers)
         draws = training_draws(
             self.config.seed,
@@ -225,11 +192,11 @@ class Trainer:
         )
         return self.parts.objective.loss(
             self.forward_model,
-            latents.to(weight),
-            draws.class_labels.to(weight.device),
-            draws.noise.to(weight),
-            draws.timesteps.to(weight.device),
-            None if draws.keep_mask is None else draws.keep_mask.to(weight.device),
+            latents.to(device, dtype),
+            draws.class_labels.to(device),
+            draws.noise.to(device, dtype),
+            draws.timesteps.to(device),
+            None if draws.keep_mask is None else draws.keep_mask.to(device),
         ).mean()
 
     def train_step(self) -> tuple[Tensor, Tensor]:
@@ -238,7 +205,7 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step in range(settings.gradient_accumulation_steps):
             last = micro_step == settings.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward_model):
+            with contextlib.nullcontext() if last else no_gradient_exchange(self.forward_model, self.accelerator):
                 loss = self.micro_loss(self.sample_numbers(self.step, micro_step))
                 # A loss that is not finite makes every gradient so, in all processes: the step will be skipped.
                 poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
@@ -247,6 +214,8 @@ class Trainer:
         rate = learning_rate(settings, self.step)
         norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)
         self.ema.update(self.model, took_step)
+        for average in self.power_emas:
+            average.update(self.model, self.step + 1)
         self.nonfinite_steps += 1 - took_step
         self.nonfinite_in_a_row += 1
         self.nonfinite_in_a_row *= 1 - took_step
@@ -262,8 +231,7 @@ class Trainer:
         if self.step >= settings.max_steps:
             self.accelerator.print(f"{self.directory.path} is already at step {self.step} of {settings.max_steps}")
             return
-        if self.accelerator.is_main_process and settings.trackers:
-            self.accelerator.init_trackers("trackers")
+        start_trackers(self.accelerator, self.config)
         progress = Progress(self.step, settings.max_steps, self.accelerator)
         with StopSignal(self.accelerator.num_processes) as stop, progress:
             started, first_step = time.perf_counter(), self.step
@@ -281,6 +249,8 @@ class Trainer:
                         self._validate(progress)
                     if self._due(settings.sample_every):
                         self._sample()
+                    if self.power_emas and self._due(settings.ema_snapshot_every):
+                        self._snapshot()
                     if self._due(settings.checkpoint_every):
                         self.save(progress)
                     asked = stop.agreed()
@@ -301,6 +271,8 @@ class Trainer:
             "learning_rate": learning_rate(self.config.training, self.step - 1),
             "grad_norm": norm.item(),
             "images_per_second": images_per_second,
+            "model_flops_per_second": images_per_second * self.flops_per_image,
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "nonfinite_steps": int(self.nonfinite_steps),
         }
         self._record(values)
@@ -329,31 +301,44 @@ class Trainer:
 
         if self.parts.validation is None:
             return
-        values = validation_loss(
-            self.ema.model,
-            self.parts.validation,
-            self.parts.objective,
-            self.config.seed,
-            self.config.training.validation_images,
-            len(self.sample_numbers(0, 0)),
-            self.accelerator,
-        )
+        with gathered(self.ema.model):
+            values = validation_loss(
+                self.ema.model,
+                self.parts.validation,
+                self.parts.objective,
+                self.config.seed,
+                self.config.training.validation_images,
+                len(self.sample_numbers(0, 0)),
+                self.accelerator,
+            )
         self._record(values)
         progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
 
     def _sample(self) -> None:
         from gspn_dit.training.previews import save_preview
 
-        if self.accelerator.is_main_process:
-            save_preview(
-                self.directory.path / "samples" / f"step-{self.step:08d}.png",
-                self.ema.model,
-                self.parts.objective,
-                self.parts.latent,
-                self.parts.training.images.class_names,
-                self.config.sampling,
-                self.config.seed,
-            )
+        with gathered(self.ema.model):
+            if self.accelerator.is_main_process:
+                save_preview(
+                    self.directory.path / "samples" / f"step-{self.step:08d}.png",
+                    self.ema.model,
+                    self.parts.objective,
+                    self.parts.latent,
+                    self.parts.training.images.class_names,
+                    self.config.sampling,
+                    self.config.seed,
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _snapshot(self) -> None:
+        """Write the power-function averages of this step, from which others are made later."""
+        from gspn_dit.training.post_hoc_ema import save_snapshot
+
+        for average in self.power_emas:
+            tensors = whole_tensors(average.tensors, keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                dtype = self.config.training.ema_snapshot_dtype
+                save_snapshot(self.directory.path, self.step, average.sigma_rel, tensors, dtype)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager

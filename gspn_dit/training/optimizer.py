@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
+from gspn_dit.training.sharding import whole
 
 
 def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -40,7 +41,7 @@ def optimizer_step(
     Returns:
         The gradients' norm before clipping, and 1.0 if the step was taken, 0.0 if skipped; 0-d tensors.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     took_step = torch.isfinite(norm).to(torch.float32)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -55,6 +56,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     names = [name for name, _ in model.named_parameters()]
     state = optimizer.state_dict()["state"]
     return {f"{names[index]}.{key}": value for index, values in state.items() for key, value in values.items()}
+
+
+def empty_optimizer_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors with the names, shapes and places of those that AdamW keeps after a step."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"{name}.step"] = torch.zeros(())
+        tensors |= {f"{name}.{key}": torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+    return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -18,16 +18,20 @@ from typing import Any
 from gspn_dit.config import Config, flatten, save_config
 from gspn_dit.errors import UserError
 from gspn_dit.training.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
+from gspn_dit.training.post_hoc_ema import remove_snapshots_after
 
-WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples", "trackers", "report")
+WRITTEN = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "index.html"),
+    *("checkpoints", "samples", "trackers", "report", "ema_snapshots", "ema"),
+)
 """What a run and its report leave in the directory, and all that `--overwrite` deletes."""
 
 MAY_DIFFER = (
-    *("output_dir", "data.path", "training.max_steps", "training.trackers", "training.num_processes"),
+    *("output_dir", "data.path", "latent.vae", "training.max_steps", "training.trackers", "training.num_processes"),
     *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
-    *("training.keep_last", "training.keep_every"),
+    *("training.keep_last", "training.keep_every", "training.sharding"),
 )
-"""Config keys that a resumed run may change: length, intervals, retention, trackers, paths, number of processes."""
+"""Config keys that a resumed run may change: length, intervals, retention, trackers, paths, processes, sharding."""
 _PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "datasets", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
 
 
@@ -60,6 +64,7 @@ class RunDirectory:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from None
         step = read_manifest(self.checkpoint)["step"] if self.checkpoint else 0
         _cut_metrics(self.metrics, step)
+        remove_snapshots_after(self.path, step)
         self._record_environment(step)
         for ignored, problem in self.ignored.items():
             print(f"checkpoint of step {ignored} is ignored: {problem}; going on from step {step}")
@@ -140,7 +145,8 @@ def _named_to_resume(path: Path, resume: str, filled: bool) -> Path:
 
 def _check_same_run(config: Config, saved: Mapping[str, Any], checkpoint: Path) -> None:
     """Raise UserError naming the first key that a resumed run may not change."""
-    before, now = dict(flatten(saved)), dict(flatten(config.to_dict()))
+    # A key that an older version did not know had the effect of today's default.
+    before, now = ({**dict(flatten(Config().to_dict())), **dict(flatten(tree))} for tree in (saved, config.to_dict()))
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key) and key not in MAY_DIFFER:
             raise UserError(

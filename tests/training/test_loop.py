@@ -34,9 +34,10 @@ def tensors_of(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The logged lines without the one value that is a time."""
+    """The logged lines without what depends on the machine: speed and memory."""
+    machine = {"images_per_second", "model_flops_per_second", "peak_memory_bytes"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in machine} for line in lines]
 
 
 def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,89 @@
+"""The Accelerator of a run: processes, devices, precision, and what a launcher may not decide."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch import nn
+
+from gspn_dit.config import Config, TrainingConfig
+from gspn_dit.errors import UserError
+from gspn_dit.models import DiffusionModel
+from gspn_dit.models.flops import forward_multiply_adds
+from gspn_dit.training.sharding import shard, wants_sharding
+from gspn_dit.training.trackers import FOLDER, check_trackers
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """Return the Accelerator of a config; raises UserError where the batch cannot be shared out."""
+    settings = config.training
+    check_trackers(settings.trackers)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(settings.trackers) or None,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / FOLDER)),
+    )
+    # The loop divides by the config's accumulation steps; a launcher's own setting shall not divide once more.
+    accelerator.gradient_accumulation_steps = 1
+    processes = accelerator.num_processes
+    if settings.num_processes not in (None, processes):
+        raise UserError(
+            f"training.num_processes is {settings.num_processes}, but {processes} are running; "
+            f"start with torchrun --nproc-per-node {settings.num_processes} or accelerate launch --multi_gpu"
+        )
+    shares = processes * settings.gradient_accumulation_steps
+    if settings.batch_size % shares:
+        raise UserError(
+            f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
+            f"{settings.gradient_accumulation_steps} accumulation steps"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("DeepSpeed is not available in this version; use configs/accelerate/fsdp.yaml")
+    _choose_precision(settings)
+    return accelerator
+
+
+def _choose_precision(settings: TrainingConfig) -> None:
+    """Say how float32 products and convolutions round, whatever this version of torch does by default."""
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+
+
+def prepare_weights(
+    model: DiffusionModel, average: DiffusionModel, settings: TrainingConfig, accelerator: Accelerator
+) -> bool:
+    """Set how the blocks run, and split model and average over the processes if that is asked for; return whether."""
+    model.gradient_checkpointing = settings.activation_checkpointing
+    if settings.compile:
+        for block in model.blocks:  # compiled once for all blocks of a kind, and gathered one by one under FSDP
+            block.compile(fullgraph=True)
+    if not wants_sharding(settings, accelerator):
+        return False
+    for part in (model, average):
+        shard(part, accelerator.device)
+    return True
+
+
+def prepare_forward(model: DiffusionModel, sharded: bool, accelerator: Accelerator) -> nn.Module:
+    """Return what training calls: the model under autocast, and under DDP unless it is sharded."""
+    return accelerator.prepare_model(model, evaluation_mode=sharded)
+
+
+def training_flops(model: DiffusionModel, latent_size: int) -> int:
+    """Return the floating-point operations that one image costs: two per multiply-add, thrice the forward pass.
+
+    What is computed twice to save memory is not counted twice: this is what the model needs, not what it spends.
+    """
+    return 6 * forward_multiply_adds(model, latent_size, latent_size)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: on the accelerator, else resident."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated(device)

@@ -1,0 +1,145 @@
+"""Averages of any length after the training: snapshots of power-function averages, and what adds up to another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.files import write_atomically
+from gspn_dit.training.checkpoint import (
+    begin_checkpoint,
+    find_checkpoints,
+    finish_checkpoint,
+    load_tensors,
+    read_manifest,
+)
+from gspn_dit.training.ema import MAX_SIGMA_REL, combine, ema_file_stem, power_exponent, reconstruction_weights
+
+FORMAT_VERSION = 1
+FOLDER = "ema_snapshots"
+MAX_PROFILE_ERROR = 0.1
+"""Relative error of a profile above which no weights are written: the snapshots are too few, or too short."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A power-function average on disk."""
+
+    path: Path
+    step: int
+    sigma_rel: float
+
+
+def save_snapshot(run_directory: Path, step: int, sigma_rel: float, tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Write an average of a step; `dtype` is "float16" or "float32"."""
+    import torch
+    from safetensors.torch import save
+
+    stored = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
+    facts = {"format_version": FORMAT_VERSION, "step": step, "sigma_rel": sigma_rel}
+    path = run_directory / FOLDER / f"step-{step:08d}-{ema_file_stem(sigma_rel)}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(stored, metadata={"snapshot": json.dumps(facts)}))
+    except OSError as error:
+        raise UserError(f"cannot save {path}: {error}") from error
+
+
+def find_snapshots(run_directory: Path) -> list[Snapshot]:
+    """Return the snapshots of a run by step; raises UserError for one that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    for path in sorted((run_directory / FOLDER).glob("step-*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["snapshot"])
+            found.append(Snapshot(path, int(facts["step"]), float(facts["sigma_rel"])))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not a snapshot of an average: {error}; delete it") from None
+    return found
+
+
+def remove_snapshots_after(run_directory: Path, step: int) -> None:
+    """Delete the snapshots that a resumed run will write again."""
+    for snapshot in find_snapshots(run_directory):
+        if snapshot.step > step:
+            snapshot.path.unlink()
+
+
+def reconstruct(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tuple[dict[str, Tensor], float]:
+    """Return the average of relative length `sigma_rel` at a step, and the relative error of its profile.
+
+    Snapshots after `step` do not count. The least squares are those of arXiv 2312.02696, appendix C.
+    """
+    from safetensors.torch import load_file
+
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    exponents = [power_exponent(snapshot.sigma_rel) for snapshot in used]
+    weights, error = reconstruction_weights([s.step for s in used], exponents, step, power_exponent(sigma_rel))
+
+    def weighted() -> Iterator[tuple[float, Mapping[str, Tensor]]]:
+        for snapshot, weight in zip(used, weights, strict=True):
+            yield float(weight), load_file(snapshot.path)
+
+    return combine(weighted()), error
+
+
+def write_reconstruction(
+    run_directory: Path, sigma_rel: float, step: int | None, out: Path | None
+) -> tuple[Path, float]:
+    """Write a checkpoint whose EMA weights are the reconstructed ones; return where, and the profile's error.
+
+    Raises UserError if the run has no snapshots for it, or `out` exists.
+    """
+    if not run_directory.is_dir():
+        raise UserError(f"run directory {run_directory} does not exist")
+    if not 0 < sigma_rel <= MAX_SIGMA_REL:
+        raise UserError(f"--sigma-rel is {sigma_rel}, but must lie in (0, {MAX_SIGMA_REL}]")
+    snapshots, checkpoints = find_snapshots(run_directory), find_checkpoints(run_directory)
+    if not snapshots or not checkpoints:
+        missing = "checkpoints" if snapshots else "snapshots"
+        raise UserError(f"{run_directory} has no {missing} of averages; train with training.ema_sigma_rel: [0.05, 0.1]")
+    newest = max(snapshot.step for snapshot in snapshots)
+    step = newest if step is None else step
+    if not min(snapshot.step for snapshot in snapshots) <= step <= newest:
+        steps = sorted({snapshot.step for snapshot in snapshots})
+        raise UserError(f"--step is {step}, but the snapshots are of steps {steps[0]} to {newest}")
+    out = out or run_directory / "ema" / f"{ema_file_stem(sigma_rel)}-step-{step:08d}"
+    if out.exists():
+        raise UserError(f"{out} exists; delete it, or give another --out")
+    tensors, error = reconstruct(snapshots, sigma_rel, step)
+    if error > MAX_PROFILE_ERROR:
+        raise UserError(
+            f"no sum of the snapshots of {run_directory} up to step {step} comes near --sigma-rel {sigma_rel} "
+            f"(profile error {error:.0%}); choose a length nearer to "
+            f"{', '.join(f'{x:g}' for x in sorted({s.sigma_rel for s in snapshots}))}, or a step of a snapshot"
+        )
+    checkpoint = checkpoints[max(checkpoints)]
+    manifest = read_manifest(checkpoint)
+    manifest["ema"] = {"sigma_rel": sigma_rel, "updates": step, "post_hoc": True, "profile_error": error}
+    other = {name: tensor for name, tensor in load_tensors(checkpoint, "ema").items() if name not in tensors}
+    described = {key: value for key, value in manifest.items() if key not in ("format_version", "step", "files")}
+    finish_checkpoint(begin_checkpoint(out), out, step, {"ema": {**tensors, **other}}, described)
+    return out, error
+
+
+def main() -> None:
+    """Parse the command line of `python -m gspn_dit.training.ema`, reconstruct and write."""
+    parser = ArgumentParser(
+        prog="python -m gspn_dit.training.ema",
+        description="Make the average of another length from the snapshots of a run (training.ema_sigma_rel).",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--sigma-rel", type=float, required=True, help="relative length, such as 0.1")
+    parser.add_argument("--step", type=int, help="step of the average (default: of the newest snapshot)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/ema/ema-<sigma_rel>-step-<step>")
+    options = parser.parse_args()
+    out, error = write_reconstruction(options.run, options.sigma_rel, options.step, options.out)
+    print(f"average of relative length {options.sigma_rel:g}, profile error {error:.2%}: {out}")
+    print(f"use it as a checkpoint: sample.py --checkpoint {out}")
