@@ -245,7 +245,7 @@ class GSPNPipeline(DiffusionPipeline):
             generator: draws the seed, so that one call after another gives other images.
             height: of the images in pixels; None for what the model was trained on.
             width: likewise.
-            guidance_channels: guide the first channels of the latent alone (3 in DiT's published figures); None for all.
+            guidance_channels: guide the first channels alone (3 in DiT's published figures); None for all.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.

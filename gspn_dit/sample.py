@@ -22,8 +22,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance")
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="times t (1 is noise, 0 data) at which guidance acts")  # fmt: skip
+    parser.add_argument("--guidance-channels", default="all", metavar="all|N",
+                        help="guide the first N channels of the latent alone, as DiT's published figures do with 3")  # fmt: skip
     parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
-    parser.add_argument("--sampler", help="euler or heun (default: the objective's first)")
+    parser.add_argument("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc; "
+                        "by default the first of the checkpoint's objective")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
@@ -37,6 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed is {options.seed}, but must lie in [0, 2^63)")
+    options.guidance_channels = parse_guidance_channels(options.guidance_channels)
     if not (options.out or options.save_images or options.save_npz):
         raise UserError("nothing to write: give --out FILE, --save-images DIR or --save-npz FILE")
     _check_outputs(options)
@@ -52,6 +56,15 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise UserError(f"--save-images {folder} is not empty; give --overwrite to add to it and replace")
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise UserError(f"--save-images {folder} is a file; give a directory")
+
+
+def parse_guidance_channels(text: str) -> int | None:
+    """Turn "all" into None and "3" into 3; raises UserError for anything else."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--guidance-channels is {text}, but must be all or a number of at least 1")
+    return int(text)
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -81,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
 
     from gspn_dit.pipeline import GSPNPipeline
 
-    device = _choose_device(options.device)
+    device = choose_device(options.device)
     pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device)
     pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
     classes = parse_classes(options.classes, pipeline.class_names)
@@ -99,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale,
                 guidance_interval=tuple(options.guidance_interval),
+                guidance_channels=options.guidance_channels,
                 sampler=options.sampler,
                 seed=options.seed,
                 output_type="np",
@@ -112,7 +126,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"cannot write the images: {error}") from None
 
 
-def _choose_device(name: str | None) -> str:
+def choose_device(name: str | None) -> str:
+    """Return the device of that name, or the accelerator if there is one; raises UserError for one not here."""
     import torch
 
     if name is None:

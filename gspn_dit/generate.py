@@ -1,0 +1,356 @@
+"""Generate an evaluation set by class, in one process or many, and go on where a killed run stopped.
+
+    accelerate launch -m gspn_dit.generate --checkpoint runs/NAME --protocol adm-50k --out samples.npz
+
+Image i and its label depend on (seed, i). The set is cut into chunks by index; process r of W makes every W-th of the
+missing ones, each of which is on disk whole or not at all. So the set is the same bit by bit however many processes
+made it and however often they were killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
+from gspn_dit.protocols import PROTOCOLS, apply_protocol
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+    from gspn_dit.pipeline import GSPNPipeline
+    from gspn_dit.sample_sets import SampleSet
+
+
+QUEUE = 2
+"""Chunks that may wait to be written while further ones are computed."""
+LINE_SECONDS = 30
+"""Between two lines of progress where there is no terminal."""
+TIMEOUT = timedelta(days=2)
+"""How long processes wait for one another at the end."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse, fill in what the protocol says, and check what can be checked without the checkpoint.
+
+    Raises UserError.
+    """
+    parser = ArgumentParser(
+        prog="python -m gspn_dit.generate",
+        description="Generate an evaluation set: a folder of PNG files, or an .npz file (arr_0 uint8 NHWC, arr_1).",
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="run directory or one checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR|FILE.npz", help="a folder of PNGs, or an .npz file")
+    parser.add_argument("--protocol", metavar="NAME", help=f"fixes number, labels, weights: {', '.join(PROTOCOLS)}")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="images; needed without --protocol")
+    parser.add_argument("--labels", choices=("uniform", "balanced"),
+                        help="drawn at random by (seed, index), or the classes in turn (default: uniform)")  # fmt: skip
+    parser.add_argument("--classes", help="ids, ranges and names: 0-9, or 3,7,cat (default: all)")
+    parser.add_argument("--weights", choices=("ema", "model"), help="(default: ema)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the protocol's, or 50)")
+    parser.add_argument("--sampler", help="(default: the protocol's, or the objective's)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1, the default, is no guidance")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="times t (1 is noise, 0 data) at which guidance acts (default: 0 1)")  # fmt: skip
+    parser.add_argument("--guidance-channels", default="all", metavar="all|N",
+                        help="guide the first N channels alone, as DiT's figures do with 3 (default: all)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) (default: 0)")
+    parser.add_argument("--tf32", action="store_true", help="let NVIDIA GPUs round matrix products to TF32")
+    parser.add_argument("--device", help="cpu, cuda, … (default: the accelerators if there are any)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out, or start it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the set that --out holds")
+    options = parser.parse_args(arguments)
+    apply_protocol(options)
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    from gspn_dit.sample_sets import check_place
+
+    for name in ("num_samples", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed is {options.seed}, but must lie in [0, 2^63)")
+    channels = options.guidance_channels
+    if channels != "all" and not (channels.isdecimal() and int(channels) >= 1):
+        raise UserError(f"--guidance-channels is {channels}, but must be all or a number of at least 1")
+    options.guidance_channels = None if channels == "all" else int(channels)
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite contradict each other; give one of them")
+    check_place(options.out, options.resume, options.overwrite)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate what the options ask for, in this process or with those that were launched beside it.
+
+    Raises UserError, before anything is written unless the disk or the model fails on the way.
+    """
+    from gspn_dit.diffusion import CHUNK
+    from gspn_dit.pipeline import GSPNPipeline
+    from gspn_dit.sample import parse_classes
+    from gspn_dit.sample_sets import check_same_settings, draw_labels, open_set, read_settings
+    from gspn_dit.training.checkpoint import resolve_checkpoint
+
+    state, device = _join(options.device)
+    _compute_exactly(options.tf32)
+    checkpoint = resolve_checkpoint(options.checkpoint)
+    pipeline = GSPNPipeline.from_checkpoint(checkpoint, options.weights, device)
+    pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
+    classes = parse_classes(options.classes, pipeline.class_names)
+    settings = _settings(options, checkpoint, pipeline)
+    labels = draw_labels(options.labels, options.seed, options.num_samples, classes)
+    output = open_set(options.out, labels, CHUNK)
+    stored = None if options.overwrite else read_settings(options.out)
+    if stored is not None:
+        check_same_settings(options.out, stored, settings)
+    _agree(state, settings)  # and all have read the place before one of them changes it
+    if stored is not None and output.is_complete():
+        _tell(state, f"{options.out} is complete: {options.num_samples:,} images")
+        return
+    try:
+        if state.is_main_process:
+            output.begin(settings, options.overwrite)
+        state.wait_for_everyone()
+        _generate(options, pipeline, output, _missing(state, output), state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _require_all(output)
+            output.finish()
+    except OSError as error:
+        raise LocalUserError(
+            f"--out {options.out} cannot be written: {error}; what is there is kept, go on with --resume"
+        ) from None
+    _tell(state, f"{options.num_samples:,} images: {options.out}")
+
+
+def _join(device: str | None) -> tuple[PartialState, str | torch.device]:
+    """Meet the other processes of this job; return their state and the device of this one."""
+    import torch
+    from accelerate import PartialState
+
+    from gspn_dit.sample import choose_device
+
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=TIMEOUT)
+    if state.num_processes == 1:
+        return state, choose_device(device)
+    if device not in (None, state.device.type):
+        raise UserError(
+            f"--device {device}: {state.num_processes} processes take a device each; leave it out, or give cpu"
+        )
+    return state, state.device
+
+
+def _compute_exactly(tf32: bool) -> None:
+    """Make products depend on their inputs alone, and round them as asked."""
+    import torch
+
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # on by default, other than for matrix products
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipeline) -> dict[str, Any]:
+    """Return everything that the images are a function of, for a reader; raises UserError where it is out of range."""
+    from gspn_dit.diffusion import CHUNK, Guidance
+    from gspn_dit.sample_sets import FORMAT_VERSION
+    from gspn_dit.training.run_directory import describe_environment
+
+    try:
+        Guidance(options.guidance_scale, tuple(options.guidance_interval), options.guidance_channels)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    objective, latent, manifest = pipeline.objective, pipeline.latent, pipeline.manifest
+    if options.sampler is None:
+        options.sampler = next((name for name in options.preferred_samplers if name in objective.samplers), None)
+    options.sampler = objective.resolve_sampler(options.sampler, options.steps)
+    environment = describe_environment()
+    return {
+        "format_version": FORMAT_VERSION,
+        "protocol": options.protocol,
+        "num_images": options.num_samples,
+        "image_size": latent.size * latent.factor,
+        "image_format": "npz" if options.out.endswith(".npz") else "png",
+        "uint8": "truncate",
+        "labels": options.labels,
+        "classes": options.classes,
+        "seed": options.seed,
+        "sampler": options.sampler,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": list(options.guidance_interval),
+        "guidance_channels": "all" if options.guidance_channels is None else options.guidance_channels,
+        "checkpoint": str(checkpoint),
+        "step": manifest["step"],
+        "weights": options.weights,
+        "weights_sha256": _sha256(checkpoint / f"{options.weights}.safetensors"),
+        "model": manifest["model"],
+        "objective": manifest["config"]["objective"],
+        "latent": latent.spec(),
+        "vae": None if latent.spec()["name"] == "identity" else latent.spec(),
+        "training_data": manifest.get("data"),
+        "class_names": pipeline.class_names,
+        "chunk_size": CHUNK,
+        "dtype": "float32",
+        "tf32": options.tf32,
+        "environment": {
+            **{key: environment[key] for key in ("versions", "git_commit", "git_changes", "machine")},
+            "device": _device_name(pipeline.device),
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _agree(state: PartialState, settings: dict[str, Any]) -> None:
+    """Raise UserError unless all processes are about to make the same set."""
+    import torch
+    from accelerate.utils import gather
+
+    from gspn_dit.sample_sets import MAY_DIFFER
+
+    text = json.dumps({key: value for key, value in settings.items() if key not in MAY_DIFFER})
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    if len(set(gather(torch.tensor([digest], device=state.device)).tolist())) > 1:
+        raise UserError(
+            f"the processes find different checkpoints at {settings['checkpoint']}: a run in training saves new ones; "
+            "give one of its checkpoints/step-XXXXXXXX, on a file system that all machines share"
+        )
+
+
+def _missing(state: PartialState, output: SampleSet) -> list[int]:
+    """Return the chunks to make, as the main process sees them."""
+    import torch
+    from accelerate.utils import broadcast
+
+    wanted = torch.zeros(output.num_chunks, dtype=torch.int32, device=state.device)
+    if state.is_main_process:
+        wanted[output.missing()] = 1
+    return broadcast(wanted).nonzero().flatten().tolist()
+
+
+def _require_all(output: SampleSet) -> None:
+    if lost := output.missing():
+        raise UserError(
+            f"{len(lost)} chunks that another process made are not in {output.path}; it must lie on a file system "
+            "that all machines share"
+        )
+
+
+def _generate(
+    options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet, missing: list[int], state: PartialState
+) -> None:
+    """Make this process's share of the missing chunks; each is written while the next one is computed."""
+    rounds = [missing[start : start + state.num_processes] for start in range(0, len(missing), state.num_processes)]
+    sizes = [sum(len(output.indices(chunk)) for chunk in chunks) for chunks in rounds]
+    progress = Progress(len(output.labels), sum(sizes), state)
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as writer, progress:
+        for chunks, size in zip(rounds, sizes, strict=True):
+            if state.process_index < len(chunks):
+                chunk = chunks[state.process_index]
+                images = _make(options, pipeline, output, chunk)
+                if len(waiting) == QUEUE:
+                    waiting.popleft().result()
+                waiting.append(writer.submit(output.write, chunk, images))
+            progress.advance(size)
+        for written in waiting:
+            written.result()
+
+
+def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet, chunk: int) -> np.ndarray:
+    """Compute the images of a chunk, uint8 [n, H, W, C]."""
+    indices = output.indices(chunk)
+    try:
+        images = pipeline(
+            output.labels[indices.start : indices.stop].tolist(),
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            guidance_interval=tuple(options.guidance_interval),
+            guidance_channels=options.guidance_channels,
+            sampler=options.sampler,
+            seed=options.seed,
+            first_index=indices.start,
+            output_type="np",
+        ).images
+    except UserError as error:
+        raise LocalUserError(f"images {indices.start}-{indices.stop - 1}: {error}") from None
+    except ValueError as error:  # more guidance channels than the latent has
+        raise UserError(str(error)) from None
+    return np.asarray(images)
+
+
+class Progress:
+    """Images done, images/s and time left: a bar in a terminal, else a line now and then; main process only."""
+
+    def __init__(self, total: int, missing: int, state: PartialState) -> None:
+        from tqdm import tqdm
+
+        self.active, self.total, self.done, self.made = state.is_main_process, total, total - missing, 0
+        self.started = self.told = time.perf_counter()
+        terminal = self.active and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=self.done, unit="image", dynamic_ncols=True) if terminal else None
+        before = f", {self.done:,} are there already" if self.done else ""
+        processes = f" in {state.num_processes} processes" if state.num_processes > 1 else ""
+        _tell(state, f"generating {total:,} images{processes}{before}")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, images: int) -> None:
+        """Count images that all processes together have made."""
+        self.made += images
+        self.done += images
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(images)
+        elif self.active and now - self.told >= LINE_SECONDS:
+            rate = self.made / (now - self.started)
+            left = timedelta(seconds=round((self.total - self.done) / rate))
+            print(f"{self.done:,} of {self.total:,} images, {rate:.3g} images/s, {left} left", flush=True)
+            self.told = now
+
+
+def _tell(state: PartialState, line: str) -> None:
+    if state.is_main_process:
+        print(line, flush=True)
+
+
+def main() -> None:
+    """Parse, then run."""
+    run(parse_arguments())
+
+
+if __name__ == "__main__":
+    run_cli(main)
