@@ -107,6 +107,8 @@ def reconstruction_weights(
 ) -> tuple[np.ndarray, float]:
     """Return how to add up snapshots to come closest to another profile, in the least squares of profiles.
 
+    The weights sum to 1, so that what did not change in training does not change here.
+
     Args:
         times: updates at which each snapshot was taken.
         exponents: γ of each snapshot.
@@ -120,7 +122,9 @@ def reconstruction_weights(
     wanted = profile_products(times, exponents, time, exponent)
     # Snapshots that lie close together make the system stiff: scaled to unit profiles it is solved to full precision.
     scale = np.sqrt(np.diag(gram))
-    weights = np.linalg.lstsq(gram / np.outer(scale, scale), wanted / scale, rcond=None)[0] / scale
+    sides = np.stack([wanted, np.ones_like(wanted)], axis=1) / scale[:, None]
+    fit, ones = np.linalg.lstsq(gram / np.outer(scale, scale), sides, rcond=None)[0].T / scale
+    weights = fit + ones * (1 - fit.sum()) / ones.sum()  # the nearest fit that leaves constant weights as they are
     norm = float(profile_products([time], [exponent], time, exponent)[0])
     residual = norm - 2 * weights @ wanted + weights @ gram @ weights
     return weights, float(np.sqrt(max(residual, 0.0) / norm))
