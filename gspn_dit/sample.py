@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="times t (1 is noise, 0 data) at which guidance acts")  # fmt: skip
     parser.add_argument("--guidance-channels", default="all", metavar="all|N",
-                        help="guide the first N channels of the latent alone, as DiT's published figures do with 3")  # fmt: skip
+                        help="guide the first N channels alone, as DiT's published figures do with 3")  # fmt: skip
     parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
     parser.add_argument("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc; "
                         "by default the first of the checkpoint's objective")  # fmt: skip
