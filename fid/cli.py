@@ -2,70 +2,103 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gspn_dit.errors import ArgumentParser
+from gspn_dit.errors import ArgumentParser, UserError
 
 if TYPE_CHECKING:
     from typing import Any
+
+INCEPTION_BATCH_SIZE = 64
 
 
 def build_parser() -> ArgumentParser:
     """The arguments of `python -m fid`."""
     parser = ArgumentParser(
-        prog="python -m fid", description="Score generated images against real ones and write a report."
+        prog="python -m fid",
+        description="Score generated images against real ones and write a report; `python -m fid compare REPORT …` "
+        "puts reports side by side.",
     )
     parser.add_argument(
         "--samples",
         required=True,
-        help="generated images: a directory of PNGs (flat, or one sub-folder per class), or an NPZ "
-        "(arr_0 uint8 NHWC, optionally arr_1 class ids)",
+        help="generated images: a directory of PNGs (<index>-<class id>.png, one sub-folder per class, or flat), or "
+        "an NPZ (arr_0 uint8 NHWC, optionally arr_1 class ids)",
     )
     parser.add_argument(
         "--reference",
         required=True,
         help="real images: 'digits', an image folder, a data set saved with save_to_disk, a directory of PNGs, or "
-        "an NPZ; a set with a validation split also gives the real images' own scores",
+        "an NPZ, ADM's with mu and sigma too; a set with a validation split also gives the real images' own scores",
     )
-    parser.add_argument(
-        "--features",
-        default="digits",
-        help="feature net: 'digits' (bundled) or a file that fid.train_features wrote",
-    )
+    parser.add_argument("--protocol", help="adm-50k, adm-50k-512, quick or digits: net and every setting under a name")
+    parser.add_argument("--features", help="without --protocol: 'digits' or a file that fid.train_features wrote")
     parser.add_argument("--out", required=True, help="directory of the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in --out")
-    parser.add_argument("--batch-size", type=int, default=256, help="images per forward pass of the feature net")
-    parser.add_argument("--device", default="cpu", help="where the feature net runs: cpu, cuda, cuda:1, …")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the subsets that KID draws")
+    parser.add_argument("--weights", help="file of the Inception net, if not at torch-fidelity's usual place")
+    parser.add_argument(
+        "--allow-unknown-weights", action="store_true", help="take another Inception net; no score is called FID then"
+    )
+    parser.add_argument("--dinov2", metavar="DIR", help="local directory of a DINOv2 model, for FD-DINOv2 as well")
+    parser.add_argument("--held-out", help="real images that are scored as if they were samples, for comparison")
+    parser.add_argument("--cache", metavar="DIR", help="where a protocol's features of real images are kept")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features of real images")
+    parser.add_argument("--batch-size", type=int, help="images per forward pass (default: 256, Inception 64)")
+    parser.add_argument(
+        "--device", default="cpu", help="where the nets run: cpu, cuda (each process its own), cuda:1, …"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the subsets that KID draws; protocols bring their own")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, evaluate, print the scores."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["compare"]:
+        from fid.compare import main as compare
+
+        return compare(arguments[1:])
     options = build_parser().parse_args(arguments)
+    if options.protocol and options.features:
+        raise UserError(f"--protocol {options.protocol} brings its own feature net; leave --features out")
+    from fid.protocols import INCEPTION, find_protocol
+
+    protocol = find_protocol(options.protocol) if options.protocol else None
     from fid.images import require_samples
     from fid.report import prepare_directory
 
     prepare_directory(options.out, options.overwrite)  # both again in `evaluate`, seconds of imports later
     require_samples(options.samples)
-    from fid.evaluation import evaluate
+    from fid.cache import default_directory
+    from fid.evaluation import BATCH_SIZE, evaluate
 
+    large = protocol is not None and protocol.features == INCEPTION
+    batch_size = options.batch_size if options.batch_size is not None else INCEPTION_BATCH_SIZE if large else BATCH_SIZE
     report = evaluate(
         options.samples,
         options.reference,
-        options.features,
+        options.features or "digits",
         options.out,
+        protocol=options.protocol,
+        weights=options.weights,
+        allow_unknown_weights=options.allow_unknown_weights,
+        dinov2=options.dinov2,
+        held_out=options.held_out,
+        cache=None if options.no_cache else options.cache or (default_directory() if protocol else None),
         overwrite=options.overwrite,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         device=options.device,
         seed=options.seed,
+        show_progress=True,
     )
-    print(_summary(report))
-    print(f"report: {options.out}")
+    if report:
+        print(_summary(report))
+        print(f"report: {options.out}")
 
 
 def _summary(report: dict[str, Any]) -> str:
-    from fid.report import score_rows
+    from fid.page import score_rows
 
     return "\n".join(f"{name:<46}{'  '.join(cells)}" for name, *cells in score_rows(report))

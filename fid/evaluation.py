@@ -314,12 +314,12 @@ def _notes(
     if drawn.images.generation is None and protocol.required:
         wanted = ", ".join(f"{key} '{value}'" for key, value in protocol.required)
         notes.append(f"The samples carry no generation.json: the protocol's {wanted} are taken on trust.")
-    if drawn.images.labels is None and drawn.order_name != "as stored":
+    if drawn.images.labels is None:
         notes.append(
             "The samples have no labels: they were scored in file order, and if that order is by class the "
             "Inception score is too low."
         )
-    elif drawn.images.labels is not None and drawn.labels is None and net.class_names:
+    elif drawn.labels is None and net.class_names:
         notes.append("The samples' class names are not the feature net's: class agreement was not measured.")
     if drawn.was_sorted:
         notes.append("The samples are stored class by class: they were interleaved for the Inception score's splits.")

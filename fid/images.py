@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fid.npz import IN_MEMORY_BYTES, open_npz
-from gspn_dit.errors import LocalUserError, UserError, nearest
+from gspn_dit.errors import UserError, nearest
 
 BUNDLED = ("digits",)
 SAVED_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
@@ -229,10 +229,11 @@ def _read_directory(folder: Path) -> LabelledImages:
         found = [(int(match[1]), int(match[2]), file) for match, file in zip(numbered, flat) if match]
         if len(found) < len(flat):
             return LabelledImages(_read_pngs(flat), str(folder))
-        indices, ids, files = zip(*sorted(found))
-        if len(set(indices)) < len(indices):
+        found.sort()
+        if len({index for index, _, _ in found}) < len(found):
             raise UserError(f"{folder} has two images of one index; the names must be <index>-<class id>.png")
-        return LabelledImages(_read_pngs(list(files)), str(folder), np.array(ids, dtype=np.int64))
+        ids = np.array([label for _, label, _ in found], dtype=np.int64)
+        return LabelledImages(_read_pngs([file for _, _, file in found]), str(folder), ids)
     labels = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class.values()])
     files = [file for group in by_class.values() for file in group]
     return LabelledImages(_read_pngs(files), str(folder), labels.astype(np.int64), tuple(by_class))

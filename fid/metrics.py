@@ -6,6 +6,8 @@ so every function here checks its input first. The values behind a mean are retu
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -67,7 +69,7 @@ def inception_scores(logits: torch.Tensor, splits: int = IS_SPLITS) -> np.ndarra
 
     checked = _require(logits, splits, f"the Inception score with {splits} splits", "samples")
     edges = [index * len(checked) // splits for index in range(splits + 1)]
-    parts = [checked[start:stop] for start, stop in zip(edges, edges[1:])]
+    parts = [checked[start:stop] for start, stop in pairwise(edges)]
     scores = [isc_features_to_metric(part, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN] for part in parts]
     return _finite(np.array(scores), "the Inception score")
 

@@ -49,7 +49,7 @@ class Archive:
             with tempfile.TemporaryFile() as copy:  # the mapping keeps it alive
                 shutil.copyfileobj(stream, copy, 2**24)
                 copy.flush()
-                return np.memmap(copy, dtype, "r", 0, shape, "F" if fortran else "C")  # type: ignore[call-overload,no-any-return]
+                return np.memmap(copy, dtype, "r", 0, shape, "F" if fortran else "C")
 
     def _stored_at(self, info: zipfile.ZipInfo) -> int | None:
         """Where an uncompressed member's bytes begin; None for a compressed one."""

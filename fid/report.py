@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import html
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fid.images import LabelledImages, interleave
+from fid.images import LabelledImages
+from fid.page import markdown, page
 from gspn_dit.errors import UserError
 from gspn_dit.grid import class_grid, save_png
 
@@ -25,14 +26,7 @@ PACKAGES = ("torch", "torch-fidelity", "numpy", "datasets", "pillow", "scikit-le
 GRID_COLUMNS = 10
 GRID_CLASSES = 20
 UNLABELLED_IMAGES = 100
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; image-rendering: pixelated; }
-td { overflow-wrap: anywhere; }
-"""
+TILE_SIZE = 128  # pixels: larger images are shown smaller
 
 
 def versions() -> dict[str, str]:
@@ -100,15 +94,17 @@ def write_report(
     out: str | os.PathLike[str],
     overwrite: bool = False,
     class_names: Sequence[str] = (),
+    reference: LabelledImages | None = None,
 ) -> None:
     """Write report.json, report.md, index.html and grid.png into `out`, all of them or nothing.
 
     Args:
         report: what `fid.evaluation.score` returned.
         samples: the images to show; `class_names` names their classes where they do not themselves.
+        reference: the real images, of which those nearest to some samples are shown.
     """
     try:
-        _write(report, samples, out, overwrite, class_names)
+        _write(report, samples, out, overwrite, samples.class_names or class_names, reference)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error}") from None
 
@@ -119,115 +115,66 @@ def _write(
     out: str | os.PathLike[str],
     overwrite: bool,
     class_names: Sequence[str],
+    reference: LabelledImages | None,
 ) -> None:
     shown, labels = _chosen(samples)
-    grid = class_grid(shown, labels, samples.class_names or class_names, columns=GRID_COLUMNS)
+    grid = class_grid(shown, labels, class_names, columns=GRID_COLUMNS)
+    neighbours = [] if reference is None else _neighbour_rows(report, samples, reference, class_names)
     with _replaced_directory(out, overwrite) as folder:
         save_png(grid, folder / "grid.png")
         text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
         picture = base64.b64encode((folder / "grid.png").read_bytes()).decode()
-        (folder / "index.html").write_text(page(report, picture), encoding="utf-8")
+        (folder / "index.html").write_text(page(report, picture, neighbours), encoding="utf-8")
 
 
 def _chosen(samples: LabelledImages) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images of the grid: the first of each class, or simply the first."""
-    if samples.labels is None:
-        return samples.pixels[:UNLABELLED_IMAGES], None
-    classes = np.unique(samples.labels)[:GRID_CLASSES]
-    order = interleave(samples.labels, len(samples))
-    kept = order[np.isin(samples.labels[order], classes)]
-    return samples.pixels[kept], samples.labels[kept]
+    """The images of the grid: the first of each class, or simply the first; large ones are made smaller."""
+    labels = samples.labels
+    if labels is None:
+        return _smaller(samples.pixels[:UNLABELLED_IMAGES]), None
+    firsts = [np.flatnonzero(labels == label)[:GRID_COLUMNS] for label in np.unique(labels)[:GRID_CLASSES]]
+    kept = np.sort(np.concatenate(firsts))
+    return _smaller(samples.pixels[kept]), labels[kept]
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, dict):
-        return f"{value['mean']:.4g} ± {value['std']:.2g}"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+def _smaller(pixels: np.ndarray) -> np.ndarray:
+    """Images uint8 [n, H, W, C] no wider or higher than `TILE_SIZE`."""
+    from PIL import Image
+
+    longest = max(pixels.shape[1:3])
+    if longest <= TILE_SIZE:
+        return np.asarray(pixels)
+    height, width = (max(1, round(side * TILE_SIZE / longest)) for side in pixels.shape[1:3])
+    mode = "L" if pixels.shape[3] == 1 else "RGB"
+    resized = [
+        Image.fromarray(image.squeeze(-1) if mode == "L" else image).resize((width, height), Image.Resampling.LANCZOS)
+        for image in pixels
+    ]
+    return np.stack([np.asarray(image).reshape(height, width, -1) for image in resized])
 
 
-def score_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows (name, samples, real held-out images) of the table of scores; the first one is the heading."""
-    scores, own, comparison = report["scores"], report["held_out"], report["comparison"]
-    titles = {
-        "class_agreement": "class agreement",
-        "nearest_distance": "median distance to nearest reference image",
-        "n": "images",
-    }
-    rows: list[tuple[str, ...]] = [("score", "samples", *(("real, held out",) if own else ()))]
-    for key, value in scores.items():
-        real = (_number(own[key]),) if own else ()
-        rows.append((titles.get(key, key), _number(value), *real))
-    if comparison is not None:
-        at = f"at n = {comparison['n']}"
-        for key, title in (("fd", report["names"]["fd"]), ("recall", "recall")):
-            cells = _number(comparison[f"{key}_samples"]), _number(comparison[f"{key}_held_out"])
-            rows.append((f"{title} {at}", *cells))
+def _neighbour_rows(
+    report: dict[str, Any], samples: LabelledImages, reference: LabelledImages, class_names: Sequence[str]
+) -> list[list[tuple[str, str]]]:
+    """Rows of (caption, PNG in base64): a sample, then the real images nearest to it in feature space."""
+    rows = []
+    for entry in report["neighbours"]:
+        label = entry["label"]
+        name = f"sample {entry['sample']}"
+        if label is not None:
+            name += f": {class_names[label] if label < len(class_names) else label}"
+        captions = [name, *(f"distance {distance:.4g}" for distance in entry["distance"])]
+        drawn = samples.pixels[np.array([entry["sample"]])]
+        pixels = [drawn, reference.pixels[np.array(entry["nearest"])]]
+        pictures = [_encoded(image) for part in pixels for image in _smaller(part)]
+        rows.append(list(zip(captions, pictures, strict=True)))
     return rows
 
 
-def ratio_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows (name, value) of the ratios of samples to held-out real images; none without the latter."""
-    comparison = report["comparison"]
-    if comparison is None:
-        return []
-    return [
-        (
-            f"{report['names']['fd']}, samples / real, at n = {comparison['n']}",
-            _number(comparison["fd_ratio_at_equal_n"]),
-        ),
-        ("nearest distance, samples / real", _number(comparison["nearest_distance_ratio"])),
-    ]
-
-
-def setting_rows(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Every setting as (dotted name, value)."""
-    rows: list[tuple[str, str]] = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            rows += setting_rows(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", "–" if value is None else str(value)))
-    return rows
-
-
-def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    tables: list[tuple[str, list[tuple[str, ...]]]] = [("Scores", score_rows(report))]
-    if ratios := ratio_rows(report):
-        tables.append(("Samples against real images", [("ratio", "value"), *ratios]))
-    tables.append(("Settings", [("setting", "value"), *setting_rows(report["settings"])]))
-    return tables
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown, with the grid as an image beside it."""
-    lines = [f"# {report['names']['fd']} report", "", "![samples by class](grid.png)", ""]
-    for title, rows in _tables(report):
-        heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-        lines += [f"## {title}", "", f"| {' | '.join(heading)} |", "|---|" + "---:|" * (len(heading) - 1)]
-        lines += [f"| {' | '.join(row)} |" for row in body]
-        lines.append("")
-    lines += ["## Notes", "", *(f"- {note}" for note in report["notes"])]
-    return "\n".join(lines) + "\n"
-
-
-def page(report: dict[str, Any], picture: str) -> str:
-    """The report as one HTML page with style and image inside; `picture` is the grid's PNG in base64."""
-    title = html.escape(f"{report['names']['fd']} report")
-    parts = [
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
-        f'<img alt="samples by class" src="data:image/png;base64,{picture}">',
-    ]
-    for name, rows in _tables(report):
-        heading, *body = [[html.escape(cell) for cell in row] for row in rows]
-        parts.append(f"<h2>{name}</h2>\n<table>\n<tr>" + "".join(f"<th>{cell}</th>" for cell in heading) + "</tr>")
-        parts += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-        parts.append("</table>")
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report["notes"])
-    parts.append(f"<h2>Notes</h2>\n<ul>{notes}</ul>\n</body>\n</html>\n")
-    return "\n".join(parts)
+def _encoded(image: np.ndarray) -> str:
+    """A PNG of one image [H, W, C] in base64."""
+    buffer = io.BytesIO()
+    class_grid(image[None]).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import fid
-from fid import evaluation, report
+from fid import evaluation, page, report
 from fid.cli import main
 from fid.features import FeatureNet
 from fid.images import LabelledImages, Reference
@@ -113,7 +113,7 @@ def test_unlabelled_samples_and_a_reference_without_a_split(net: FeatureNet, dig
     assert result["scores"]["class_agreement"] is None
     assert any("no labels" in note for note in result["notes"])
     assert any("no validation split" in note for note in result["notes"])
-    assert report.ratio_rows(result) == [] and len(report.score_rows(result)[0]) == 2
+    assert page.ratio_rows(result) == [] and len(page.score_rows(result)[0]) == 2
 
 
 def test_too_few_held_out_images_are_a_note(net: FeatureNet, digits: Reference) -> None:
@@ -137,10 +137,10 @@ def test_the_command_writes_the_report(samples: Path, tmp_path: Path, capsys: py
     value = f"{stored['scores']['FD-digits']:.4g}"
     assert f"| FD-digits | {value} |" in text and "![samples by class](grid.png)" in text
     assert f"| feature_net.sha256 | {stored['settings']['feature_net']['sha256']} |" in text
-    page = (out / "index.html").read_text()
+    html = (out / "index.html").read_text()
     picture = base64.b64encode((out / "grid.png").read_bytes()).decode()
-    assert f"data:image/png;base64,{picture}" in page and f"<td>{value}</td>" in page
-    assert "http" not in page and 'src="grid' not in page
+    assert f"data:image/png;base64,{picture}" in html and f"<td>{value}</td>" in html
+    assert "http" not in html and 'src="grid' not in html
     with Image.open(out / "grid.png") as grid:
         assert grid.height >= 10 * 48
 
