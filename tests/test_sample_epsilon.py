@@ -44,12 +44,12 @@ def drawn(run_directory: Path, tmp_path: Path, *options: str) -> np.ndarray:
 
 def test_the_sampler_is_ddpm_unless_another_is_named(run_directory: Path, tmp_path: Path) -> None:
     images = {
-        name: drawn(run_directory, tmp_path, "--per-class", "2", "--sampler", name)
+        name: drawn(run_directory, tmp_path, "--per-class", "60", "--sampler", name)
         for name in ("ddpm", "ddim", "dpm++", "unipc")
     }
-    np.testing.assert_array_equal(drawn(run_directory, tmp_path, "--per-class", "2"), images["ddpm"])
+    np.testing.assert_array_equal(drawn(run_directory, tmp_path, "--per-class", "60"), images["ddpm"])
     assert not np.array_equal(images["ddim"], images["ddpm"])
-    assert all(image.shape == (2, 4, 4, CHANNELS) for image in images.values())
+    assert all(image.shape == (60, 4, 4, CHANNELS) for image in images.values())
 
 
 def test_images_of_a_stochastic_sampler_depend_on_seed_and_index_alone(run_directory: Path) -> None:
