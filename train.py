@@ -7,9 +7,10 @@ from gspn_dit.errors import run_cli
 def main() -> None:
     """Parse, then import what training needs, so that --help and mistakes answer at once."""
     arguments = parse_train_arguments()
+    from fid.quick import load_scorer
     from gspn_dit.training.loop import train
 
-    train(arguments)
+    train(arguments, load_scorer)
 
 
 if __name__ == "__main__":

@@ -174,18 +174,24 @@ class TrainingConfig:
     validate_every: int = 5_000
     validation_images: int = 1_024
     """At most this many validation images, each at one fixed time and noise."""
+    fd_every: int | None = None
+    """Steps between quick Fréchet distances of few samples, a trend that compares with no figure; null: none."""
+    fd_samples: int = 1_000
+    fd_features: str | None = None
+    """Feature net: a bundled one, a file of fid.train_features, or inception; null: the one bundled for the data."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
         for name in (
             *("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_last"),
             *("sample_every", "validate_every", "validation_images", "max_nonfinite_steps", "ema_snapshot_every"),
+            "fd_samples",
         ):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}, but must be at least 1")
         _require(self.warmup_steps >= 0, f"training.warmup_steps is {self.warmup_steps}, but must be at least 0")
         for name in ("learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}, but must be above 0")
-        for name in ("num_processes", "keep_every"):
+        for name in ("num_processes", "keep_every", "fd_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")
         _require(self.weight_decay >= 0, f"training.weight_decay is {self.weight_decay}, but must be at least 0")

@@ -28,6 +28,7 @@ from gspn_dit.training.parallel import (
     training_flops,
 )
 from gspn_dit.training.progress import Progress
+from gspn_dit.training.quick_fd import QuickFD, ScorerLoader, create_quick_fd
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
 from gspn_dit.training.setup import Parts, build_parts
 from gspn_dit.training.sharding import gathered, no_gradient_exchange, whole_tensors
@@ -40,17 +41,18 @@ GRACE_SECONDS = 5
 REFUSALS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
-def train(arguments: TrainArguments) -> None:
+def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) -> None:
     """Train as `train.py` was asked to; raises UserError before anything is written if that cannot be done.
 
-    In a job of several processes the launcher prints the traceback of the process that failed first.
+    `load_scorer` finds the feature net of `training.fd_every`. In a job of several processes the launcher prints the
+    traceback of the process that failed first.
     """
     mistakes: list[UserError] = []
 
     @record  # hands the launcher the traceback; a user's mistake needs none
     def run() -> None:
         try:
-            _train(arguments)
+            _train(arguments, load_scorer)
         except UserError as error:
             mistakes.append(error)
         except OSError as error:
@@ -72,19 +74,20 @@ def _lost_a_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def _train(arguments: TrainArguments) -> None:
+def _train(arguments: TrainArguments, load_scorer: ScorerLoader | None) -> None:
     config = arguments.config
     accelerator = create_accelerator(config)
     directory = open_run_directory(config, arguments.resume, arguments.overwrite)
     _check_same_step(directory, accelerator)
     parts = build_parts(config)
     _check_data(directory, parts)
+    quick_fd = create_quick_fd(config, parts, accelerator, load_scorer)
     accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
     if accelerator.is_main_process:
         directory.begin(config, arguments.overwrite)
     accelerator.wait_for_everyone()
     try:
-        Trainer(config, parts, accelerator, directory).run()
+        Trainer(config, parts, accelerator, directory, quick_fd).run()
     finally:
         accelerator.end_training()
 
@@ -113,8 +116,16 @@ def _check_data(directory: RunDirectory, parts: Parts) -> None:
 class Trainer:
     """Model, EMA and optimiser at a step, and the loop that moves them on."""
 
-    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        accelerator: Accelerator,
+        directory: RunDirectory,
+        quick_fd: QuickFD | None = None,
+    ) -> None:
         self.config, self.parts, self.accelerator, self.directory = config, parts, accelerator, directory
+        self.quick_fd = quick_fd
         self.step = 0
         """Optimiser steps done, skipped ones included."""
         self.model = parts.model.to(accelerator.device)
@@ -249,6 +260,8 @@ class Trainer:
                         self._validate(progress)
                     if self._due(settings.sample_every):
                         self._sample()
+                    if self.quick_fd is not None and settings.fd_every and self._due(settings.fd_every):
+                        self._score(self.quick_fd, progress)
                     if self.power_emas and self._due(settings.ema_snapshot_every):
                         self._snapshot()
                     if self._due(settings.checkpoint_every):
@@ -329,6 +342,15 @@ class Trainer:
                     self.config.seed,
                 )
             self.accelerator.wait_for_everyone()
+
+    def _score(self, quick_fd: QuickFD, progress: Progress) -> None:
+        samples = self.config.training.fd_samples
+        with gathered(self.ema.model):
+            value = quick_fd(self.ema.model)
+        self._record({"quick_fd": value, "quick_fd_samples": samples, "quick_fd_comparable": False})
+        progress.write(
+            f"step {self.step}: quick {quick_fd.name} {value:.4g} of {samples:,} samples (not comparable with others)"
+        )
 
     def _snapshot(self) -> None:
         """Write the power-function averages of this step, from which others are made later."""

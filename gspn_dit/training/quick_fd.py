@@ -1,0 +1,140 @@
+"""A Fréchet distance to watch while training: few samples, so a trend within one run, never a figure to compare.
+
+Samples are drawn from the averaged weights without guidance, of all classes in turn, always from the same noise. The
+reference is training images as the latent decodes them, so that the model is measured and not its autoencoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from gspn_dit.config import Config
+from gspn_dit.diffusion import CHUNK, draw_noise, sample_latents
+from gspn_dit.errors import UserError
+from gspn_dit.models import DiffusionModel
+from gspn_dit.training.setup import Parts
+
+MAX_REFERENCE_IMAGES = 10_000
+"""Training images, evenly spaced, whose features are compared with."""
+
+
+class Scorer(Protocol):
+    """Features of images and a distance between sets of them; evaluation knows how."""
+
+    @property
+    def name(self) -> str:
+        """What the distance is called."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Values per image."""
+
+    def features(self, pixels: np.ndarray, device: str) -> Tensor:
+        """Return float32 [n, feature_dim] on the CPU of uint8 images [n, H, W, C]."""
+
+    def distance(self, features: Tensor, reference: Tensor) -> float:
+        """Return the distance between two sets of features."""
+
+
+ScorerLoader = Callable[[str | None, str, int, int], Scorer]
+"""(training.fd_features, name of the data set, image size, channels) → scorer; raises UserError."""
+
+
+def create_quick_fd(
+    config: Config, parts: Parts, accelerator: Accelerator, load_scorer: ScorerLoader | None
+) -> QuickFD | None:
+    """Return what `training.fd_every` asks for, None if it asks for nothing; raises UserError if it cannot be had."""
+    if config.training.fd_every is None:
+        return None
+    if load_scorer is None:
+        raise UserError("training.fd_every needs a feature net, which train.py hands in; start train.py")
+    return QuickFD(config, parts, accelerator, load_scorer)
+
+
+class QuickFD:
+    """Scores a model by few samples; nothing random but functions of the seed, so training goes on as without it.
+
+    Raises UserError if no net fits, or there are too few images for its features.
+    """
+
+    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, load_scorer: ScorerLoader) -> None:
+        latent, settings = parts.latent, config.training
+        data_name = parts.description["data"]["name"]
+        self.config, self.parts, self.accelerator = config, parts, accelerator
+        self.count = settings.fd_samples
+        self.reference_count = min(len(parts.training.images), MAX_REFERENCE_IMAGES)
+        self.scorer = load_scorer(settings.fd_features, data_name, latent.size * latent.factor, latent.image_channels)
+        needed = self.scorer.feature_dim + 1
+        if self.count < needed:
+            raise UserError(
+                f"training.fd_samples is {self.count}, but {self.scorer.name} has {needed - 1} features and needs at "
+                f"least {needed} samples"
+            )
+        if self.reference_count < needed:
+            raise UserError(
+                f"training.fd_every: {self.scorer.name} needs at least {needed} training images, "
+                f"'{data_name}' has {self.reference_count}; leave it out"
+            )
+
+    @property
+    def name(self) -> str:
+        """What the distance is called."""
+        return self.scorer.name
+
+    def __call__(self, model: DiffusionModel) -> float:
+        """Return the distance of this model's samples, the same in every process; NaN if they give none."""
+        features = self._features(self.count, lambda indices: self._draw(model, indices))
+        try:
+            return self.scorer.distance(features, self._real)
+        except UserError:
+            return math.nan
+
+    @cached_property
+    def _real(self) -> Tensor:
+        """Features of the reference, [m, d]."""
+        batches, latent = self.parts.training, self.parts.latent
+        chosen = np.linspace(0, len(batches.images) - 1, self.reference_count).astype(np.int64)
+
+        def decode(indices: range) -> np.ndarray:
+            latents, _ = batches.validation(chosen[indices.start : indices.stop].tolist())
+            return latent.decode(latents.to(self.accelerator.device))
+
+        return self._features(self.reference_count, decode)
+
+    def _features(self, count: int, images_of: Callable[[range], np.ndarray]) -> Tensor:
+        """Return features of images 0 … count-1, float32 [count, d]; the processes share the work by chunks."""
+        device = self.accelerator.device
+        features = torch.zeros(count, self.scorer.feature_dim)
+        for start in range(CHUNK * self.accelerator.process_index, count, CHUNK * self.accelerator.num_processes):
+            indices = range(start, min(start + CHUNK, count))
+            try:
+                features[start : indices.stop] = self.scorer.features(images_of(indices), str(device))
+            except UserError:  # samples that are not finite end neither the run nor, in one process alone, the exchange
+                features[start : indices.stop] = math.nan
+        # Each row is not zero in one process alone, so the sum is exact in any order.
+        return self.accelerator.reduce(features.to(device), reduction="sum").cpu()
+
+    def _draw(self, model: DiffusionModel, indices: range) -> np.ndarray:
+        latent, sampling, weight = self.parts.latent, self.config.sampling, next(model.parameters())
+        labels = torch.tensor(indices) % model.num_classes
+        noise = draw_noise(self.config.seed, indices, (latent.channels, latent.size, latent.size)).to(weight)
+        latents = sample_latents(
+            model,
+            self.parts.objective,
+            noise,
+            labels.to(weight.device),
+            model.null_label,
+            sampling.steps,
+            sampler=sampling.sampler,
+            seed=self.config.seed,
+            indices=indices,
+        )
+        return latent.decode(latents)
