@@ -266,8 +266,7 @@ def class_names(options: argparse.Namespace, count: int) -> list[str]:
         return [str(number) for number in range(count)]
     from torchvision.models import ResNet18_Weights
 
-    names = list(ResNet18_Weights.DEFAULT.meta["categories"])
-    return [name if name not in names[:number] else f"{name} ({number})" for number, name in enumerate(names)]
+    return list(ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> None:
