@@ -267,6 +267,10 @@ class Trainer:
                     if self._due(settings.checkpoint_every):
                         self.save(progress)
                     asked = stop.agreed()
+                    ends = asked is not None or self.step == settings.max_steps
+                    shown = (settings.validate_every, settings.sample_every, settings.checkpoint_every)
+                    if ends or any(self._due(every) for every in shown):
+                        self._show(running=not ends)
                 started += paused()
             if asked is not None:
                 self.save(progress)
@@ -351,6 +355,13 @@ class Trainer:
         progress.write(
             f"step {self.step}: quick {quick_fd.name} {value:.4g} of {samples:,} samples (not comparable with others)"
         )
+
+    def _show(self, running: bool) -> None:
+        """Write the page by which a person watches the run."""
+        from gspn_dit.training.run_page import write_run_page
+
+        if self.accelerator.is_main_process:
+            write_run_page(self.directory.path, self.config.training.max_steps, running)
 
     def _snapshot(self) -> None:
         """Write the power-function averages of this step, from which others are made later."""

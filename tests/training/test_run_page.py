@@ -1,0 +1,122 @@
+"""The page of a run: what it draws, that it holds everything it needs, and that a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gspn_dit.errors import UserError
+from gspn_dit.training.run_page import MAX_GRIDS, main, read_metrics, render, thin, ticks, write_run_page
+from tests.training.conftest import run_training, tiny_config
+
+
+def write_metrics(run: Path, *lines: dict[str, object]) -> None:
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def path_of(page: str, name: str) -> list[tuple[float, float]]:
+    """Pixels of the curve with this name."""
+    (path,) = re.findall(rf'<path d="M([^"]*)"[^>]*data-name="{re.escape(name)}"', page)
+    return [tuple(map(float, point.split(","))) for point in path.split(" L")]
+
+
+def test_curve_is_drawn_where_its_values_are(tmp_path: Path) -> None:
+    """Steps 0 to 100 fill the width from 58 to 430, the values 1 to 3 the height from 214 up to 14."""
+    write_metrics(tmp_path, *({"step": step, "loss": loss} for step, loss in ((0, 3.0), (50, 2.0), (100, 1.0))))
+    assert path_of(render(tmp_path), "loss") == [(58.0, 14.0), (244.0, 114.0), (430.0, 214.0)]
+
+
+def test_what_spans_much_is_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    write_metrics(tmp_path, *({"step": step, "grad_norm": 10.0**-step} for step in range(3)))
+    heights = [y for _, y in path_of(render(tmp_path), "gradient norm")]
+    assert heights == [14.0, 114.0, 214.0]
+
+
+def test_null_and_half_written_lines_are_left_out(tmp_path: Path) -> None:
+    write_metrics(tmp_path, {"step": 1, "loss": None}, {"step": 2, "loss": 0.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == {"loss": [(2, 0.5)]}
+
+
+def test_long_curves_are_averaged_and_keep_their_length() -> None:
+    curve = [(float(step), float(step)) for step in range(100_000)]
+    thinned = thin(curve, 400)
+    assert len(thinned) == 400 and thinned[0] == (124.5, 124.5) and thinned[-1] == (99874.5, 99874.5)
+
+
+@pytest.mark.parametrize(
+    "low, high, expected", [(0, 10, [0, 2, 4, 6, 8, 10]), (0.13, 0.71, [0.2, 0.4, 0.6]), (5, 5, [5]), (-1, 1, None)]
+)
+def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float] | None) -> None:
+    found = ticks(low, high)
+    assert all(low <= tick <= high for tick in found) and 1 <= len(found) <= 11
+    assert expected is None or found == pytest.approx(expected)
+
+
+def test_grids_are_embedded_first_and_last_included_newest_first(tmp_path: Path) -> None:
+    write_metrics(tmp_path, {"step": 1, "loss": 1.0})
+    (tmp_path / "samples").mkdir()
+    for step in range(1, 31):
+        Image.new("L", (2, 2), step).save(tmp_path / "samples" / f"step-{step:08d}.png")
+    shown = [int(step) for step in re.findall(r"<figcaption>step (\d+)</figcaption>", render(tmp_path))]
+    assert len(shown) == MAX_GRIDS and shown[0] == 30 and shown[-1] == 1 and shown == sorted(shown, reverse=True)
+
+
+def test_page_needs_nothing_else_and_escapes_what_it_quotes(tmp_path: Path) -> None:
+    run = tmp_path / "a<b>"
+    write_metrics(run, {"step": 1, "loss": 1.0, "quick<fd>": 3.0})
+    (run / "config.yaml").write_text("data:\n  path: </pre><script>alert(1)</script>\n")
+    page = render(run)
+    assert "<script" not in page and "a&lt;b&gt;" in page and "quick&lt;fd&gt;" in page
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+
+
+def test_page_loads_itself_again_only_while_the_run_goes_on(tmp_path: Path) -> None:
+    write_metrics(tmp_path, {"step": 7, "loss": 1.0})
+    assert 'http-equiv="refresh"' in render(tmp_path, 10, running=True)
+    page = write_run_page(tmp_path, 10).read_text()
+    assert 'http-equiv="refresh"' not in page and "step 7 of 10" in page
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_directory_without_metrics_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run_page", str(tmp_path)])
+    with pytest.raises(UserError, match="is no run directory"):
+        main()
+
+
+def chromium() -> str:
+    """The browser; without one a user's test is skipped and CI fails."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        assert os.environ.get("CI") != "true", "CI needs chromium"
+        pytest.skip("needs chromium")
+    return found
+
+
+def test_browser_shows_the_page_of_a_training(tmp_path: Path) -> None:
+    """Training writes the page by itself; the browser's document and its picture show curves and samples."""
+    browser, run = chromium(), tmp_path / "run"
+    run_training(tiny_config(run, sample_every=2, validate_every=2))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/u"]
+    address = (run / "index.html").as_uri()
+    document = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    for words in ("Training loss", "Validation loss by time t", "Learning rate", "Gradient norm", "Images per second"):
+        assert words in document.stdout
+    assert len(path_of(document.stdout, "loss")) == 4 and len(path_of(document.stdout, "t &lt; ¼ (nearly clean)")) == 2
+    assert document.stdout.count('<img alt="samples at step') == 2 and "step 4 of 4" in document.stdout
+    picture = tmp_path / "page.png"
+    options = [f"--screenshot={picture}", "--window-size=1400,1000", "--hide-scrollbars"]
+    subprocess.run([browser, *flags, *options, address], capture_output=True, timeout=120, check=True)
+    with Image.open(picture) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
+    assert (0x25, 0x63, 0xEB) in colours  # the first curve's
