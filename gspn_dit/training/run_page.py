@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import datetime
 import html
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -86,7 +87,7 @@ def thin(curve: Curve, points: int = MAX_POINTS) -> Curve:
     if len(curve) <= points:
         return curve
     edges = [len(curve) * number // points for number in range(points + 1)]
-    parts = (curve[low:high] for low, high in zip(edges, edges[1:]))
+    parts = (curve[low:high] for low, high in itertools.pairwise(edges))
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
