@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
-from gspn_dit.protocols import PROTOCOLS, apply_protocol
+from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, find_protocol
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="run directory or one checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR|FILE.npz", help="a folder of PNGs, or an .npz file")
-    parser.add_argument("--protocol", metavar="NAME", help=f"fixes number, labels, weights: {', '.join(PROTOCOLS)}")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="images; needed without --protocol")
+    parser.add_argument("--protocol", metavar="NAME", help=f"fixes what an evaluation asks for: {', '.join(PROTOCOLS)}")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="images; needed unless the protocol says it")
     parser.add_argument("--labels", choices=("uniform", "balanced"),
                         help="drawn at random by (seed, index), or the classes in turn (default: uniform)")  # fmt: skip
     parser.add_argument("--classes", help="ids, ranges and names: 0-9, or 3,7,cat (default: all)")
@@ -176,15 +176,20 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
     except ValueError as error:
         raise UserError(str(error)) from None
     objective, latent, manifest = pipeline.objective, pipeline.latent, pipeline.manifest
+    if (options.guidance_channels or 0) > latent.channels:
+        raise UserError(f"--guidance-channels is {options.guidance_channels}, but the latent has {latent.channels}")
+    image_size = latent.size * latent.factor
+    check_model(options.protocol, image_size, len(pipeline.class_names))
     if options.sampler is None:
-        options.sampler = next((name for name in options.preferred_samplers if name in objective.samplers), None)
+        preferred = find_protocol(options.protocol).samplers
+        options.sampler = next((name for name in preferred if name in objective.samplers), None)
     options.sampler = objective.resolve_sampler(options.sampler, options.steps)
     environment = describe_environment()
     return {
         "format_version": FORMAT_VERSION,
         "protocol": options.protocol,
         "num_images": options.num_samples,
-        "image_size": latent.size * latent.factor,
+        "image_size": image_size,
         "image_format": "npz" if options.out.endswith(".npz") else "png",
         "uint8": "truncate",
         "labels": options.labels,
@@ -302,8 +307,6 @@ def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet
         ).images
     except UserError as error:
         raise LocalUserError(f"images {indices.start}-{indices.stop - 1}: {error}") from None
-    except ValueError as error:  # more guidance channels than the latent has
-        raise UserError(str(error)) from None
     return np.asarray(images)
 
 
