@@ -25,6 +25,7 @@ import numpy as np
 
 from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
 from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, find_protocol
+from gspn_dit.sample import choose_device, parse_classes, parse_guidance_channels
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +87,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed is {options.seed}, but must lie in [0, 2^63)")
-    channels = options.guidance_channels
-    if channels != "all" and not (channels.isdecimal() and int(channels) >= 1):
-        raise UserError(f"--guidance-channels is {channels}, but must be all or a number of at least 1")
-    options.guidance_channels = None if channels == "all" else int(channels)
+    options.guidance_channels = parse_guidance_channels(options.guidance_channels)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
     check_place(options.out, options.resume, options.overwrite)
@@ -102,7 +100,6 @@ def run(options: argparse.Namespace) -> None:
     """
     from gspn_dit.diffusion import CHUNK
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.sample import parse_classes
     from gspn_dit.sample_sets import check_same_settings, draw_labels, open_set, read_settings
     from gspn_dit.training.checkpoint import resolve_checkpoint
 
@@ -142,8 +139,6 @@ def _join(device: str | None) -> tuple[PartialState, str | torch.device]:
     """Meet the other processes of this job; return their state and the device of this one."""
     import torch
     from accelerate import PartialState
-
-    from gspn_dit.sample import choose_device
 
     state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=TIMEOUT)
     if state.num_processes == 1:

@@ -1,8 +1,9 @@
-"""Evaluation sets: the same bit by bit however they are made, everything beside them that moved them, one-line errors."""
+"""Evaluation sets: the same bit by bit however they are made, with all that moved them beside, and one-line errors."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -162,8 +163,6 @@ def test_colour(tmp_path: Path) -> None:
 def test_every_setting_is_beside_the_images(run_directory: Path, tmp_path: Path) -> None:
     out = make(run_directory, tmp_path / "set", "--guidance-interval", 0.1, 0.9, "--weights", "model", count=3)
     settings = json.loads((out / "generation.json").read_text())
-    import hashlib
-
     weights = run_directory / "checkpoints" / "step-00000100" / "model.safetensors"
     expected = {
         "format_version": 1,
@@ -455,7 +454,7 @@ def test_samples_that_are_not_finite(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     tensors["ema"]["output.linear.weight"][:] = float("nan")
     save_checkpoint(tmp_path / "run", 1, tensors, tiny_manifest())
-    with pytest.raises(LocalUserError, match="images 0-2: .*samples hold NaN or infinite values"):
+    with pytest.raises(LocalUserError, match=r"images 0-2: .*samples hold NaN or infinite values"):
         make(tmp_path / "run", tmp_path / "set", count=3)
 
 
@@ -547,7 +546,7 @@ def test_two_processes_and_kills_make_the_same_set(run_directory: Path, tmp_path
         os.killpg(job.pid, signal.SIGKILL)
         job.wait(timeout=60)
         numbers.append(len(list(made.glob("[0-9]*"))))
-    assert numbers == sorted(numbers) and 0 < numbers[0]
+    assert numbers == sorted(numbers) and numbers[0] > 0
     assert not out.is_file()
     done = start(2, words(run_directory, out, "--resume", count=count), tmp_path)
     assert done.returncode == 0, done.stderr
