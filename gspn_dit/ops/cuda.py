@@ -86,7 +86,8 @@ def _cupy_packages() -> list[str]:
 def _device(index: int) -> Device:
     """Limits of a GPU."""
     attributes = importlib.import_module("cupy").cuda.Device(index).attributes
-    return Device(attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"])
+    clusters = attributes["ComputeCapabilityMajor"] >= 9
+    return Device(attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"], clusters=clusters)
 
 
 @cache

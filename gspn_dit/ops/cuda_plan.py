@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from gspn_dit.ops.cuda_cluster_lines import plan_cluster
 from gspn_dit.ops.cuda_long_lines import plan_long
 from gspn_dit.ops.cuda_short_lines import plan_short
 from gspn_dit.ops.cuda_types import Device, Geometry, Plan
@@ -16,16 +17,16 @@ from gspn_dit.ops.cuda_types import Device, Geometry, Plan
 
 @lru_cache(maxsize=512)
 def plan(geometry: Geometry, device: Device, backward: bool, regime: str | None = None) -> Plan:
-    """Return the launches of a pass: short lines where a plane fits on chip, else long; `regime` forces one.
+    """Return the launches of a pass: short lines where a plane fits in a block, clusters where it fits in eight, else
+    long lines; `regime` forces one of "short", "cluster" and "long".
 
     Raises ValueError where the forced regime cannot run.
     """
-    short = None if regime == "long" else plan_short(geometry, device, backward)
-    if short is not None:
-        return short
-    if regime == "short":
-        raise ValueError(f"lines of {geometry.height}×{geometry.width} do not fit the short-line kernels")
-    return plan_long(geometry, device, backward)
+    for name, choose in (("short", plan_short), ("cluster", plan_cluster), ("long", plan_long)):
+        found = choose(geometry, device, backward) if regime in (None, name) else None
+        if found is not None:
+            return found
+    raise ValueError(f"lines of {geometry.height}×{geometry.width} do not fit the {regime}-line kernels")
 
 
 def alignment_of(addresses: Sequence[int], strides: Sequence[int], itemsize: int) -> int:

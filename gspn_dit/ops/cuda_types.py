@@ -13,6 +13,7 @@ from gspn_dit.ops.contract import compute_dtype
 
 SECTOR_BYTES = 32
 BLOCKS_THAT_FILL = 0.7  # share of the multiprocessors that can draw the whole bandwidth
+CLUSTER_BLOCKS = 8  # the most that every device with clusters can run
 STORAGE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 POINTERS = (
@@ -38,7 +39,7 @@ class Variant:
     """One compiled module of kernels."""
 
     regime: str
-    """"short", "long" or "finish"; the source file is `<regime>_lines.cu` or `finish.cu`."""
+    """"short", "cluster", "long" or "finish"; the source file is `<regime>_lines.cu` or `finish.cu`."""
     dtype: torch.dtype
     vector: int
     """Channels per thread."""
@@ -54,14 +55,15 @@ class Variant:
         """Names of the kernels in it."""
         return {
             "short": ("gspn_scan_forward_kernel", "gspn_scan_backward_kernel"),
+            "cluster": ("gspn_scan_forward_kernel", "gspn_scan_backward_kernel"),
             "long": ("gspn_scan_forward_kernel", "gspn_scan_states_kernel", "gspn_scan_backward_kernel"),
             "finish": ("gspn_scan_merge_kernel", "gspn_scan_groups_kernel"),
         }[self.regime]
 
     @property
     def lines(self) -> int:
-        """Most lines of the backward kernel for short lines, whose logits stay in registers (`GSPN_LINES`)."""
-        return 16
+        """Lines whose logits a thread of a backward kernel keeps in registers (`GSPN_LINES`)."""
+        return 8 if self.regime == "cluster" and self.dtype == torch.float64 else 16
 
     @property
     def forward_threads(self) -> int:
@@ -71,8 +73,8 @@ class Variant:
     @property
     def backward_threads(self) -> int:
         """Most threads of a block of the backward kernel: what its registers leave room for."""
-        half = self.dtype == torch.float64 or (self.regime == "short" and self.dtype.itemsize == 2 and self.vector == 1)
-        return 256 if half else 512
+        narrow = self.regime == "short" and self.dtype.itemsize == 2 and self.vector == 1
+        return 256 if narrow or self.regime == "cluster" or self.dtype == torch.float64 else 512
 
     @property
     def defines(self) -> dict[str, int]:
@@ -82,6 +84,7 @@ class Variant:
             "GSPN_VECTOR": self.vector,
             "GSPN_SHARED_WEIGHTS": int(self.shared_weights),
             "GSPN_LINES": self.lines,
+            "GSPN_CLUSTER": CLUSTER_BLOCKS if self.regime == "cluster" else 1,
             "GSPN_FORWARD_THREADS": self.forward_threads,
             "GSPN_BACKWARD_THREADS": self.backward_threads,
         }
@@ -89,17 +92,19 @@ class Variant:
 
 def widest_vector(regime: str, dtype: torch.dtype) -> int:
     """Channels per thread where alignment allows: one word of 4 bytes, of 8 where lines are long."""
-    words = {"short": 4, "long": 8, "finish": 1}[regime]
+    words = {"short": 4, "cluster": 4, "long": 8, "finish": 1}[regime]
     return max(1, words // dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a launch must fit: shared memory and threads of a block, and how many multiprocessors there are to fill."""
+    """What a launch must fit: shared memory and threads of a block, how many multiprocessors there are to fill, and
+    whether blocks of a cluster reach each other's shared memory."""
 
     shared_bytes: int = 227 * 1024
     processors: int = 132
     threads: int = 1024
+    clusters: bool = True
 
 
 @dataclass(frozen=True)

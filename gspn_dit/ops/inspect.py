@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,12 @@ ARCHITECTURES = {
 """The largest common device of each architecture."""
 
 
+def device_of(arch: str) -> Device:
+    """What a launch must fit on an architecture."""
+    limits = ARCHITECTURES[arch]
+    return Device(limits.block_shared_bytes, limits.processors, clusters=int(arch.removeprefix("sm_")) >= 90)
+
+
 @dataclass(frozen=True)
 class Resources:
     """What the assembler says of a kernel."""
@@ -83,6 +90,10 @@ class KernelReport:
     predicted_ms: float | None
     kernel_bytes_ratio: float | None
     launches: int
+    blocks: int
+    """Of the largest launch."""
+    waves: float
+    """Blocks over those that the device holds at once; a launch of fewer than one leaves room."""
     reason: str | None
     """Why there is no ratio."""
 
@@ -106,16 +117,20 @@ def parse_log(log: str) -> dict[str, Resources]:
     return found
 
 
-def occupancy(limits: Architecture, registers: int, threads: int, shared_bytes: int) -> float:
-    """Share of a multiprocessor's threads that blocks of a kernel can hold at once."""
+def resident_blocks(limits: Architecture, registers: int, threads: int, shared_bytes: int) -> int:
+    """Blocks of a kernel that a multiprocessor can hold at once."""
     warps = -(-threads // 32)
     warp_registers = -(-registers * 32 // 256) * 256
     per_quarter = limits.registers // 4 // warp_registers  # warps live in four quarters, registers with them
     block_shared = -(-(shared_bytes + _RESERVED_SHARED_BYTES) // 128) * 128
-    blocks = min(
+    return min(
         limits.blocks, limits.threads // (32 * warps), 4 * per_quarter // warps, limits.shared_bytes // block_shared
     )
-    return blocks * warps * 32 / limits.threads
+
+
+def occupancy(limits: Architecture, registers: int, threads: int, shared_bytes: int) -> float:
+    """Share of a multiprocessor's threads that blocks of a kernel can hold at once."""
+    return resident_blocks(limits, registers, threads, shared_bytes) * -(-threads // 32) * 32 / limits.threads
 
 
 def _harness() -> Any:
@@ -150,7 +165,7 @@ def _report(
     todo: Plan, geometry: Geometry, arch: str, backward: bool, bandwidth_gbs: float, resources: dict[Variant, dict]
 ) -> list[KernelReport]:
     limits = ARCHITECTURES[arch]
-    device = Device(limits.block_shared_bytes, limits.processors)
+    device = device_of(arch)
     ratios, reason = count_bytes(geometry, device, backward)
     total = sum(ratios.values()) if reason is None else None
     launches: dict[tuple[Variant, str], list[Launch]] = {}
@@ -160,7 +175,9 @@ def _report(
     for (variant, kernel), runs in launches.items():
         costs: Resources = resources[variant][kernel]
         shared = costs.shared_bytes + max(run.shared_bytes for run in runs)
-        threads = max(run.block[0] * run.block[1] for run in runs)
+        threads = max(math.prod(run.block) for run in runs)
+        blocks = max(math.prod(run.grid) for run in runs)
+        resident = resident_blocks(limits, costs.registers, threads, shared) * limits.processors
         own = ratios.get(kernel) if reason is None else None
         milliseconds = None if own is None else own * geometry.floor_bytes(backward) / bandwidth_gbs / 1e6
         reports.append(
@@ -178,6 +195,8 @@ def _report(
                 predicted_ms=None if milliseconds is None else round(milliseconds, 6),
                 kernel_bytes_ratio=None if own is None else round(own, 4),
                 launches=len(runs),
+                blocks=blocks,
+                waves=round(blocks / resident, 3),
                 reason=reason,
             )
         )
@@ -193,7 +212,7 @@ def inspect(
     """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU."""
     batch, height, width, channels, groups = shape
     limits = ARCHITECTURES[arch]
-    device = Device(limits.block_shared_bytes, limits.processors)
+    device = device_of(arch)
     resources: dict[Variant, dict] = {}
     reports = []
     for dtype in dtypes:
@@ -234,7 +253,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _table(reports: Sequence[KernelReport]) -> str:
     names = ["kernel", "dtype", "regime", "registers", "shared_bytes", "stack_bytes", "spill_bytes", "occupancy"]
-    names += ["bytes_ratio", "predicted_ms"]
+    names += ["bytes_ratio", "predicted_ms", "launches", "blocks", "waves"]
     rows = [names, *([str(getattr(report, name)) for name in names] for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

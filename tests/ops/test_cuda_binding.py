@@ -124,7 +124,7 @@ def test_describes_what_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_sources_carry_their_header() -> None:
-    for regime in ("short", "long", "finish"):
+    for regime in ("short", "cluster", "long", "finish"):
         text = cuda_sources.source_text(Variant(regime, torch.float32, 1, False).source)
         assert "#include" not in text
         assert "struct Problem" in text

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the host, against the reference: forward and every gradient, both regimes."""
+"""The CUDA kernels, compiled for the host, against the reference: forward and every gradient, every regime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     harness.compiler() is None and not os.environ.get("CI"), reason="g++ builds the CUDA kernels for the host"
 )
 
-REGIMES = ("short", "long")
+REGIMES = ("short", "cluster", "long")
 SMALL = Device(threads=64)
 """Blocks of few threads: lines of more than 16 positions are cut, and the run is quick."""
 
@@ -67,6 +67,16 @@ def test_long_lines_cut_into_tiles_and_chunks(install: Install, dtype: torch.dty
     check_against_reference(make_inputs((1, 21, 37, 8), dtype=dtype), window=None)
     assert any(launch.fields.get("halo", 0) for launch in host.launches)
     assert max(launch.fields.get("tiles", 0) for launch in host.launches) > 2
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cluster_walks_many_chunks(install: Install, dtype: torch.dtype, window: int | None) -> None:
+    """More lines than a thread keeps in registers, uneven strips, both ways through the image side by side or not."""
+    host = install("cluster")
+    for shape in ((1, 34, 20, 4), (1, 19, 35, 4)):
+        check_against_reference(make_inputs(shape, dtype=dtype), window=window)
+    assert {launch.block[2] for launch in host.launches if launch.variant.regime == "cluster"} == {1, 2}
 
 
 def test_unused_entries_reach_nothing(install: Install) -> None:
@@ -186,7 +196,7 @@ def test_anything_goes(data: st.DataObject) -> None:
     dtype, strides = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(STRIDES))
     window = data.draw(st.none() | st.integers(1, 17))
     device = Device(threads=data.draw(st.sampled_from((64, 128, 1024))))
-    regime = data.draw(st.sampled_from((None, "long")))
+    regime = data.draw(st.sampled_from((None, "cluster", "long")))
     inputs = make_inputs(shape, groups, len(directions), dtype, strides=strides)
     with pytest.MonkeyPatch.context() as patch:
         host = harness.Host()
@@ -201,15 +211,15 @@ FIGURES = {
     (32, 16, 16, 1152): (1.10, 1.25),
     (32, 16, 16, 1500): (1.30, 1.45),
     (32, 16, 16, 900): (1.30, 1.45),
-    # Sums over directions go through memory in float32 where planes do not fit on chip: see cuda/README.md.
-    (1, 128, 128, 256): (1.70, 1.95),
+    (8, 32, 32, 1152): (1.00, 1.40),
+    (1, 128, 128, 256): (1.45, 1.65),
 }
 
 
-def bytes_ratio(shape: tuple[int, int, int, int], backward: bool) -> float:
+def bytes_ratio(shape: tuple[int, int, int, int], backward: bool, device: Device = harness.H100) -> float:
     """32 × sectors over the floor, counted over one image of the batch."""
     geometry = Geometry(torch.bfloat16, *shape, shape[-1], (0, 1, 2, 3), 0, 8 if shape[-1] % 8 == 0 else 4)
-    sectors = sum(harness.count_sectors(geometry, backward, images=1).values())
+    sectors = sum(harness.count_sectors(geometry, backward, device, images=1).values())
     return SECTOR_BYTES * sectors / replace(geometry, batch=1).floor_bytes(backward)
 
 
@@ -226,6 +236,32 @@ def test_a_short_plane_moves_once() -> None:
     unused = 4 * 3 / 8  # of 22 elements per token and channel: an eighth of the lines are first ones
     assert bytes_ratio(shape, False) == pytest.approx((22 - unused) / 22, rel=1e-2)
     assert bytes_ratio(shape, True) == pytest.approx((43 - unused) / 43, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_sums_go_through_memory_where_blocks_do_not_reach_each_other() -> None:
+    """Without clusters, sums over directions that fit no block are stored and read in float32: see cuda/README.md."""
+    ampere = Device(163 * 1024, 108, clusters=False)
+    assert bytes_ratio((1, 64, 64, 64), False, ampere) <= 1.75
+    assert bytes_ratio((1, 64, 64, 64), True, ampere) <= 2.0
+
+
+def test_clusters_only_where_the_device_has_them() -> None:
+    for shape, backward in (((1, 128, 128, 256), False), ((8, 32, 32, 1152), True)):
+        geometry = Geometry(torch.bfloat16, *shape, shape[-1], (0, 1, 2, 3), 0)
+        assert plan(geometry, harness.H100, backward).regime == "cluster"
+        assert plan(geometry, replace(harness.H100, clusters=False), backward).regime == "long"
+    with pytest.raises(ValueError, match=r"128×128 do not fit the cluster-line kernels"):
+        plan(Geometry(torch.bfloat16, 1, 128, 128, 8, 8, (0,), 0), Device(clusters=False), False, "cluster")
+
+
+def test_directions_side_by_side_never_meet_in_a_line() -> None:
+    """Two directions from opposite ends add to the same sums: at the same time only if lines are odd in number."""
+    for size, members in (((16, 20), 2), ((16, 21), 1), ((15, 20), 1)):
+        geometry = Geometry(torch.float32, 1, *size, 8, 8, (0, 1, 2, 3), 0)
+        assert plan(geometry, harness.H100, False, "cluster").launches[0].block[2] == members
+    geometry = Geometry(torch.float32, 1, 15, 20, 8, 8, (1, 0, 2), 0)
+    assert plan(geometry, harness.H100, False, "cluster").launches[0].block[2] == 2
 
 
 def test_straddling() -> None:

@@ -42,12 +42,12 @@ def expected(inputs: Inputs, regime: str, window: int) -> list[torch.Tensor]:
 
 
 def small_inputs(regime: str, groups: int) -> Inputs:
-    shape = (1, 4, 5, 8) if regime == "short" else (1, 3, 20, 8)
+    shape = {"short": (1, 4, 5, 8), "cluster": (1, 4, 18, 8), "long": (1, 3, 20, 8)}[regime]
     return make_inputs(shape, groups, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("sanitizer", harness.SANITIZERS)
-@pytest.mark.parametrize("regime", ["short", "long"])
+@pytest.mark.parametrize("regime", ["short", "cluster", "long"])
 @pytest.mark.parametrize("groups", [8, 1])
 def test_clean(sanitizer: str, regime: str, groups: int) -> None:
     inputs = small_inputs(regime, groups)
@@ -63,9 +63,12 @@ FAULTS = {
     # A barrier that is missing: neighbours read a line while it is written.
     ("thread", "short_lines.cu"): ("__syncthreads();  // forward line", ""),
     ("thread", "long_lines.cu"): ("__syncthreads();  // gradient line", ""),
+    # A block that does not wait for the edges of its neighbours.
+    ("thread", "cluster_lines.cu"): ("await(counter(), turn >> 1 & 1);", ";"),
     # A plane's last row goes past the end of shared memory, and a line's past the end of its tensor.
     ("address", "short_lines.cu"): ("token < tokens;", "token <= tokens;"),
     ("address", "long_lines.cu"): ("n < positions && n < last", "n <= positions && n < last"),
+    ("address", "cluster_lines.cu"): ("row < p.height && column", "row <= p.height && column"),
 }
 
 
@@ -80,7 +83,7 @@ def test_planted_fault_is_found(sanitizer: str, name: str, tmp_path: Path) -> No
     inputs = small_inputs(regime, 8)
     recorder, _ = record(inputs, regime, window=0)
     program = harness.sanitized_program(
-        Variant(regime, torch.bfloat16, 2 if regime == "short" else 4, False), sanitizer, sources
+        Variant(regime, torch.bfloat16, 4 if regime == "long" else 2, False), sanitizer, sources
     )
     done = harness.replay(program, recorder)
     assert done.returncode != 0

@@ -15,19 +15,24 @@ namespace host_cuda {
 
 // What one CUDA thread knows of itself.
 struct Context {
-    dim3 thread;
-    unsigned linear = 0;
+    dim3 thread, block;
+    unsigned linear = 0;              // in its block
+    unsigned char* shared = nullptr;  // its block's dynamic shared memory
     unsigned request = 0;  // accesses to global memory so far: the same number is the same request of the warp
 };
 
 extern thread_local Context* current;
-extern dim3 block_index, block_size, grid_size;
-extern unsigned char* dynamic_shared;
+extern dim3 block_size, grid_size;
 
 void barrier();
+void cluster_barrier();
+void count_arrival(uint64_t* arrivals, bool is_arrival, int bytes);
+void await(uint64_t* arrivals, unsigned phase);
+void* in_block(void* pointer, int rank);
 uint64_t shuffle(uint64_t value, unsigned source_lane);
 void trace(const void* address, size_t bytes, bool active);
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* argument);
+void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*kernel)(const void*),
+         const void* argument);
 extern "C" uint64_t host_cuda_sectors(int restart);
 
 template <typename T>
@@ -55,16 +60,34 @@ To reinterpret(From value) {
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ static
 #define threadIdx (host_cuda::current->thread)
-#define blockIdx host_cuda::block_index
+#define blockIdx (host_cuda::current->block)
 #define blockDim host_cuda::block_size
 #define gridDim host_cuda::grid_size
 
 #define GSPN_TRACE(pointer, bytes, active) host_cuda::trace(pointer, bytes, active)
-#define GSPN_DYNAMIC_SHARED(name) unsigned char* const name = host_cuda::dynamic_shared
+#define GSPN_DYNAMIC_SHARED(name) unsigned char* const name = host_cuda::current->shared
 
 inline void __syncthreads() { host_cuda::barrier(); }
+
+// What common.cuh says of clusters.
+using Arrivals = uint64_t;
+inline void cluster_barrier() { host_cuda::cluster_barrier(); }
+inline void start_arrivals(Arrivals* arrivals) { *arrivals = 0; }
+inline void expect(Arrivals* arrivals, unsigned bytes) { host_cuda::count_arrival(arrivals, true, int(bytes)); }
+inline void await(Arrivals* arrivals, unsigned phase) { host_cuda::await(arrivals, phase); }
+template <typename Item>
+Item* in_block(Item* pointer, int rank) {
+    return static_cast<Item*>(host_cuda::in_block(pointer, rank));
+}
+template <typename Item>
+void send(Item* place, const Item& value, Arrivals* arrivals, int rank) {
+    *in_block(place, rank) = value;
+    host_cuda::count_arrival(in_block(arrivals, rank), false, -int(sizeof(Item)));
+}
+
 template <typename T>
 T __shfl_down_sync(unsigned, T value, unsigned offset) {
     return host_cuda::shuffle_down(value, offset);
