@@ -3,7 +3,7 @@
     python -m benchmarks.quality --data digits --variants gspn attention --seeds 5 --seconds 120 --jobs 2 \\
         --out benchmarks/results/quality_digits.json
 
-Every cell is a run of `train.py` on one thread, then samples with a guidance and a seed that were fixed beforehand, then
+Every cell is a run of `train.py` on one thread, then samples with guidance and seed fixed beforehand, then
 `fid`. A budget is a number of optimiser steps, or of seconds: those are turned into steps by timing all variants in
 turn, once, before the first cell, so that a busy neighbour hits every model alike and each learning rate schedule ends
 with its budget. Cells of one seed share data order, noise, times and labels: the comparison is paired. A cell that is
@@ -211,7 +211,7 @@ def paired_ratio(rows: list[dict[str, Any]], metric: str, variant: str, baseline
     }
     seeds = sorted(set(by_seed[variant]) & set(by_seed[baseline]))
     logs = interval([math.log(by_seed[variant][seed] / by_seed[baseline][seed]) for seed in seeds])
-    return {key: math.exp(value) for key, value in logs.items()} | {"pairs": len(seeds)}
+    return {key: math.exp(value) for key, value in logs.items()} | {"pairs": len(set(tried) & set(known))}
 
 
 def summary(rows: list[dict[str, Any]], baseline: str) -> dict[str, Any]:

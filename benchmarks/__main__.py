@@ -1,0 +1,118 @@
+"""Run the benchmarks whose results are committed, and compare two results.
+
+    python -m benchmarks run scan_cpu train_step
+    python -m benchmarks compare benchmarks/results/scan_cpu.json /tmp/scan_cpu.json
+
+`compare` looks at every timing that both files hold under one name, and exits with 1 if any is slower than before by
+more than the spread of either run and a tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+
+RESULTS = Path(__file__).parent / "results"
+COMMANDS: dict[str, list[str]] = {
+    "demo": ["benchmarks.demo_quality", "--out"],
+    "memory": ["benchmarks.memory", "--out"],
+    "mixers": ["benchmarks.mixers", "--out"],
+    "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
+    "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],
+}
+"""What makes benchmarks/results/NAME.json, but for the file's name at the end."""
+NAMING_KEYS = ("shape", "dtype", "directions", "name", "model", "mixer", "tokens", "variant", "what")
+"""Keys of a list's entry that name it; entries are matched by them and not by their place."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Best milliseconds of a run, and how far its median lay above, as a share."""
+
+    best_ms: float
+    spread: float
+
+
+def timings(tree: Any, name: str = "") -> Iterator[tuple[str, Timing]]:
+    """Yield every timing ("best_ms" beside "spread") of a result under the path that leads to it."""
+    if isinstance(tree, dict):
+        if "best_ms" in tree and "spread" in tree:
+            yield name, Timing(tree["best_ms"], tree["spread"])
+        for key, value in tree.items():
+            yield from timings(value, f"{name}/{key}" if name else key)
+    elif isinstance(tree, list):
+        for place, value in enumerate(tree):
+            yield from timings(value, f"{name}[{_entry_name(value) or place}]")
+
+
+def _entry_name(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return ""
+    return ", ".join(f"{key} {entry[key]}" for key in NAMING_KEYS if key in entry)
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> list[tuple[str, float, bool]]:
+    """Return (name, after / before, whether that is a regression) of the timings that both have; worst first."""
+    old, new = dict(timings(before)), dict(timings(after))
+    rows = []
+    for name in old.keys() & new.keys():
+        ratio = new[name].best_ms / old[name].best_ms
+        rows.append((name, ratio, ratio > 1 + max(old[name].spread, new[name].spread) + tolerance))
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a result: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a result of a benchmark: it holds a {type(tree).__name__}")
+    return tree
+
+
+def _run(names: list[str]) -> None:
+    for name in names:
+        command = [sys.executable, "-m", *COMMANDS[name], str(RESULTS / f"{name}.json")]
+        print(" ".join(command[1:]), flush=True)
+        if code := subprocess.run(command, check=False).returncode:
+            raise UserError(f"the benchmark '{name}' failed with exit code {code}")
+
+
+def _compare(options: Any) -> None:
+    rows = compare(_read(options.before), _read(options.after), options.tolerance)
+    if not rows:
+        raise UserError(f"{options.before} and {options.after} have no timing in common")
+    for name, ratio, slower in rows:
+        print(f"{ratio:6.2f}x  {'SLOWER  ' if slower else '        '}{name}")
+    slower_ones = sum(slower for *_, slower in rows)
+    print(f"{slower_ones} of {len(rows)} timings are slower than before beyond the spread")
+    sys.exit(1 if slower_ones else 0)
+
+
+def main() -> None:
+    """Dispatch to run or compare."""
+    parser = ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run benchmarks and write benchmarks/results/NAME.json")
+    run.add_argument("names", nargs="+", choices=tuple(COMMANDS), metavar="NAME", help=", ".join(COMMANDS))
+    against = commands.add_parser("compare", help="compare two results, flag what became slower")
+    against.add_argument("before")
+    against.add_argument("after")
+    against.add_argument("--tolerance", type=float, default=0.05, help="share that counts as equal beside the spread")
+    options = parser.parse_args()
+    if options.command == "run":
+        _run(options.names)
+    else:
+        _compare(options)
+
+
+if __name__ == "__main__":
+    run_cli(main)

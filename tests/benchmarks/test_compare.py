@@ -1,0 +1,48 @@
+"""`python -m benchmarks compare`: timings are matched by name, and slower means beyond the spread."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.__main__ import compare, timings
+
+
+def timing(best: float, spread: float = 0.1) -> dict[str, float]:
+    return {"best_ms": best, "median_ms": best * (1 + spread), "spread": spread}
+
+
+def test_timings_are_named_by_what_they_measure_not_by_their_place() -> None:
+    first = {"rows": [{"shape": [1, 2], "forward": timing(1.0)}, {"shape": [3, 4], "forward": timing(2.0)}]}
+    swapped = {"rows": first["rows"][::-1]}
+    assert dict(timings(first)) == dict(timings(swapped))
+    assert set(dict(timings(first))) == {"rows[shape [1, 2]]/forward", "rows[shape [3, 4]]/forward"}
+
+
+def test_slower_means_beyond_the_larger_spread_and_the_tolerance() -> None:
+    before = {"a": timing(10.0, 0.1), "b": timing(10.0, 0.02), "c": timing(10.0), "gone": timing(1.0)}
+    after = {"a": timing(11.4, 0.02), "b": timing(11.4, 0.02), "c": timing(5.0), "new": timing(1.0)}
+    rows = [(name, round(ratio, 9), slower) for name, ratio, slower in compare(before, after, tolerance=0.05)]
+    assert rows == [("a", 1.14, False), ("b", 1.14, True), ("c", 0.5, False)]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", "compare", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    files = {"fast": {"a": timing(1.0)}, "slow": {"a": timing(2.0)}, "other": {"b": timing(1.0)}}
+    for name, tree in files.items():
+        (tmp_path / name).write_text(json.dumps(tree))
+    fast, slow, other = (str(tmp_path / name) for name in files)
+    assert run(slow, fast).returncode == 0
+    regression = run(fast, slow)
+    assert regression.returncode == 1 and "2.00x  SLOWER" in regression.stdout
+    nothing = run(fast, other)
+    assert nothing.returncode == 2 and "no timing in common" in nothing.stderr
+    missing = run(fast, str(tmp_path / "nowhere"))
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
