@@ -17,6 +17,7 @@ from torch import Tensor
 from fid.distributed import World
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet
+from fid.files import write_whole
 from fid.images import LabelledImages, image_digests
 from fid.moments import Moments
 from gspn_dit.errors import UserError
@@ -68,7 +69,7 @@ def _content_hash(images: LabelledImages, batch_size: int, world: World) -> str:
 
 
 def write(extraction: Extraction, path: Path) -> None:
-    """Write an extraction as safetensors, through a temporary file beside it."""
+    """Write an extraction as safetensors."""
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {"features": extraction.features.contiguous()}
@@ -78,17 +79,12 @@ def write(extraction: Extraction, path: Path) -> None:
         moments = extraction.moments(layer)
         tensors[f"{layer}.count"] = torch.tensor([moments.count])
         tensors |= {f"{layer}.mean": moments.mean, f"{layer}.scatter": moments.scatter}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, metadata={"key": path.stem}))
-        os.replace(temporary, path)
+        write_whole(path, save(tensors, metadata={"key": path.stem}))
     except OSError as error:
         raise UserError(
             f"the statistics cannot be kept in {path.parent}: {error.strerror or error}; give --cache DIR or --no-cache"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Extraction | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fid.files import write_whole
 from gspn_dit.errors import UserError, nearest
 
 FORMAT_VERSION = 1
@@ -122,16 +123,9 @@ def save_classifier(model: Classifier, info: ClassifierInfo, path: str | os.Path
     """Write weights and `info` as one safetensors file, through a temporary file beside it."""
     from safetensors.torch import save
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = save(tensors, metadata={METADATA_KEY: json.dumps(asdict(info), sort_keys=True)})
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(path), content)
 
 
 def load_classifier(path: str | os.PathLike[str]) -> Classifier:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fid.files import write_whole
 from gspn_dit.errors import ArgumentParser, UserError
 
 FORMAT_VERSION = 2
@@ -136,14 +137,8 @@ def main(arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     table = markdown_table(compare(options.reports, options.allow_mixed))
     if options.out:
-        target = Path(options.out)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(table, encoding="utf-8")
-            os.replace(temporary, target)
+            write_whole(Path(options.out), table.encode())
         except OSError as error:
-            raise UserError(f"--out {target} cannot be written: {error.strerror or error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise UserError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
     print(table, end="")

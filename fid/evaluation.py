@@ -258,7 +258,8 @@ def _check_set(
         needed = protocol.needed(each.feature_dim)
         if len(images) >= needed:
             continue
-        why = f"its {each.feature_dim} features + 1" if needed > each.feature_dim else "of the Inception score's splits"
+        full = protocol.full_rank and needed == each.feature_dim + 1
+        why = f"its {each.feature_dim} features + 1" if full else "one for each of the Inception score's splits"
         raise UserError(
             f"{each.names['fd']} needs at least {needed} {counted} ({why}), {len(images)} given ({images.source})"
         )

@@ -28,8 +28,7 @@ def test_gaussians_that_share_their_axes_have_a_closed_form(dim: int) -> None:
     turn = rotation(dim, 0)
     variances = [torch.linspace(0.1, 3, dim, dtype=torch.float64), torch.linspace(2, 0, dim, dtype=torch.float64)]
     first, second = (
-        Gaussian(turn @ rows(1, dim, seed)[0], turn @ torch.diag(part) @ turn.T)
-        for seed, part in enumerate(variances)
+        Gaussian(turn @ rows(1, dim, seed)[0], turn @ torch.diag(part) @ turn.T) for seed, part in enumerate(variances)
     )
     apart = rows(1, dim, 0)[0] - rows(1, dim, 1)[0]
     expected = float(apart @ apart + ((variances[0].sqrt() - variances[1].sqrt()) ** 2).sum())
