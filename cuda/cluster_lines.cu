@@ -1,5 +1,5 @@
-// Planes that eight blocks keep on chip together: the blocks of a cluster split the positions of every line into strips,
-// hold the sum over directions in their shared memory and hand each other the edges of their strips, line by line.
+// Planes that eight blocks keep on chip together: the blocks of a cluster split the positions of every line into
+// strips, hold the sum over directions in their shared memory and hand each other the edges of their strips.
 #include "common.cuh"
 
 namespace gspn {

@@ -1,4 +1,4 @@
-"""Plans for images whose planes fit on chip once eight blocks share them: clusters, compute capability 9.0 and later."""
+"""Plans for images whose planes fit on chip once eight blocks share them: needs compute capability 9.0."""
 
 from __future__ import annotations
 

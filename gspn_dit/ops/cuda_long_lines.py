@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gspn_dit.ops.cuda_types import (
-    BLOCKS_THAT_FILL,
     Device,
     Geometry,
     Launch,
@@ -90,6 +89,8 @@ class _Cut:
     lanes: int
     bytes: float
     microseconds: float
+    fills: bool
+    """Whether there is a block for every multiprocessor."""
 
 
 def _weigh(geometry: Geometry, device: Device, phase: _Phase, rows: int, lanes: int, backward: bool) -> _Cut:
@@ -98,10 +99,10 @@ def _weigh(geometry: Geometry, device: Device, phase: _Phase, rows: int, lanes: 
     moved = geometry.floor_bytes(backward) * (1.9 if backward else 1.7) * len(phase.members) / len(geometry.codes)
     moved *= phase.moved() * straddling(geometry.channels, slab, geometry.dtype.itemsize)
     blocks = phase.blocks(geometry, slab) * len(phase.members)
-    share = min(1.0, blocks / (device.processors * BLOCKS_THAT_FILL))
+    share = min(1.0, blocks / device.processors)
     launches = len(phase.spans()) * (2 if backward else 1)
     time = moved / (_BANDWIDTH_BYTES_PER_MICROSECOND * share) + launches * _LAUNCH_MICROSECONDS
-    return _Cut(phase, rows, lanes, moved, time)
+    return _Cut(phase, rows, lanes, moved, time, blocks >= device.processors)
 
 
 def _long_shared_bytes(geometry: Geometry, slab: int, rows: int, chunk: int | None) -> int:
@@ -117,7 +118,7 @@ def _cuts(geometry: Geometry, device: Device, members: tuple[int, ...], lanes: i
     variant = geometry.variant("long")
     most = min(device.threads, variant.backward_threads if backward else variant.forward_threads)
     positions = geometry.lines_of(geometry.codes[members[0]])[1]
-    for rows in sorted({most // lanes, most // lanes // 2, thread_rows(lanes, positions)}):
+    for rows in sorted({most // lanes, most // lanes // 2, most // lanes // 4, thread_rows(lanes, positions)}):
         if rows < 1 or lanes * rows > most or (lanes * rows) % 32:
             continue
         for chunk in _BACKWARD_CHUNKS if backward else _FORWARD_CHUNKS:
@@ -130,14 +131,23 @@ def _cuts(geometry: Geometry, device: Device, members: tuple[int, ...], lanes: i
 
 
 def _best(ways: Sequence[tuple[_Cut, ...]]) -> tuple[_Cut, ...]:
-    """Fewest bytes first: the model of time is too coarse to give up many bytes for a small gain."""
+    """Fewest bytes first: the model of time is too coarse to give up many bytes for a small gain.
+
+    Lines that are cut anyway are cut until the blocks fill the device.
+    """
 
     def time(way: tuple[_Cut, ...]) -> float:
         return sum(cut.microseconds for cut in way)
 
+    def whole(way: tuple[_Cut, ...]) -> bool:
+        return all(cut.phase.tiles == 1 for cut in way)
+
+    def idles(way: tuple[_Cut, ...]) -> bool:
+        return not whole(way) and not all(cut.fills for cut in way)
+
     least = min(map(time, ways))
-    allowed = [way for way in ways if time(way) <= least * _PATIENCE[all(cut.phase.tiles == 1 for cut in way)]]
-    return min(allowed, key=lambda way: (sum(cut.bytes for cut in way), time(way)))
+    allowed = [way for way in ways if time(way) <= least * _PATIENCE[whole(way)]]
+    return min(allowed, key=lambda way: (idles(way), sum(cut.bytes for cut in way), time(way)))
 
 
 def _choose(geometry: Geometry, device: Device, backward: bool) -> tuple[_Cut, ...]:

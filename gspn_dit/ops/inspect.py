@@ -211,7 +211,6 @@ def inspect(
 ) -> list[KernelReport]:
     """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU."""
     batch, height, width, channels, groups = shape
-    limits = ARCHITECTURES[arch]
     device = device_of(arch)
     resources: dict[Variant, dict] = {}
     reports = []
