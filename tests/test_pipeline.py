@@ -198,6 +198,108 @@ def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
     assert draw(GSPNPipeline.from_checkpoint(tmp_path, "model"), [0]).shape == (1, SIZE, SIZE, 1)
 
 
+def test_one_label_will_do(pipeline: GSPNPipeline) -> None:
+    np.testing.assert_array_equal(draw(pipeline, "bee"), draw(pipeline, [1]))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(draw(pipeline, 1), draw(pipeline, [1]))  # type: ignore[arg-type]
+
+
+def test_a_generator_draws_the_seed(pipeline: GSPNPipeline) -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = (draw(pipeline, [0], generator=generator) for _ in range(2))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(draw(pipeline, [0], generator=torch.Generator().manual_seed(3)), first)
+    seed = int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(3)))
+    np.testing.assert_array_equal(draw(pipeline, [0], seed=seed), first)
+    with pytest.raises(ValueError, match="seed and generator exclude each other"):
+        draw(pipeline, [0], seed=3, generator=generator)
+
+
+def test_any_resolution(pipeline: GSPNPipeline) -> None:
+    wide = draw(pipeline, [0, 1], height=2 * SIZE, width=3 * SIZE)
+    assert wide.shape == (2, 2 * SIZE, 3 * SIZE, 1)
+    latents = sample_latents(
+        tiny_model(0).eval(),
+        create_objective(ObjectiveConfig()),
+        draw_noise(0, range(2), (1, 2 * SIZE, 3 * SIZE)),
+        torch.tensor([0, 1]),
+        len(CLASS_NAMES),
+        2,
+    )
+    assert np.abs(wide.astype(int) - to_uint8(latents).astype(int)).max() <= 1
+    np.testing.assert_array_equal(draw(pipeline, [0], height=SIZE, width=SIZE), draw(pipeline, [0]))
+    assert draw(pipeline, [], height=2).shape == (0, 2, SIZE, 1)
+
+
+@pytest.mark.parametrize("side", [0, -2, 5])
+def test_resolutions_that_cannot_be(pipeline: GSPNPipeline, side: int) -> None:
+    with pytest.raises(ValueError, match=f"width is {side} pixels, but must be a positive multiple of 2"):
+        draw(pipeline, [0], width=side)
+
+
+def test_the_factor_of_the_latent_counts(pipeline: GSPNPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.latent, "factor", 8)
+    assert draw(pipeline, [0]).shape == (1, SIZE, SIZE, 1)  # this latent decodes to pixels one by one
+    assert draw(pipeline, [0], height=48).shape == (1, 6, SIZE, 1)
+    with pytest.raises(ValueError, match="height is 40 pixels, but must be a positive multiple of 16"):
+        draw(pipeline, [0], height=40)
+
+
+def test_the_progress_bar_counts_model_calls(pipeline: GSPNPipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.set_progress_bar_config(disable=False)
+    draw(pipeline, [0] * (CHUNK + 1), num_inference_steps=3)
+    assert "6/6" in capsys.readouterr().err
+    draw(pipeline, [0], num_inference_steps=3, sampler="heun")
+    assert "5/5" in capsys.readouterr().err
+    pipeline.set_progress_bar_config(disable=True)
+    draw(pipeline, [0])
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_output_type(pipeline: GSPNPipeline) -> None:
+    with pytest.raises(ValueError, match="output_type is 'jpeg', but must be 'pil' or 'np'"):
+        draw(pipeline, [0], output_type="jpeg")
+
+
+def test_guided_channels(tmp_path: Path) -> None:
+    """Channels that are not guided come out as without guidance after one step; those that are do not."""
+    colour = GSPNPipeline.from_checkpoint(write_run(tmp_path, channels=3))
+    plain = draw(colour, [0, 1], num_inference_steps=1)
+    guided = draw(colour, [0, 1], num_inference_steps=1, guidance_scale=3.0)
+    first = draw(colour, [0, 1], num_inference_steps=1, guidance_scale=3.0, guidance_channels=1)
+    np.testing.assert_array_equal(first[..., :1], guided[..., :1])
+    assert np.abs(first[..., 1:].astype(int) - plain[..., 1:]).max() <= 1  # another batch size may round differently
+    assert np.abs(guided[..., 1:].astype(int) - plain[..., 1:]).max() > 10
+
+
+def test_a_stochastic_sampler_depends_on_seed_and_index_alone(tmp_path: Path) -> None:
+    manifest, tensors = tiny_manifest(), tiny_tensors()
+    manifest["config"]["objective"]["name"] = "epsilon"
+    manifest["model"]["out_channels"] = 2
+    for named in tensors.values():
+        for name in ("output.linear.weight", "output.linear.bias"):
+            named[name] = named[name].repeat_interleave(2, dim=0)
+    save_checkpoint(tmp_path, 1, tensors, manifest)
+    stochastic = GSPNPipeline.from_checkpoint(tmp_path)
+    labels = [index % 5 for index in range(CHUNK + 3)]
+    whole = draw(stochastic, labels, num_inference_steps=4, sampler="ddpm")
+    np.testing.assert_array_equal(draw(stochastic, labels[:2], num_inference_steps=4), whole[:2])
+    rest = draw(stochastic, labels[CHUNK:], num_inference_steps=4, first_index=CHUNK)
+    np.testing.assert_array_equal(rest, whole[CHUNK:])
+    assert not np.array_equal(draw(stochastic, labels[:2], num_inference_steps=4, seed=1), whole[:2])
+
+
+IMAGENET = ["tench, Tinca tinca", "goldfish, Carassius auratus", "crane", "crane, lifting device", "golden retriever"]
+
+
+def test_synonyms_name_a_class() -> None:
+    labels = ["tench, Tinca tinca", "tench", "Carassius auratus", "crane", "lifting device", "golden retriever"]
+    assert [resolve_class(label, IMAGENET) for label in labels] == [0, 0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="class 'crane' is ambiguous: 0, 1 have that name; give the id"):
+        resolve_class("crane", ["crane, bird", "crane, device"])
+    with pytest.raises(UserError, match="unknown class 'golden'"):
+        resolve_class("golden", IMAGENET)
+
+
 # -- what is read ----------------------------------------------------------------------------------------------------
 
 
