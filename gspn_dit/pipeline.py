@@ -65,11 +65,12 @@ class GSPNPipeline(DiffusionPipeline):
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | Path, weights: str = "ema", device: str | torch.device = "cpu"
+        cls, checkpoint: str | Path, weights: str = "ema", device: str | torch.device = "cpu", vae: str | None = None
     ) -> GSPNPipeline:
         """Load a run directory (its newest complete checkpoint) or one checkpoint; weights are "ema" or "model".
 
-        Raises UserError if it is missing, incomplete, or its weights do not fit the model it names.
+        `vae` says where the autoencoder of its latents lies now, if it was moved. Raises UserError if the checkpoint is
+        missing, incomplete, or its weights do not fit the model it names, or if the autoencoder is another one.
         """
         directory = resolve_checkpoint(checkpoint)
         manifest = read_manifest(directory)
@@ -77,7 +78,7 @@ class GSPNPipeline(DiffusionPipeline):
             arguments = {key: _plain(value) for key, value in manifest["model"].items()}
             model = create_model(**arguments).requires_grad_(False)
             objective = create_objective(config_from_dict(manifest["config"]).objective)
-            latent = latent_from_spec(manifest["latent"])
+            latent = latent_from_spec(manifest["latent"], vae, directory)
             class_names = list(manifest["class_names"])
         except KeyError as error:
             raise UserError(f"{directory} is not a checkpoint of a model: its config.json has no {error}") from None

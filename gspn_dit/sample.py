@@ -29,6 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         "by default the first of the checkpoint's objective")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i)")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--vae", metavar="NAME_OR_DIR", help="where the autoencoder of the latents lies now, if moved")
     parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
     parser.add_argument("--out", metavar="FILE", help="write a grid with a row per class to this PNG")
     parser.add_argument("--save-images", metavar="DIR", help="write every image to DIR/<index>-<class id>.png")
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     from gspn_dit.pipeline import GSPNPipeline
 
     device = choose_device(options.device)
-    pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device)
+    pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device, options.vae)
     pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
     classes = parse_classes(options.classes, pipeline.class_names)
     labels = [label for label in classes for _ in range(options.per_class)]

@@ -27,7 +27,7 @@ ALLOWED = {
     "config": {"errors"},
     "models": {"config", "errors", "ops"},
     "diffusion": {"config", "errors", "rng"},
-    "data": {"config", "errors", "rng"},
+    "data": {"config", "errors", "files", "rng"},
     "doctor": {"errors", "ops"},
 }
 ABOVE_ALL = {"pipeline", "generate", "sample", "train"}

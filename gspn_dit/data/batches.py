@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gspn_dit import rng
 from gspn_dit.data.images import ImageSet
-from gspn_dit.data.latents import Latent
+from gspn_dit.data.latent_shards import LatentSet
+from gspn_dit.data.latents import KLLatent, Latent
 
 CACHE_BYTES = 1 << 30
 """Sets whose decoded pixels fit are decoded once and kept."""
@@ -45,12 +46,55 @@ class Batches:
     def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents float32 [B, C, H, W] and labels int64 [B] for sample numbers, shuffled epoch by epoch."""
         pixels, labels = self.load(rng.data_indices(self.seed, numbers, len(self.images)))
-        if self.horizontal_flip:
-            flip = rng.uniform(self.seed, rng.Stream.FLIP, numbers).numpy() < 0.5
-            pixels = np.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
-        return self.latent.encode(pixels), labels
+        pixels = mirror(pixels, draw_flips(self.seed, numbers, self.horizontal_flip))
+        return self.latent.encode(pixels, draw_posterior(self.latent, self.seed, rng.Stream.POSTERIOR, numbers)), labels
 
     def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents and labels of images by index, without augmentation."""
         pixels, labels = self.load(np.asarray(indices))
-        return self.latent.encode(pixels), labels
+        noise = draw_posterior(self.latent, self.seed, rng.Stream.VALIDATION_POSTERIOR, indices)
+        return self.latent.encode(pixels, noise), labels
+
+
+@dataclass(frozen=True)
+class LatentBatches:
+    """Batches of encoded images: `Batches` without the encoder; flips and posterior draws are the same functions."""
+
+    images: LatentSet
+    latent: KLLatent
+    seed: int
+    horizontal_flip: bool = False
+
+    def _load(self, items: np.ndarray, flips: np.ndarray, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        moments = torch.from_numpy(self.images.moments(items, flips))
+        return self.latent.draw(moments, noise), torch.from_numpy(self.images.labels[items])
+
+    def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return latents float32 [B, C, H, W] and labels int64 [B] for sample numbers, shuffled epoch by epoch."""
+        items = rng.data_indices(self.seed, numbers, len(self.images))
+        flips = draw_flips(self.seed, numbers, self.horizontal_flip)
+        return self._load(items, flips, draw_posterior(self.latent, self.seed, rng.Stream.POSTERIOR, numbers))
+
+    def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return latents and labels of images by index, without augmentation."""
+        noise = draw_posterior(self.latent, self.seed, rng.Stream.VALIDATION_POSTERIOR, indices)
+        return self._load(np.asarray(indices), np.zeros(len(indices), dtype=bool), noise)
+
+
+def draw_flips(seed: int, numbers: Sequence[int], horizontal_flip: bool) -> np.ndarray:
+    """Tell which samples are mirrored, bool [B]: half of them, by number, if `horizontal_flip` says so."""
+    if not horizontal_flip:
+        return np.zeros(len(numbers), dtype=bool)
+    return rng.uniform(seed, rng.Stream.FLIP, numbers).numpy() < 0.5
+
+
+def mirror(pixels: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """Mirror the images [B, H, W, C] for which `flips` [B] is true."""
+    return np.where(flips[:, None, None, None], pixels[:, :, ::-1], pixels) if flips.any() else pixels
+
+
+def draw_posterior(latent: Latent, seed: int, stream: rng.Stream, numbers: Sequence[int]) -> Tensor | None:
+    """Return the noise that draws latents from posteriors, by number [B, C, h, w], or None where there are none."""
+    if not latent.has_posterior:
+        return None
+    return rng.normal(seed, stream, numbers, (latent.channels, latent.size, latent.size))

@@ -174,7 +174,7 @@ def _find_column(dataset: Dataset, kind: type, preferred: str, path: Path) -> st
     )
 
 
-def _standard_columns(dataset: Dataset, path: Path) -> Dataset:
+def standard_columns(dataset: Dataset, path: Path) -> Dataset:
     """The image and class columns alone, found by feature type and named `image` and `label`."""
     from datasets import ClassLabel, Image
 
@@ -205,12 +205,12 @@ def read_saved_dataset(path: str | os.PathLike[str] | None) -> dict[str, Dataset
         raise UserError(f"{folder} is {what}: {reason}") from error
     parts = {"all": stored} if isinstance(stored, Dataset) else dict(stored)
     if len(parts) == 1:
-        return {"all": _standard_columns(next(iter(parts.values())), folder)}
+        return {"all": standard_columns(next(iter(parts.values())), folder)}
     if "train" not in parts or not any(name in parts for name in HELD_OUT):
         raise UserError(
             f"{folder} has the splits {', '.join(parts)}; needed are 'train' and one of {', '.join(HELD_OUT)}"
         )
-    found = {name: _standard_columns(parts[name], folder) for name in ("train", *HELD_OUT) if name in parts}
+    found = {name: standard_columns(parts[name], folder) for name in ("train", *HELD_OUT) if name in parts}
     names = found["train"].features["label"].names
     for part, dataset in found.items():
         if dataset.features["label"].names != names:

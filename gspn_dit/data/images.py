@@ -112,9 +112,7 @@ class ImageSet:
         return self._undecoded[rows]["image"]
 
 
-def decode_cell(
-    cell: dict[str, Any] | None, row: int, size: int, channels: int, crop: bool
-) -> tuple[np.ndarray, str]:
+def decode_cell(cell: dict[str, Any] | None, row: int, size: int, channels: int, crop: bool) -> tuple[np.ndarray, str]:
     """Decode an undecoded image to uint8 [size, size, channels]; return it and the mode it had, such as "L" or "CMYK".
 
     Raises:
@@ -191,13 +189,17 @@ def load_images(
 
 
 def open_source(
-    source: str, split: str | None = "train", image_size: int | None = None, channels: int | None = None
+    source: str,
+    split: str | None = "train",
+    image_size: int | None = None,
+    channels: int | None = None,
+    validation_fraction: float = 0.1,
 ) -> ImageSet:
     """Open what a command line names: "imagefolder:DIR", "hf:NAME_OR_DIR" or "digits"; see `load_images`."""
     kind, colon, place = source.partition(":")
     if kind not in READERS or (colon and not place):
         raise UserError(f"--source {source} is unknown; give imagefolder:DIR, hf:NAME_OR_DIR or digits")
-    return load_images(kind, place or None, split, image_size, channels=channels)
+    return load_images(kind, place or None, split, image_size, validation_fraction, channels)
 
 
 def decode_image(source: bytes | str | os.PathLike[str], place: str, channels: int | None = None) -> Image:
@@ -307,13 +309,14 @@ def _inspect(parts: dict[str, Dataset]) -> tuple[Counter[tuple[int, int]], Count
         for start in range(0, len(rows), DECODE_CHUNK):
             chunk = rows[start : start + DECODE_CHUNK]
             for row, cell in zip(chunk, undecoded[chunk]["image"]):
-                size, mode = _read_header(cell, _place(cell, int(row)))
+                size, mode = read_header(cell, _place(cell, int(row)))
                 sizes[size] += 1
                 modes[mode] += 1
     return sizes, modes
 
 
-def _read_header(cell: dict[str, Any] | None, place: str) -> tuple[tuple[int, int], str]:
+def read_header(cell: dict[str, Any] | None, place: str) -> tuple[tuple[int, int], str]:
+    """Return (width, height) and mode of an undecoded image; raises UserError if that cannot be read."""
     from PIL import Image as PILImage
 
     try:

@@ -5,14 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gspn_dit.config import LatentConfig
+from gspn_dit.data.vae import load_vae, scale_and_shift, vae_factor, vae_hash
 from gspn_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+SAVED_VAE = "vae"
+"""Folder of an autoencoder beside the weights that go with it."""
+VAE_BATCH = 8
+"""Latents decoded, or images encoded, at a time: what lies between them is large."""
 
 
 class Latent(ABC):
@@ -22,20 +31,24 @@ class Latent(ABC):
     """Channels of a latent."""
     size: int
     """Height and width of a latent."""
+    image_size: int
+    """Height and width of an image."""
     factor: int = 1
     """Image pixels per latent pixel, along each side."""
-
-    def to(self, device: str | torch.device) -> Latent:
-        """Move what the latent computes with to a device; returns itself."""
-        return self
-
-    def save(self, directory: Path) -> dict[str, Any]:
-        """Write into a directory what decoding needs beside the spec; returns the spec, its paths relative to it."""
-        return self.spec()
+    image_channels: int
+    """Channels of an image."""
+    has_posterior: bool = False
+    """Whether an image is encoded to a distribution, of which `encode` draws one latent."""
 
     @abstractmethod
-    def encode(self, images: np.ndarray) -> Tensor:
-        """Return latents, float32 [B, channels, size, size], of uint8 images [B, H, W, C]."""
+    def encode(self, images: np.ndarray, noise: Tensor | None = None) -> Tensor:
+        """Return latents, float32 [B, channels, size, size], of uint8 images [B, H, W, C].
+
+        Args:
+            images: the images.
+            noise: standard normal, [B, channels, size, size], where the latent has a posterior: mean + std · noise is
+                drawn. None: its mean.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -45,22 +58,117 @@ class Latent(ABC):
     def spec(self) -> dict[str, Any]:
         """Return plain JSON values from which `latent_from_spec` builds an equal latent."""
 
+    def to(self, device: torch.device | str) -> Latent:
+        """Move what the latent computes with to a device."""
+        return self
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write into a directory what decoding needs beside the spec; return the spec, its paths relative to it."""
+        return self.spec()
+
 
 class IdentityLatent(Latent):
     """Pixels scaled to [-1, 1]."""
 
     def __init__(self, image_size: int, image_channels: int) -> None:
-        self.size, self.channels = image_size, image_channels
+        self.size = self.image_size = image_size
+        self.channels = self.image_channels = image_channels
 
-    def encode(self, images: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        return pixels.to(torch.float32) / 127.5 - 1
+    def encode(self, images: np.ndarray, noise: Tensor | None = None) -> Tensor:
+        return to_signed(images)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         return to_uint8(latents)
 
     def spec(self) -> dict[str, Any]:
         return {"name": "identity", "image_size": self.size, "image_channels": self.channels}
+
+
+class KLLatent(Latent):
+    """Latents of an AutoencoderKL, (z - shift) · scale with z drawn from the posterior of an image.
+
+    Args:
+        vae: the autoencoder, frozen.
+        image_size: height and width of the images in pixels.
+        place: directory or hub name it was loaded from.
+        scale, shift: those of a checkpoint or of encoded latents; None: of the autoencoder's config.
+
+    Raises:
+        UserError: the autoencoder's factor does not divide the image.
+    """
+
+    has_posterior = True
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        image_size: int,
+        place: str,
+        scale: float | list[float] | None = None,
+        shift: float | list[float] | None = None,
+    ) -> None:
+        factor = vae_factor(vae)
+        if image_size % factor:
+            raise UserError(
+                f"images of {image_size} pixels are not divisible by the factor {factor} of the VAE {place}"
+            )
+        self.factor = factor
+        self.vae, self.place, self.hash = vae, place, vae_hash(vae)
+        self.image_size, self.size, self.channels = image_size, image_size // factor, vae.config["latent_channels"]
+        self.image_channels = vae.config["in_channels"]
+        own_scale, own_shift = scale_and_shift(vae)
+        self.scale, self.shift = own_scale if scale is None else scale, own_shift if shift is None else shift
+
+    @torch.no_grad()
+    def moments(self, images: np.ndarray, batch_size: int = VAE_BATCH) -> Tensor:
+        """Return mean and log-variance of the posteriors of uint8 images, float32 [B, 2 · channels, size, size]."""
+        pixels = to_signed(images).to(self.vae.device)
+        parts = [self.vae.encode(part).latent_dist for part in pixels.split(batch_size)]
+        return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts]).float().cpu()
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the latents that noise draws from moments [B, 2 · channels, size, size]; None: the means. float32."""
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        drawn = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+        return (drawn - _per_channel(self.shift, drawn)) * _per_channel(self.scale, drawn)
+
+    def encode(self, images: np.ndarray, noise: Tensor | None = None) -> Tensor:
+        return self.draw(self.moments(images), noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        self.to(latents.device)
+        drawn = latents.float() / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
+        return np.concatenate([to_uint8(self.vae.decode(part).sample) for part in drawn.split(VAE_BATCH)])
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "name": "kl",
+            "vae": self.place,
+            "vae_hash": self.hash,
+            "scale": self.scale,
+            "shift": self.shift,
+            "image_size": self.image_size,
+            "image_channels": self.image_channels,
+        }
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        self.vae.save_pretrained(directory / SAVED_VAE, safe_serialization=True)
+        return {**self.spec(), "vae": SAVED_VAE}
+
+    def to(self, device: torch.device | str) -> KLLatent:
+        self.vae.to(device)  # type: ignore[arg-type]
+        return self
+
+
+def _per_channel(value: float | list[float], like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=like.device).reshape(-1, 1, 1)
+
+
+def to_signed(images: np.ndarray) -> Tensor:
+    """Turn uint8 images [B, H, W, C] into float32 [B, C, H, W] in [-1, 1]: v / 127.5 - 1."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return pixels.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -77,12 +185,58 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def create_latent(config: LatentConfig, image_size: int, image_channels: int) -> Latent:
     """Build the latent a config names for images of a size and a number of channels."""
-    assert config.name == "identity"
-    return IdentityLatent(image_size, image_channels)
+    if config.name == "identity":
+        return IdentityLatent(image_size, image_channels)
+    assert config.vae is not None
+    return KLLatent(load_vae(config.vae), image_size, where(config.vae))
 
 
-def latent_from_spec(spec: Mapping[str, Any]) -> Latent:
-    """Build the latent that `Latent.spec` described; raises UserError for one this version does not know."""
-    if spec.get("name") != "identity":
-        raise UserError(f"the checkpoint's latent '{spec.get('name')}' is not known to this version")
-    return IdentityLatent(int(spec["image_size"]), int(spec["image_channels"]))
+def where(place: str) -> str:
+    """Return the absolute path of a directory, so that it is found from elsewhere, or the name of a VAE on the hub."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
+
+
+def latent_from_spec(spec: Mapping[str, Any], vae: str | None = None, directory: Path | None = None) -> Latent:
+    """Build the latent that `Latent.spec` described.
+
+    Args:
+        spec: of a checkpoint, or of encoded latents.
+        vae: where the autoencoder lies now; None: where it was.
+        directory: of the checkpoint, in which it may lie.
+
+    Raises:
+        UserError: a latent this version does not know; an autoencoder that is missing, or is not the one of `spec`.
+    """
+    name = spec.get("name")
+    if name == "identity":
+        if vae is not None:
+            raise UserError(f"the checkpoint generates pixels and takes no VAE (given: {vae})")
+        return IdentityLatent(int(spec["image_size"]), int(spec["image_channels"]))
+    if name != "kl":
+        raise UserError(f"the checkpoint's latent '{name}' is not known to this version")
+    place = vae or spec["vae"]
+    if vae is None and place == SAVED_VAE and directory is not None:
+        place = str(directory / SAVED_VAE)
+    try:
+        loaded = load_vae(place)
+    except UserError as error:
+        if vae is not None:
+            raise
+        raise UserError(f"{error} (recorded with the latents; say where it lies now: --vae or latent.vae)") from None
+    latent = KLLatent(loaded, int(spec["image_size"]), where(place), spec.get("scale"), spec.get("shift"))
+    refuse_other_vae(spec, latent.spec())  # of converted weights the spec may know less
+    return latent
+
+
+def refuse_other_vae(expected: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise UserError, naming both, if two specs are not of one latent; where the autoencoder lies does not matter."""
+    if any(given.get(key) != value for key, value in expected.items() if key != "vae"):
+        raise UserError(f"the latents are those of {_describe(expected)}, but given is {_describe(given)}")
+
+
+def _describe(spec: Mapping[str, Any]) -> str:
+    size = f"images of {spec.get('image_size')} pixels"
+    if spec.get("name") != "kl":
+        return f"latent '{spec.get('name')}', {size}"
+    known = {"hash": str(spec.get("vae_hash"))[:12], "scale": spec.get("scale"), "shift": spec.get("shift")}
+    return f"the VAE {spec['vae']} ({', '.join(f'{key} {value}' for key, value in known.items())}), {size}"

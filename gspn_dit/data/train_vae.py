@@ -20,7 +20,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor
 
     from gspn_dit.data.images import ImageSet
@@ -33,7 +33,7 @@ REPORT = "training.json"
 
 def create_vae(image_channels: int, image_size: int, factor: int, latent_channels: int, width: int) -> AutoencoderKL:
     """Build an AutoencoderKL without attention whose channels double from `width` with every halving."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     levels = int(math.log2(factor)) + 1
     return AutoencoderKL(
@@ -68,18 +68,19 @@ def train(images: ImageSet, options: argparse.Namespace) -> AutoencoderKL:
     import torch
 
     from gspn_dit import rng
+    from gspn_dit.data.latents import to_signed
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         vae = create_vae(images.channels, images.image_size, options.factor, options.latent_channels, options.width)
-    vae = vae.to(device, memory_format=torch.channels_last)
+    vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
     side = images.image_size // options.factor
     began = time.perf_counter()
     for step in range(options.steps):
         numbers = range(step * options.batch_size, (step + 1) * options.batch_size)
-        batch = to_input(images.pixels(rng.data_indices(options.seed, numbers, len(images)))).to(device)
+        batch = to_signed(images.pixels(rng.data_indices(options.seed, numbers, len(images)))).to(device)
         noise = rng.normal(options.seed, rng.Stream.POSTERIOR, numbers, (options.latent_channels, side, side))
         loss = training_loss(vae, batch, noise.to(device), options.kl_weight)
         optimizer.zero_grad()
@@ -94,22 +95,17 @@ def train(images: ImageSet, options: argparse.Namespace) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def to_input(pixels: np.ndarray) -> Tensor:
-    """Turn uint8 [B, H, W, C] into float32 [B, C, H, W] in [-1, 1]."""
-    import torch
-
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def set_scale(vae: AutoencoderKL, images: ImageSet) -> None:
     """Set `shift_factor` and `scaling_factor` to the mean and 1/std of posterior draws of some training images."""
     import numpy as np
     import torch
 
+    from gspn_dit.data.latents import to_signed
+
     rows = np.unique(np.linspace(0, len(images) - 1, STATISTICS_IMAGES).astype(np.int64))
     means, variances = [], []
     for start in range(0, len(rows), BATCH):
-        batch = to_input(images.pixels(rows[start : start + BATCH])).to(vae.device)
+        batch = to_signed(images.pixels(rows[start : start + BATCH])).to(vae.device)
         posterior = vae.encode(batch).latent_dist
         means.append(posterior.mean.double().cpu())
         variances.append(posterior.var.double().cpu())
@@ -130,13 +126,13 @@ def reconstruction_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
     """Return the PSNR of some images, evenly spaced, decoded from their posterior means to 8 bits."""
     import numpy as np
 
-    from gspn_dit.data.latents import to_uint8
+    from gspn_dit.data.latents import to_signed, to_uint8
 
     rows = np.unique(np.linspace(0, len(images) - 1, EVALUATED_IMAGES).astype(np.int64))
     originals, decoded = [], []
     for start in range(0, len(rows), BATCH):
         originals.append(images.pixels(rows[start : start + BATCH]))
-        batch = to_input(originals[-1]).to(vae.device)
+        batch = to_signed(originals[-1]).to(vae.device)
         decoded.append(to_uint8(vae.decode(vae.encode(batch).latent_dist.mean).sample))
     return psnr(np.concatenate(originals), np.concatenate(decoded))
 
@@ -146,7 +142,7 @@ def save(vae: AutoencoderKL, out: Path, report: dict[str, Any]) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        vae.to("cpu").save_pretrained(partial, safe_serialization=True)
+        vae.save_pretrained(partial, safe_serialization=True)
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         partial.rename(out)
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gspn_dit.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 TILE_PIXELS = 512
 """Larger images are decoded in overlapping tiles of this size, so that memory does not grow with the image."""
@@ -28,20 +28,25 @@ def load_vae(name: str | os.PathLike[str]) -> AutoencoderKL:
     Raises:
         UserError: there is none, it is damaged, or it is no AutoencoderKL with safetensors.
     """
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.utils import logging
 
     place = Path(name)
     if not place.exists() and (place.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1):
-        raise UserError(f"the VAE {name} does not exist; give the directory of an AutoencoderKL, or a hub name OWNER/VAE")
+        raise UserError(f"the VAE {name} does not exist; give an AutoencoderKL's directory, or its hub name OWNER/NAME")
     if place.is_dir() and not (place / "config.json").exists() and (place / "vae" / "config.json").exists():
         place = place / "vae"
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the one line below says what matters
     try:
-        vae = AutoencoderKL.from_pretrained(
-            str(place if place.exists() else name), use_safetensors=True, low_cpu_mem_usage=False
+        vae, loading = AutoencoderKL.from_pretrained(
+            str(place if place.exists() else name),
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
+        if loading["missing_keys"]:
+            raise ValueError(f"it has no weights '{sorted(loading['missing_keys'])[0]}'")
     except Exception as error:  # whatever the files lead diffusers to
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{name} cannot be loaded as an AutoencoderKL with safetensors: {reason}") from None
@@ -60,7 +65,7 @@ def load_vae(name: str | os.PathLike[str]) -> AutoencoderKL:
 
 def vae_factor(vae: AutoencoderKL) -> int:
     """Return how many pixels lie behind the side of a latent's cell."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def vae_hash(vae: AutoencoderKL) -> str:
@@ -81,7 +86,7 @@ def _architecture(vae: AutoencoderKL) -> dict[str, Any]:
 def scale_and_shift(vae: AutoencoderKL) -> tuple[float | list[float], float | list[float]]:
     """Return what makes latents of unit variance, (latent - shift) · scale: numbers, or one per channel."""
     config = vae.config
-    scale, mean, std = config.scaling_factor, config.get("latents_mean"), config.get("latents_std")
+    scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return float(scale), float(config.get("shift_factor") or 0.0)
     return [float(scale) / float(value) for value in std], [float(value) for value in mean]

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gspn_dit.config import Config, TrainArguments
+from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import LocalUserError, UserError
 from gspn_dit.training.checkpoint import read_manifest
 from gspn_dit.training.draws import training_draws
 from gspn_dit.training.ema import EMA, PowerEMA
+from gspn_dit.training.finetune import start_from
 from gspn_dit.training.optimizer import create_optimizer, learning_rate, optimizer_step
 from gspn_dit.training.parallel import (
     create_accelerator,
@@ -81,6 +83,8 @@ def _train(arguments: TrainArguments, load_scorer: ScorerLoader | None) -> None:
     _check_same_step(directory, accelerator)
     parts = build_parts(config)
     _check_data(directory, parts)
+    if config.training.initialize_from is not None and directory.checkpoint is None:
+        start_from(config.training.initialize_from, parts)
     quick_fd = create_quick_fd(config, parts, accelerator, load_scorer)
     accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
     if accelerator.is_main_process:
@@ -105,7 +109,9 @@ def _check_same_step(directory: RunDirectory, accelerator: Accelerator) -> None:
 def _check_data(directory: RunDirectory, parts: Parts) -> None:
     if directory.checkpoint is None:
         return
-    before, now = read_manifest(directory.checkpoint)["data"], parts.description["data"]
+    manifest = read_manifest(directory.checkpoint)
+    refuse_other_vae(manifest["latent"], parts.latent.spec())
+    before, now = manifest["data"], parts.description["data"]
     if before["fingerprint"] != now["fingerprint"]:
         raise UserError(
             f"{directory.checkpoint} was trained on other data: {before['images']} images of '{before['name']}' then, "
@@ -128,6 +134,7 @@ class Trainer:
         self.quick_fd = quick_fd
         self.step = 0
         """Optimiser steps done, skipped ones included."""
+        parts.latent.to(accelerator.device)
         self.model = parts.model.to(accelerator.device)
         self.dtype = next(self.model.parameters()).dtype
         self.flops_per_image = training_flops(self.model, parts.latent.size)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from gspn_dit.config import Config
-from gspn_dit.data.batches import Batches
-from gspn_dit.data.images import ImageSet, load_images
-from gspn_dit.data.latents import Latent, create_latent
+from gspn_dit.data.batches import Batches, LatentBatches
+from gspn_dit.data.build import TrainingBatches, build_data
+from gspn_dit.data.latents import Latent
 from gspn_dit.diffusion import Objective, create_objective
-from gspn_dit.errors import LocalUserError, UserError
+from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
-
-FINGERPRINT_IMAGES = 64
-"""Evenly spaced images whose pixels enter the fingerprint of a data set."""
 
 
 @dataclass(frozen=True)
 class Parts:
     """What a config stands for, on the CPU."""
 
-    training: Batches
-    validation: Batches | None
+    training: TrainingBatches
+    validation: Batches | LatentBatches | None
     """None if the source has no validation split and `data.validation_fraction` is 0."""
     latent: Latent
     objective: Objective
@@ -43,16 +37,14 @@ def build_parts(config: Config) -> Parts:
     """
     objective = create_objective(config.objective)
     objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
-    training = _load(config, "train")
-    held_out = training.has_validation or config.data.validation_fraction > 0
-    validation = _load(config, "validation") if held_out else None
-    latent = create_latent(config.latent, training.image_size, training.channels)
+    data = build_data(config)
+    latent, images = data.latent, data.training.images
     guided = config.sampling.guidance_channels
     if guided is not None and guided > latent.channels:
         raise UserError(f"sampling.guidance_channels is {guided}, but the latent has {latent.channels} channels")
     arguments = {
         "name": config.model.name,
-        "num_classes": training.num_classes,
+        "num_classes": images.num_classes,
         "latent_channels": latent.channels,
         "latent_size": latent.size,
         "out_channels": objective.out_channels(latent.channels),
@@ -64,41 +56,16 @@ def build_parts(config: Config) -> Parts:
             model = create_model(**arguments)
         except ValueError as error:
             raise UserError(f"model: {error}") from None
-    batches = Batches(training, latent, config.seed, config.data.horizontal_flip)
-    validation_batches = Batches(validation, latent, config.seed) if validation else None
-    try:  # every process decodes the same images before anything is written, so one of them tells
-        for part in filter(None, (batches, validation_batches)):
-            part.decode_small_set()
-        facts = {"name": training.name, "images": len(training), "fingerprint": fingerprint(training)}
-    except LocalUserError as error:
-        raise UserError(str(error)) from None
     return Parts(
-        training=batches,
-        validation=validation_batches,
+        training=data.training,
+        validation=data.validation,
         latent=latent,
         objective=objective,
         model=model,
         description={
             "model": arguments,
             "latent": latent.spec(),
-            "class_names": training.class_names,
-            "data": facts,
+            "class_names": images.class_names,
+            "data": data.facts,
         },
     )
-
-
-def _load(config: Config, split: str) -> ImageSet:
-    data = config.data
-    if data.name == "latents":
-        raise UserError("data.name 'latents' is not available in this version; use digits, imagefolder or hf")
-    return load_images(data.name, data.path, split, data.image_size, data.validation_fraction)
-
-
-def fingerprint(images: ImageSet) -> str:
-    """Return a hash of labels, class names, geometry and some of the pixels, by which another set is noticed."""
-    facts = [images.class_names, images.image_size, images.channels, len(images)]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    digest.update(images.labels.astype("<i8").tobytes())
-    some = np.linspace(0, len(images) - 1, min(len(images), FINGERPRINT_IMAGES)).astype(np.int64)
-    digest.update(images.pixels(some).tobytes())
-    return digest.hexdigest()[:16]

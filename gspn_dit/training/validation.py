@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from gspn_dit.data.batches import Batches
+from gspn_dit.data.batches import Batches, LatentBatches
 from gspn_dit.diffusion import Objective
 from gspn_dit.training.draws import validation_draws
 
@@ -16,7 +16,7 @@ QUARTILES = 4
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | LatentBatches,
     objective: Objective,
     seed: int,
     max_images: int,

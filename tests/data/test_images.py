@@ -340,13 +340,13 @@ def test_a_missing_image_of_a_saved_set_is_named_by_its_row(tmp_path: Path) -> N
 
 def test_large_sets_are_inspected_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original: Callable = images._read_header
+    original: Callable = images.read_header
 
     def count(cell: dict, place: str) -> tuple[tuple[int, int], str]:
         read.append(place)
         return original(cell, place)
 
-    monkeypatch.setattr(images, "_read_header", count)
+    monkeypatch.setattr(images, "read_header", count)
     monkeypatch.setattr(images, "MAX_HEADERS", 5)
     monkeypatch.setattr(images, "SAMPLED_HEADERS", 3)
     write_image(folder / "ant" / "1.png", size=(9, 9))

@@ -310,7 +310,7 @@ def test_resume_refuses_another_model_by_the_name_of_the_key(tmp_path: Path) -> 
 def test_resume_refuses_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, max_steps=2)
     run_training(config)
-    monkeypatch.setattr("gspn_dit.training.setup.fingerprint", lambda images: "another")
+    monkeypatch.setattr("gspn_dit.data.build.fingerprint", lambda images: "another")
     with pytest.raises(UserError, match="was trained on other data: 1437 images of 'digits' then"):
         run_training(config, resume="auto")
 

@@ -1,0 +1,139 @@
+"""From a config to its data: batches of latents, the latent behind them, and what a checkpoint says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from gspn_dit.config import Config
+from gspn_dit.data.batches import Batches, LatentBatches
+from gspn_dit.data.images import ImageSet, load_images
+from gspn_dit.data.latent_shards import open_latents
+from gspn_dit.data.latents import KLLatent, Latent, create_latent, latent_from_spec
+from gspn_dit.errors import LocalUserError, UserError
+
+FINGERPRINT_IMAGES = 64
+"""Evenly spaced images whose pixels enter the fingerprint of a data set."""
+
+
+class Source(Protocol):
+    """What every set of images, latents or stream can tell of itself."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> list[str]: ...
+    @property
+    def num_classes(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
+class TrainingBatches(Protocol):
+    """Batches by sample number."""
+
+    @property
+    def images(self) -> Source: ...
+    def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+    def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the sections `data` and `latent` of a config stand for."""
+
+    training: TrainingBatches
+    validation: Batches | LatentBatches | None
+    """None if the source has no validation split and `data.validation_fraction` is 0."""
+    latent: Latent
+    fingerprint: str
+    """By which other data are noticed when a run is resumed."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint records of the data."""
+        images = self.training.images
+        return {"name": images.name, "images": len(images), "fingerprint": self.fingerprint}
+
+
+def build_data(config: Config) -> Data:
+    """Open what a config names; raises UserError for whatever does not exist or does not fit."""
+    if config.data.name == "latents":
+        return _build_latents(config)
+    return _build_stream(config) if config.data.streaming else _build_images(config)
+
+
+def _build_images(config: Config) -> Data:
+    data = config.data
+    training = load_images(data.name, data.path, "train", data.image_size, data.validation_fraction)
+    latent = create_latent(config.latent, training.image_size, training.channels)
+    training = dataclasses.replace(training, channels=latent.image_channels)
+    validation = None
+    if training.has_validation or data.validation_fraction > 0:
+        held_out = load_images(data.name, data.path, "validation", data.image_size, data.validation_fraction)
+        validation = Batches(dataclasses.replace(held_out, channels=latent.image_channels), latent, config.seed)
+    batches = Batches(training, latent, config.seed, data.horizontal_flip)
+    try:  # every process decodes the same images before anything is written, so one of them tells
+        for part in filter(None, (batches, validation)):
+            part.decode_small_set()
+        return Data(batches, validation, latent, fingerprint(training))
+    except LocalUserError as error:
+        raise UserError(str(error)) from None
+
+
+def _build_latents(config: Config) -> Data:
+    data = config.data
+    training = open_latents(data.path, "train", data.validation_fraction)
+    latent = latent_from_spec(training.manifest["latent"], config.latent.vae)
+    assert isinstance(latent, KLLatent)
+    if data.image_size not in (None, latent.image_size):
+        raise UserError(
+            f"data.image_size is {data.image_size}, but {data.path} was encoded from {latent.image_size} pixels"
+        )
+    validation = None
+    if training.has_validation or data.validation_fraction > 0:
+        held_out = open_latents(data.path, "validation", data.validation_fraction)
+        validation = LatentBatches(held_out, latent, config.seed)
+    batches = LatentBatches(training, latent, config.seed, data.horizontal_flip)
+    return Data(batches, validation, latent, training.fingerprint)
+
+
+def _build_stream(config: Config) -> Data:
+    from accelerate import PartialState
+
+    from gspn_dit.data.streams import StreamBatches, open_stream
+
+    data, state = config.data, PartialState()
+    stream, held_out = open_stream(data.path, data.image_size, config.training.validation_images)
+    latent = create_latent(config.latent, stream.image_size, stream.channels)
+    stream = dataclasses.replace(stream, channels=latent.image_channels)
+    validation = None
+    if held_out is not None:
+        validation = Batches(dataclasses.replace(held_out, channels=latent.image_channels), latent, config.seed)
+    batches = StreamBatches(
+        stream,
+        latent,
+        config.seed,
+        data.horizontal_flip,
+        data.streaming_shuffle_images,
+        state.process_index,
+        state.num_processes,
+    )
+    facts = [stream.class_names, stream.image_size, stream.channels, len(stream), stream.dataset.num_shards]
+    return Data(batches, validation, latent, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
+
+
+def fingerprint(images: ImageSet) -> str:
+    """Return a hash of labels, class names, geometry and some of the pixels, by which another set is noticed."""
+    facts = [images.class_names, images.image_size, images.channels, len(images)]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest.update(images.labels.astype("<i8").tobytes())
+    some = np.linspace(0, len(images) - 1, min(len(images), FINGERPRINT_IMAGES)).astype(np.int64)
+    digest.update(images.pixels(some).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,291 @@
+"""Encoded latents on disk: shards of moments that are memory-mapped, and a manifest that is written last.
+
+    manifest.json             source, autoencoder, transform, class names; images, bytes and SHA-256 of each shard
+    shard-00000.safetensors   moments float16 [n, 2, 2·C, h, w], labels int64 [n], indices int64 [n]
+
+The moments of an image are mean and log-variance of its posterior, as it is and mirrored. A shard is written beside its
+place, fsynced and renamed: it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gspn_dit.data.image_sources import HELD_OUT, stratified_split
+from gspn_dit.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST, PLAN = "manifest.json", "plan.json"
+_FACTS = "gspn_dit"  # one key: safetensors does not keep the order of several
+_DTYPES = {"F16": np.float16, "I64": np.int64}
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard.
+
+    >>> shard_name(7)
+    'shard-00007.safetensors'
+    """
+    return f"shard-{number:05d}.safetensors"
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a manifest: the same for the same values."""
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def shard_bytes(moments: np.ndarray, labels: np.ndarray, indices: np.ndarray, facts: Mapping[str, Any]) -> bytes:
+    """Return the content of a shard.
+
+    Args:
+        moments: float16 [n, 2, 2·C, h, w].
+        labels: class ids, int64 [n].
+        indices: place of each image in the source, int64 [n].
+        facts: plain JSON values about the images; the digest of the arrays is added.
+    """
+    from safetensors.numpy import save
+
+    arrays = {"moments": moments, "labels": labels, "indices": indices}
+    complete = {**facts, "sha256": _digest(arrays)}
+    return save(arrays, metadata={_FACTS: json.dumps(complete, sort_keys=True)})
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in ("moments", "labels", "indices"):
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard whose arrays are mapped, not read. Raises UserError if it is missing or not a shard."""
+
+    path: Path
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Any], int]:
+        try:
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 0 < length <= 1 << 20:
+                    raise ValueError("no safetensors header")
+                header = json.loads(file.read(length))
+            size = self.path.stat().st_size
+            if size != 8 + length + max(header[name]["data_offsets"][1] for name in ("moments", "labels", "indices")):
+                raise ValueError(f"{size} bytes, cut short")
+        except FileNotFoundError:
+            raise UserError(f"the shard {self.path} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the shard {self.path} is damaged: {error}") from None
+        return header, 8 + length
+
+    def _map(self, name: str) -> np.ndarray:
+        header, start = self._header
+        entry = header[name]
+        if not all(entry["shape"]):
+            return np.empty(entry["shape"], _DTYPES[entry["dtype"]])
+        offset = start + entry["data_offsets"][0]
+        return np.asarray(np.memmap(self.path, _DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"])))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was recorded of the images: `skipped` and `converted`."""
+        return json.loads(self._header[0]["__metadata__"][_FACTS])
+
+    @cached_property
+    def moments(self) -> np.ndarray:
+        """float16 [n, 2, 2·C, h, w]: image, mirrored, channel."""
+        return self._map("moments")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.array(self._map("labels"))
+
+    @cached_property
+    def indices(self) -> np.ndarray:
+        """Place of each image in the source, int64 [n]."""
+        return np.array(self._map("indices"))
+
+    def is_intact(self) -> bool:
+        """Tell whether the arrays are those that were written; reads all of them."""
+        try:
+            arrays = {name: self._map(name) for name in ("moments", "labels", "indices")}
+            return _digest(arrays) == self.facts["sha256"]
+        except (UserError, KeyError, ValueError):
+            return False
+
+    def entry(self) -> dict[str, Any]:
+        """Return what the manifest says of the shard; reads all of it."""
+        content = self.path.read_bytes()
+        return {
+            "file": self.path.name,
+            "images": len(self.labels),
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of encoded latents; raises UserError if there is none, or it is of another version."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        version = manifest["format_version"]
+    except FileNotFoundError:
+        unfinished = (directory / PLAN).exists()
+        remedy = "it is unfinished: go on with --resume" if unfinished else "write them with gspn_dit.data.encode"
+        raise UserError(f"{directory} holds no encoded latents (no {MANIFEST}); {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / MANIFEST} cannot be read: {error}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{directory} has format_version {version}, this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def find_damage(directory: Path, entry: Mapping[str, Any], thorough: bool) -> str | None:
+    """Return what is wrong with a shard of a manifest, or None.
+
+    Args:
+        thorough: hash the content; else only its size is compared.
+    """
+    path = directory / entry["file"]
+    if not path.is_file():
+        return f"the shard {path} is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"the shard {path} has {size} bytes instead of {entry['bytes']}"
+    if thorough:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            for block in iter(functools.partial(file.read, 1 << 24), b""):
+                digest.update(block)
+        if digest.hexdigest() != entry["sha256"]:
+            return f"the shard {path} is damaged (checksum)"
+    return None
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Encoded images; `moments` reads rows from the maps of the shards."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    shards: tuple[Shard, ...]
+    rows: np.ndarray
+    """Row of each item among those of all shards, int64 [n]."""
+    has_validation: bool = False
+    """Whether the source comes with a validation split of its own."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, by class id."""
+        return list(self.manifest["class_names"])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class ids, [n] int64."""
+        return _all_labels(self.shards)[self.rows]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *(entry["images"] for entry in self.manifest["shards"])])
+
+    @cached_property
+    def _maps(self) -> list[np.ndarray]:
+        return [shard.moments for shard in self.shards]
+
+    def moments(self, items: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+        """Return mean and log-variance of items, float16 [n, 2·C, h, w].
+
+        Args:
+            items: numbers in this set, int64 [n].
+            mirrored: whether to take those of the mirrored image, bool [n].
+        """
+        rows, maps = self.rows[items], self._maps
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        offsets = rows - self._starts[shards]
+        out = np.empty((len(rows), *maps[0].shape[2:]), dtype=np.float16)
+        for place, (shard, row, side) in enumerate(zip(shards.tolist(), offsets.tolist(), mirrored.tolist())):
+            out[place] = maps[shard][row, int(side)]
+        return out
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash by which other latents, or another split of them, are noticed."""
+        digest = hashlib.sha256(to_json({**self.manifest, "latent": {**self.manifest["latent"], "vae": None}}))
+        digest.update(self.rows.astype("<i8").data)
+        return digest.hexdigest()[:16]
+
+
+def _all_labels(shards: Sequence[Shard]) -> np.ndarray:
+    return np.concatenate([shard.labels for shard in shards])
+
+
+def open_latents(
+    path: str | os.PathLike[str] | None, split: str = "train", validation_fraction: float = 0.1
+) -> LatentSet:
+    """Open what `gspn_dit.data.encode` wrote; sizes are checked, checksums only by its --verify.
+
+    Args:
+        path: a directory of latents, or one that holds two of them: `train` and `validation` (or `val`, `test`).
+        split: "train" or "validation".
+        validation_fraction: in [0, 0.5]; the share held out where there is one directory (deterministic, stratified).
+
+    Raises:
+        UserError: there are none, a shard is missing, damaged or of another size, or two directories do not match.
+    """
+    if not path:
+        raise UserError("the data set 'latents' needs a directory: set data.path")
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"the data path {directory} does not exist or is not a directory")
+    held_out = next((name for name in HELD_OUT if (directory / name / MANIFEST).exists()), None)
+    if not (directory / MANIFEST).exists() and held_out and (directory / "train" / MANIFEST).exists():
+        train, validation = (read_manifest(directory / name) for name in ("train", held_out))
+        for key in ("class_names", "latent"):
+            if train[key] != validation[key]:
+                raise UserError(f"{directory}: '{key}' of train and {held_out} differ; encode both alike")
+        return _open(directory / ("train" if split == "train" else held_out), has_validation=True)
+    everything = _open(directory)
+    if validation_fraction == 0:
+        if split != "train":
+            raise UserError(f"the latents {directory} have no validation split and validation_fraction is 0")
+        return everything
+    training, validation_rows = stratified_split(everything.labels, validation_fraction)
+    rows = np.sort(training if split == "train" else validation_rows)
+    if not len(rows):
+        raise UserError(f"the latents {directory} are too few to be split: {len(everything)} images")
+    return LatentSet(directory, everything.manifest, everything.shards, rows)
+
+
+def _open(directory: Path, has_validation: bool = False) -> LatentSet:
+    manifest = read_manifest(directory)
+    for entry in manifest["shards"]:
+        if damage := find_damage(directory, entry, thorough=False):
+            raise UserError(f"{damage}; encode it again with gspn_dit.data.encode")
+    shards = tuple(Shard(directory / entry["file"]) for entry in manifest["shards"])
+    count = sum(entry["images"] for entry in manifest["shards"])
+    if not count:
+        raise UserError(f"the latents {directory} hold no image")
+    return LatentSet(directory, manifest, shards, np.arange(count), has_validation)

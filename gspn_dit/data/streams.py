@@ -1,0 +1,219 @@
+"""Training images that are read as they come: `datasets` streaming, split over the processes.
+
+The image of a sample number is a function of (seed, number of processes, sample number), as everywhere in this project,
+so a resumed run goes on bit by bit if it has as many processes as before. Unlike a stored set, a stream cannot be
+entered anywhere: resuming reads, without decoding, what this process has seen of the current epoch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspn_dit import rng
+from gspn_dit.data.batches import draw_flips, draw_posterior, mirror
+from gspn_dit.data.image_sources import HELD_OUT, is_hub_name, standard_columns
+from gspn_dit.data.images import ImageSet, decode_cell
+from gspn_dit.data.latents import Latent
+from gspn_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+SHARDS = 256
+"""Into how many pieces a saved data set is cut, whose order is shuffled and which the processes share out."""
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Labelled images that can only be read in order."""
+
+    dataset: IterableDataset
+    """Columns `image` (Image, undecoded) and `label` (ClassLabel)."""
+    name: str
+    count: int
+    image_size: int
+    channels: int
+    crop: bool
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, by class id."""
+        return list(self.dataset.features["label"].names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def rows(self, seed: int, epoch: int, rank: int, world: int, skip: int) -> Iterator[dict[str, Any]]:
+        """Yield what a process reads in an epoch from its row `skip` on, again and again if it is short of rows."""
+        from datasets import IterableDataset
+        from datasets.distributed import split_dataset_by_node
+
+        # A buffer of one, fed by one piece at a time, moves nothing: the order of the pieces alone is shuffled.
+        options: dict[str, Any] = {"buffer_size": 1}
+        if "max_buffer_input_shards" in inspect.signature(IterableDataset.shuffle).parameters:
+            options["max_buffer_input_shards"] = 1
+        shuffled = self.dataset.shuffle(seed=int(rng.permutation(seed, epoch, 1 << 16)[0]) + (epoch << 16), **options)
+        mine = split_dataset_by_node(shuffled, rank=rank, world_size=world)
+        yield from mine.skip(skip)
+        while True:
+            again = iter(mine)
+            row = next(again, None)
+            if row is None:
+                raise UserError(f"the stream '{self.name}' has no images for process {rank} of {world}")
+            yield from itertools.chain([row], again)
+
+
+@dataclass
+class StreamBatches:
+    """Batches of a stream for one process of `world`; `training` must be asked for the sample numbers of this one."""
+
+    images: ImageStream
+    latent: Latent
+    seed: int
+    horizontal_flip: bool = False
+    shuffle_images: int = 1024
+    """Rows that are kept, and shuffled among themselves."""
+    rank: int = 0
+    world: int = 1
+    _block: tuple[int, int, list[dict[str, Any]]] = field(default=(-1, -1, []), init=False, repr=False)
+    _rows: Iterator[dict[str, Any]] = field(default_factory=lambda: iter(()), init=False, repr=False)
+
+    @cached_property
+    def _rows_per_epoch(self) -> int:
+        return max(1, len(self.images) // self.world)
+
+    def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return latents float32 [B, C, H, W] and labels int64 [B] of consecutive sample numbers of this process."""
+        # A batch spans world · B numbers; this process has seen as many as lie before it, divided by the world.
+        first = (numbers[0] - self.rank * len(numbers)) // self.world
+        rows = [self._row(first + place) for place in range(len(numbers))]
+        images = self.images
+        decoded = [
+            decode_cell(row["image"], number, images.image_size, images.channels, images.crop)[0]
+            for row, number in zip(rows, numbers, strict=True)
+        ]
+        pixels = mirror(np.stack(decoded), draw_flips(self.seed, numbers, self.horizontal_flip))
+        noise = draw_posterior(self.latent, self.seed, rng.Stream.POSTERIOR, numbers)
+        return self.latent.encode(pixels, noise), torch.tensor([row["label"] for row in rows])
+
+    def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Refuse: an image of a stream cannot be asked for by its index."""
+        raise UserError("images of a stream cannot be looked up; leave out data.streaming, or what asks for them")
+
+    def _row(self, position: int) -> dict[str, Any]:
+        """Return what this process reads at a position of its own; blocks of rows are read in order and shuffled."""
+        epoch, offset = divmod(position, self._rows_per_epoch)
+        block, place = divmod(offset, self.shuffle_images)
+        if (epoch, block) != self._block[:2]:
+            self._read_block(epoch, block)
+        rows = self._block[2]
+        blocks = -(-self._rows_per_epoch // self.shuffle_images)
+        order = rng.permutation(self.seed, (epoch * blocks + block) * self.world + self.rank, len(rows))
+        return rows[order[place]]
+
+    def _read_block(self, epoch: int, block: int) -> None:
+        if (epoch, block - 1) != self._block[:2]:  # the first one, a new epoch or a resumed run
+            skip = block * self.shuffle_images
+            self._rows = self.images.rows(self.seed, epoch, self.rank, self.world, skip)
+        length = min(self.shuffle_images, self._rows_per_epoch - block * self.shuffle_images)
+        self._block = epoch, block, list(itertools.islice(self._rows, length))
+
+
+def open_stream(
+    path: str | None, image_size: int | None, validation_images: int
+) -> tuple[ImageStream, ImageSet | None]:
+    """Open a data set for streaming: training images, and as many validation images as are asked for.
+
+    Args:
+        path: a directory that `save_to_disk` wrote, a directory of Parquet or other files that `load_dataset` streams,
+            or a name on the Hugging Face hub.
+        image_size: centre-crop and resize to this size; None: all have the size of the first one.
+        validation_images: these are read at once and kept; none if the source has no held-out part.
+
+    Raises:
+        UserError: it cannot be opened, lacks classes, or does not say how many images it has.
+    """
+    from datasets import Image as ImageFeature
+
+    parts = _open_parts(path)
+    train = parts["train"] if "train" in parts else next(iter(parts.values()))
+    standard, count, held_out = standard_columns(train, Path(str(path))), _count(train, path), None
+    stream = standard.cast_column("image", ImageFeature(decode=False))
+    first = next(iter(stream), None)
+    if first is None:
+        raise UserError(f"the data set {path} has no images")
+    channels, size = _geometry(first["image"], image_size)
+    name = Path(str(path)).name
+    part = next((part for part in HELD_OUT if part in parts), None)
+    if part is not None:
+        rows = _first_rows(standard_columns(parts[part], Path(str(path))), validation_images)
+        held_out = ImageSet(rows, name, size, channels, image_size is not None, has_validation=True)
+    return ImageStream(stream, name, count, size, channels, image_size is not None), held_out
+
+
+def _open_parts(path: str | None) -> dict[str, IterableDataset]:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    if not path:
+        raise UserError("the data set 'hf' needs a directory or a name: set data.path")
+    folder = Path(path)
+    if not folder.is_dir() and not is_hub_name(path):
+        raise UserError(f"the data path {path} is neither a directory nor OWNER/NAME of a data set of the hub")
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            stored = load_from_disk(path)
+            saved = {"train": stored} if isinstance(stored, Dataset) else dict(stored)
+            return {name: _cut(part) for name, part in saved.items()}
+        return dict(load_dataset(path, streaming=True))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        raise UserError(f"{path} cannot be streamed: {reason}") from error
+
+
+def _cut(dataset: Dataset) -> IterableDataset:
+    return dataset.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(dataset))))
+
+
+def _count(dataset: IterableDataset, path: str | None) -> int:
+    splits = dataset.info.splits or {}
+    count = splits[str(dataset.split)].num_examples if str(dataset.split) in splits else 0
+    if not count:
+        raise UserError(
+            f"the data set {path} does not say how many images it has, which a resumed stream must know; "
+            "write it with save_to_disk or push_to_hub, which record it"
+        )
+    return int(count)
+
+
+def _geometry(cell: dict[str, Any] | None, image_size: int | None) -> tuple[int, int]:
+    """Return channels and size of the stream by its first image."""
+    from gspn_dit.data.images import read_header
+
+    size, mode = read_header(cell, "first of the stream")
+    if image_size is None and size[0] != size[1]:
+        raise UserError(f"the first image is {size[0]}x{size[1]} pixels, not square; set data.image_size")
+    return (1 if mode in ("1", "L") else 3), image_size or size[0]
+
+
+def _first_rows(dataset: IterableDataset, count: int) -> Dataset:
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    features = dataset.features
+    rows = list(dataset.cast_column("image", ImageFeature(decode=False)).take(count))
+    columns = {name: [row[name] for row in rows] for name in ("image", "label")}
+    return Dataset.from_dict(columns, features=features)

@@ -1,0 +1,63 @@
+"""Fine-tuning: start from the weights of another run, whose classes may be others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gspn_dit.data.latents import refuse_other_vae
+from gspn_dit.errors import UserError
+from gspn_dit.training.checkpoint import load_tensors, read_manifest, resolve_checkpoint
+from gspn_dit.training.setup import Parts
+
+LABEL_TABLE = "class_embed.weight"
+
+
+def start_from(checkpoint: str, parts: Parts) -> None:
+    """Give the model the averaged weights of a run directory or checkpoint.
+
+    The label table [classes + 1, C] is resized: a class of the same name keeps its row, the last row stays that of "no
+    class", and a new class keeps the row that the seed drew for it.
+
+    Raises UserError if there is no such checkpoint, or it is of another model or of latents of another autoencoder.
+    """
+    directory = resolve_checkpoint(checkpoint)
+    manifest = read_manifest(directory)
+    weights = "ema" if "ema.safetensors" in manifest["files"] else "model"
+    tensors, own = load_tensors(directory, weights), parts.model.state_dict()
+    before, now = manifest["latent"], parts.latent.spec()
+    if before.get("name") != now["name"] or now["name"] == "kl":
+        refuse_other_vae({**before, "image_size": now["image_size"]}, now)
+    for name in sorted({*tensors, *own}):
+        given, needed = tensors.get(name), own.get(name)
+        rows = 1 if name == LABEL_TABLE else 0
+        if given is None or needed is None or given.shape[rows:] != needed.shape[rows:]:
+            shapes = [None if tensor is None else list(tensor.shape) for tensor in (given, needed)]
+            raise UserError(
+                f"training.initialize_from {checkpoint} belongs to another model: '{name}' has shape {shapes[0]} there "
+                f"and {shapes[1]} here"
+            )
+    names = parts.description["class_names"]
+    tensors[LABEL_TABLE] = resize_label_table(tensors[LABEL_TABLE], manifest["class_names"], own[LABEL_TABLE], names)
+    parts.model.load_state_dict(tensors)
+
+
+def resize_label_table(table: Tensor, names: list[str], fresh: Tensor, new_names: list[str]) -> Tensor:
+    """Return the label table of new classes, float32 [len(new_names) + 1, C].
+
+    Args:
+        table: of the old classes, [len(names) + 1, C]; its last row means "no class".
+        names: of the old classes, by id.
+        fresh: a table of the new size, from which classes without a namesake take their rows.
+        new_names: of the new classes, by id.
+    """
+    old_ids: Mapping[str, int] = {name: number for number, name in enumerate(names)}
+    resized = fresh.detach().clone()
+    with torch.no_grad():
+        for number, name in enumerate(new_names):
+            if name in old_ids:
+                resized[number] = table[old_ids[name]]
+        resized[-1] = table[-1]
+    return resized
