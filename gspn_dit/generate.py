@@ -61,6 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         help="drawn at random by (seed, index), or the classes in turn (default: uniform)")  # fmt: skip
     parser.add_argument("--classes", help="ids, ranges and names: 0-9, or 3,7,cat (default: all)")
     parser.add_argument("--weights", choices=("ema", "model"), help="(default: ema)")
+    parser.add_argument("--vae", metavar="NAME_OR_DIR", help="where the autoencoder of the latents lies now, if moved")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the protocol's, or 50)")
     parser.add_argument("--sampler", help="(default: the protocol's, or the objective's)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1, the default, is no guidance")
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     state, device = _join(options.device)
     _compute_exactly(options.tf32)
     checkpoint = resolve_checkpoint(options.checkpoint)
-    pipeline = GSPNPipeline.from_checkpoint(checkpoint, options.weights, device)
+    pipeline = GSPNPipeline.from_checkpoint(checkpoint, options.weights, device, options.vae)
     pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
     classes = parse_classes(options.classes, pipeline.class_names)
     settings = _settings(options, checkpoint, pipeline)
@@ -173,7 +174,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
     objective, latent, manifest = pipeline.objective, pipeline.latent, pipeline.manifest
     if (options.guidance_channels or 0) > latent.channels:
         raise UserError(f"--guidance-channels is {options.guidance_channels}, but the latent has {latent.channels}")
-    image_size = latent.size * latent.factor
+    image_size, latent_spec = latent.size * latent.factor, latent.spec()
     check_model(options.protocol, image_size, len(pipeline.class_names))
     if options.sampler is None:
         preferred = find_protocol(options.protocol).samplers
@@ -201,8 +202,8 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "weights_sha256": _sha256(checkpoint / f"{options.weights}.safetensors"),
         "model": manifest["model"],
         "objective": manifest["config"]["objective"],
-        "latent": latent.spec(),
-        "vae": None if latent.spec()["name"] == "identity" else latent.spec(),
+        "vae": latent_spec.pop("vae", None),
+        "latent": latent_spec,
         "training_data": manifest.get("data"),
         "class_names": pipeline.class_names,
         "chunk_size": CHUNK,
