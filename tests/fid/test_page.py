@@ -73,7 +73,6 @@ def opened(path: Path, profile: Path) -> dict[str, Any]:
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.slow
 def test_the_report_opens_whole_and_alone(tmp_path: Path) -> None:
     path, _ = adm_reference(tmp_path)
     real = fid.images.read_reference(path, 8)
