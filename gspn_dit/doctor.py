@@ -132,8 +132,27 @@ def inspect_backends() -> list[BackendReport]:
     except Exception as error:
         problem = _in_one_line(error)
     if problem is None:
-        return [*reports, _try_backend("cupy", "cuda", "CUDA kernels through CuPy")]
+        return [*reports, _try_backend("cupy", "cuda", cuda.describe())]
     return [*reports, BackendReport("cupy", False, problem, _fix_for_cupy())]
+
+
+def find_toolchain() -> dict[str, Any]:
+    """Return what compiles the CUDA kernels here, which needs no GPU, or why nothing does and the fix."""
+    try:
+        import torch
+
+        from gspn_dit.ops import cuda
+
+        return asdict(cuda.toolchain())
+    except Exception as error:
+        cupy = [package for package in CUPY_PACKAGES if installed_version(package)]
+        fix = None
+        if installed_version("torch") and not cupy:
+            built_for = (torch.version.cuda or "13").split(".")[0]
+            fix = f"pip install {_requirement(f'cuda{built_for}')}"
+        elif len(cupy) == 1 and cupy[0] != "cupy":
+            fix = f"pip install '{cupy[0]}[ctk]'"
+        return {"problem": _in_one_line(error), "fix": fix}
 
 
 def _try_backend(name: str, device: str, what: str) -> BackendReport:
@@ -181,6 +200,7 @@ def diagnose() -> dict[str, Any]:
         "machine": describe_machine(),
         "override": os.environ.get("GSPN_SCAN_BACKEND"),
         "backends": [asdict(report) for report in reports],
+        "cuda_compiler": find_toolchain(),
     }
 
 
@@ -196,6 +216,7 @@ def format_report(diagnosis: dict[str, Any]) -> str:
         lines.append(f"  {'GPU':<15}{gpu['name']}, compute capability {capability}, {size}")
     if machine["gpu_note"]:
         lines.append(f"  {'GPU':<15}{machine['gpu_note']}")
+    lines += ["CUDA compiler", *_format_toolchain(diagnosis["cuda_compiler"])]
     lines.append("Scan backends")
     for report in diagnosis["backends"]:
         lines.append(f"  {report['name']:<15}{'works' if report['works'] else 'does not work'}: {report['detail']}")
@@ -205,6 +226,18 @@ def format_report(diagnosis: dict[str, Any]) -> str:
         lines.append(f"  GSPN_SCAN_BACKEND={diagnosis['override']} stands in for backend='auto' in this environment.")
     works = "works" if diagnosis["ok"] else "does not work"
     return "\n".join([*lines, f"The CPU path {works}."])
+
+
+def _format_toolchain(tools: dict[str, Any]) -> list[str]:
+    if "problem" in tools:
+        fix = [f"  {'':<15}to fix it: {tools['fix']}"] if tools["fix"] else []
+        return [f"  {'NVRTC':<15}not found: {tools['problem']}", *fix]
+    architectures = ", ".join(tools["architectures"]) or "no GPU here; python -m gspn_dit.ops.inspect compiles for any"
+    return [
+        f"  {'NVRTC':<15}{tools['nvrtc']}, through CuPy {tools['cupy']}",
+        f"  {'architecture':<15}{architectures}",
+        f"  {'cache':<15}{tools['cache_directory']}",
+    ]
 
 
 def _gibibytes(size_bytes: int | None) -> str:

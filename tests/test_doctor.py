@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -60,6 +61,40 @@ def test_report_for_a_reader(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "to fix it: pip install -e '.[cuda13]'" in lines
     assert any("GSPN_SCAN_BACKEND=reference stands in" in line for line in lines)
     assert lines[-1] == "The CPU path works."
+
+
+def test_what_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = cuda.Toolchain("14.2.0", "13.0", ("sm_90", "sm_100"), "/cache")
+    monkeypatch.setattr(cuda, "toolchain", lambda: tools)
+    assert doctor.find_toolchain() == dataclasses.asdict(tools)
+    lines = [" ".join(line.split()) for line in doctor._format_toolchain(doctor.find_toolchain())]
+    assert lines == ["NVRTC 13.0, through CuPy 14.2.0", "architecture sm_90, sm_100", "cache /cache"]
+    monkeypatch.setattr(cuda, "toolchain", lambda: dataclasses.replace(tools, architectures=()))
+    assert "architecture no GPU here;" in " ".join(doctor._format_toolchain(doctor.find_toolchain())[1].split())
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "installed", "fix"),
+    [
+        ("13.0", [], "pip install -e '.[cuda13]'"),
+        ("12.8", [], "pip install -e '.[cuda12]'"),
+        (None, [], "pip install -e '.[cuda13]'"),
+        ("13.0", ["cupy-cuda13x"], "pip install 'cupy-cuda13x[ctk]'"),
+    ],
+)
+def test_the_fix_for_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, of_torch: str | None, installed: list[str], fix: str
+) -> None:
+    def missing() -> cuda.Toolchain:
+        raise ModuleNotFoundError("No module named 'cupy'")
+
+    monkeypatch.setattr(cuda, "toolchain", missing)
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "1.0" if name in (*installed, "torch") else None)
+    found = doctor.find_toolchain()
+    assert found == {"problem": "ModuleNotFoundError: No module named 'cupy'", "fix": fix}
+    lines = [" ".join(line.split()) for line in doctor._format_toolchain(found)]
+    assert lines == ["NVRTC not found: ModuleNotFoundError: No module named 'cupy'", f"to fix it: {fix}"]
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])

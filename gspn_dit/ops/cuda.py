@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -60,15 +61,33 @@ def _problem() -> str | None:
     return None
 
 
-def describe() -> str:
-    """Say in one line what runs the kernels: CuPy, NVRTC, the GPU's architecture, where compiled ones are kept."""
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiles the kernels here, with a GPU or without."""
+
+    cupy: str
+    nvrtc: str
+    architectures: tuple[str, ...]
+    """Of the GPUs that PyTorch sees, such as "sm_90"."""
+    cache_directory: str
+    """Where CuPy keeps compiled kernels."""
+
+
+def toolchain() -> Toolchain:
+    """Ask CuPy, NVRTC and PyTorch; raises ImportError without CuPy, or whatever a broken installation raises."""
     cupy = importlib.import_module("cupy")
     nvrtc = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    architectures = {"sm_{}{}".format(*torch.cuda.get_device_capability(index)): None for index in gpus}
     folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
-    parts = [f"CUDA kernels through CuPy {cupy.__version__}", f"NVRTC {nvrtc}"]
-    if torch.cuda.is_available():
-        parts.append("sm_{}{}".format(*torch.cuda.get_device_capability()))
-    return ", ".join([*parts, f"compiled ones in {folder}"])
+    return Toolchain(cupy.__version__, nvrtc, tuple(architectures), folder)
+
+
+def describe() -> str:
+    """Say in one line what runs the kernels: CuPy, NVRTC, the GPUs' architectures, where compiled ones are kept."""
+    tools = toolchain()
+    parts = [f"CUDA kernels through CuPy {tools.cupy}", f"NVRTC {tools.nvrtc}", *tools.architectures]
+    return ", ".join([*parts, f"compiled ones in {tools.cache_directory}"])
 
 
 # torch.compile takes the answer as a constant: this is what torch.compiler.assume_constant_result sets, without
