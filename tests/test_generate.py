@@ -57,9 +57,17 @@ def refusal(*arguments: Any, **keywords: Any) -> str:
     return str(caught.value)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a directory tree, by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of a directory tree, by name; of settings all but the environment, which is the source tree's, too."""
+    files: dict[str, Any] = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        content: Any = path.read_bytes()
+        if path.suffix == ".json":
+            content = {
+                key: value for key, value in json.loads(content).items() if key not in ("environment", "resumed")
+            }
+        files[str(path.relative_to(folder))] = content
+    return files
 
 
 def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:

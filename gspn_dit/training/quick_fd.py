@@ -1,7 +1,8 @@
 """A Fréchet distance to watch while training: few samples, so a trend within one run, never a figure to compare.
 
 Samples are drawn from the averaged weights without guidance, of all classes in turn, always from the same noise. The
-reference is training images as the latent decodes them, so that the model is measured and not its autoencoder.
+reference is training images as the latent decodes them, so that the model is measured and not its autoencoder; of a
+stream, which cannot be asked for an image, it is the held-out ones.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class QuickFD:
         data_name = parts.description["data"]["name"]
         self.config, self.parts, self.accelerator = config, parts, accelerator
         self.count = settings.fd_samples
-        self.reference_count = min(len(parts.training.images), MAX_REFERENCE_IMAGES)
+        self.reference = parts.validation if config.data.streaming else parts.training
+        if self.reference is None:
+            raise UserError("training.fd_every: a stream without a validation split has no images to compare with")
+        self.reference_count = min(len(self.reference.images), MAX_REFERENCE_IMAGES)
         self.scorer = load_scorer(settings.fd_features, data_name, latent.size * latent.factor, latent.image_channels)
         needed = self.scorer.feature_dim + 1
         if self.count < needed:
@@ -80,7 +84,7 @@ class QuickFD:
             )
         if self.reference_count < needed:
             raise UserError(
-                f"training.fd_every: {self.scorer.name} needs at least {needed} training images, "
+                f"training.fd_every: {self.scorer.name} needs at least {needed} images, "
                 f"'{data_name}' has {self.reference_count}; leave it out"
             )
 
@@ -91,7 +95,14 @@ class QuickFD:
 
     def __call__(self, model: DiffusionModel) -> float:
         """Return the distance of this model's samples, the same in every process; NaN if they give none."""
-        features = self._features(self.count, lambda indices: self._draw(model, indices))
+
+        def draw(indices: range) -> np.ndarray | None:
+            try:
+                return self._draw(model, indices)
+            except UserError:  # samples that are not finite shall not end the run, nor one process alone
+                return None
+
+        features = self._features(self.count, draw)
         try:
             return self.scorer.distance(features, self._real)
         except UserError:
@@ -100,7 +111,8 @@ class QuickFD:
     @cached_property
     def _real(self) -> Tensor:
         """Features of the reference, [m, d]."""
-        batches, latent = self.parts.training, self.parts.latent
+        batches, latent = self.reference, self.parts.latent
+        assert batches is not None
         chosen = np.linspace(0, len(batches.images) - 1, self.reference_count).astype(np.int64)
 
         def decode(indices: range) -> np.ndarray:
@@ -109,16 +121,15 @@ class QuickFD:
 
         return self._features(self.reference_count, decode)
 
-    def _features(self, count: int, images_of: Callable[[range], np.ndarray]) -> Tensor:
+    def _features(self, count: int, images_of: Callable[[range], np.ndarray | None]) -> Tensor:
         """Return features of images 0 … count-1, float32 [count, d]; the processes share the work by chunks."""
         device = self.accelerator.device
         features = torch.zeros(count, self.scorer.feature_dim)
         for start in range(CHUNK * self.accelerator.process_index, count, CHUNK * self.accelerator.num_processes):
             indices = range(start, min(start + CHUNK, count))
-            try:
-                features[start : indices.stop] = self.scorer.features(images_of(indices), str(device))
-            except UserError:  # samples that are not finite end neither the run nor, in one process alone, the exchange
-                features[start : indices.stop] = math.nan
+            images = images_of(indices)
+            part = math.nan if images is None else self.scorer.features(images, str(device))
+            features[start : indices.stop] = part
         # Each row is not zero in one process alone, so the sum is exact in any order.
         return self.accelerator.reduce(features.to(device), reduction="sum").cpu()
 
