@@ -1,0 +1,389 @@
+"""Time and weigh scans against attention: the mixer with its projections, a DiT block, the whole DiT.
+
+    python -m benchmarks.mixers --out benchmarks/results/mixers.json
+
+One image of 256 to 16,384 tokens (256² to 2048² pixels at factor 8 and patch 2), float32, forward with the gradients'
+bookkeeping and forward + backward. A cell is timed in turn with its rivals; the longer it takes, the less often. What
+would take longer than --cell-seconds, or more memory than there is, by the growth from the size before, is left out and
+listed as skipped. Nothing is timed unless both mixers agree with their formulas first.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+
+SIDES = (16, 32, 64, 128)
+"""Rows and columns of tokens."""
+DIT_OF = {384: ("DiT-S/2", {}), 1152: ("DiT-XL/2", {"depth": 2})}
+"""The model of each width; of the widest only two blocks, because 28 need more memory than a laptop has."""
+WINDOW, GROUPS = 16, 8
+VARIANTS: dict[str, dict[str, Any]] = {
+    "attention": {"mixer": "attention"},
+    "gspn": {"mixer": "gspn"},
+    "gspn windowed": {"mixer": "gspn", "scan_window": WINDOW},
+    "gspn shared": {"mixer": "gspn", "weight_groups": GROUPS},
+}
+PEER = "diffusers"
+"""`DiTTransformer2DModel` of the same size, among the models."""
+EQUAL = "gspn, equal parameters"
+"""A DiT-S with scans so wide that it has as many parameters as attention's, within 1%."""
+OPTIONS = {**VARIANTS, EQUAL: {"mixer": "gspn", "hidden_size": 392}}
+"""Of `create_model`."""
+WHATS = ("mixer", "block", "model")
+SECONDS_OF_A_CELL = 2.5
+"""Runs are repeated for about this long, but not more often than --repeats."""
+GROWTH = {"attention": 16.0, PEER: 16.0}
+"""By which the time of a cell is predicted to grow from one size to the next; 5 for scans."""
+
+
+@dataclass
+class Cell:
+    """One variant at one size."""
+
+    name: str
+    tokens: int
+    variant: str
+    parameters: int = 0
+    forward: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    peak_extra_bytes: int | None = None
+    skipped: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": self.name, "tokens": self.tokens, "variant": self.variant}
+        if self.skipped:
+            return {**entry, "skipped": self.skipped}
+        return {
+            **entry,
+            "parameters": self.parameters,
+            "forward": _timing(self.forward, None),
+            "forward_backward": _timing(self.total, self.cpu),
+            "peak_extra_bytes": self.peak_extra_bytes,
+        }
+
+
+def _timing(seconds: Sequence[float], cpu: Sequence[float] | None) -> dict[str, Any]:
+    best, median = min(seconds), statistics.median(seconds)
+    entry = {
+        "best_ms": round(1e3 * best, 3),
+        "median_ms": round(1e3 * median, 3),
+        "spread": round(median / best - 1, 4),
+        "runs": len(seconds),
+    }
+    return entry if cpu is None else {**entry, "cpu_ms": round(1e3 * min(cpu), 3)}
+
+
+# -- what is run -----------------------------------------------------------------------------------------------------
+
+
+def build(what: str, channels: int, variant: str, side: int) -> tuple[Any, tuple[Any, ...]]:
+    """Return a module and the inputs of one image of side² tokens."""
+    import torch
+
+    from gspn_dit.models import create_model
+    from gspn_dit.models.dit import DiTBlock
+
+    name, size = DIT_OF[channels]
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    if what == "model":
+        latents = torch.randn(1, 4, 2 * side, 2 * side, generator=generator)
+        arguments = (latents, torch.tensor([500.0]), torch.tensor([3]))
+        if variant == PEER:
+            return _peer(name, size, side), arguments
+        return create_model(name, 1000, 4, 2 * side, 8, **size, **OPTIONS[variant]), arguments
+    one = create_model(name, 1, 4, 2 * side, depth=1, **OPTIONS[variant]).blocks[0]
+    assert isinstance(one, DiTBlock)
+    tokens = torch.randn(1, side, side, channels, generator=generator, requires_grad=True)
+    if what == "mixer":
+        return one.mixer, (tokens,)
+    return one, (tokens, torch.randn(1, channels, generator=generator))
+
+
+def _peer(name: str, size: dict[str, Any], side: int) -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    from gspn_dit.models.presets import DIT_PRESETS, parse_name
+
+    preset = DIT_PRESETS[parse_name(name)[1]]
+    return DiTTransformer2DModel(
+        num_attention_heads=preset.num_heads,
+        attention_head_dim=preset.hidden_size // preset.num_heads,
+        in_channels=4,
+        out_channels=8,
+        num_layers=size.get("depth", preset.depth),
+        sample_size=2 * side,
+    )
+
+
+def runner(module: Any, arguments: tuple[Any, ...]) -> Callable[[], tuple[float, float, float]]:
+    """Return a function that runs forward and backward once: seconds of forward, of both, of all processors."""
+    import torch
+
+    leaves = [*module.parameters(), *(a for a in arguments if a.requires_grad)]
+
+    def run() -> tuple[float, float, float]:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        output = module(*arguments)
+        output = getattr(output, "sample", output)
+        forward = time.perf_counter() - began
+        torch.autograd.grad(output, leaves, output.detach())
+        return forward, time.perf_counter() - began, time.process_time() - cpu_began
+
+    return run
+
+
+def disagreement() -> str | None:
+    """Compare both mixers with their formulas in float64; return a sentence about the first that is wrong."""
+    import torch
+
+    from gspn_dit.models.dit import AttentionMixer, ScanMixer
+    from gspn_dit.ops import gspn_scan
+
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 5, 7, 32, dtype=torch.float64)
+    with torch.no_grad():
+        attention = AttentionMixer(32, 2).double()
+        q, k, v = attention.qkv(tokens).flatten(1, 2).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).reshape(tokens.shape)
+        if not torch.allclose(attention(tokens), attention.proj(mixed)):
+            return "attention differs from softmax(QKᵀ/√d)V"
+        for groups, window in ((None, None), (None, 4), (4, None)):
+            mixer = ScanMixer(32, groups, window).double()
+            x, scan = mixer.in_proj(tokens), mixer.scan
+            maps = (scan.to_logits, scan.to_input_gate, scan.to_output_gate)
+            logits, u, v = (layer(scan.to_proxy(x)).unflatten(-1, (4, -1)) for layer in maps)
+            logits = logits.unflatten(-1, (3, -1))
+            y = gspn_scan(x, logits, u, v, scan.merge_weight, window=window, backend="reference")
+            if not torch.allclose(mixer(tokens), mixer.out_proj(y)):
+                return f"the scan with {groups} groups and window {window} differs from the reference"
+    return None
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """Measures cells, the small sizes first, from which the cost of the next is predicted."""
+
+    def __init__(self, repeats: int, cell_seconds: float) -> None:
+        from benchmarks.measure import CpuDevice
+
+        self.device, self.repeats, self.cell_seconds = CpuDevice(), repeats, cell_seconds
+        self.cells: list[Cell] = []
+
+    def measure(self, what: str, channels: int, side: int, variants: Sequence[str]) -> None:
+        """Measure variants of one size in turn."""
+        runs: dict[str, Callable[[], tuple[float, float, float]]] = {}
+        left: dict[str, int] = {}
+        cells: dict[str, Cell] = {}
+        for variant in variants:
+            cells[variant] = cell = Cell(f"{what} C={channels}", side * side, variant)
+            self.cells.append(cell)
+            seconds, memory = self._predict(cell)
+            cell.skipped = self._reason_to_skip(seconds, memory)
+            if cell.skipped:
+                _say(f"{cell.name}, {cell.tokens} tokens, {variant}: skipped, {cell.skipped}")
+                continue
+            module, arguments = build(what, channels, variant, side)
+            cell.parameters = sum(parameter.numel() for parameter in module.parameters())
+            runs[variant] = runner(module, arguments)
+            if seconds is None or seconds < SECONDS_OF_A_CELL:
+                runs[variant]()
+            left[variant] = self._weigh(cell, runs[variant])
+        while any(left.values()):
+            for variant in [name for name, count in left.items() if count]:
+                left[variant] -= 1
+                self._record(cells[variant], runs[variant]())
+        for variant in runs:
+            cell = cells[variant]
+            _say(
+                f"{cell.name}, {cell.tokens} tokens, {variant}: {1e3 * min(cell.total):.1f} ms, {len(cell.total)} runs"
+            )
+        gc.collect()
+
+    def _weigh(self, cell: Cell, run: Callable[[], tuple[float, float, float]]) -> int:
+        """Run once for the peak of memory; return how many timed runs are to follow. A long run counts as one."""
+        result: list[tuple[float, float, float]] = []
+        cell.peak_extra_bytes = self.device.peak_extra_bytes(lambda: result.append(run()))
+        seconds = result[0][1]
+        if seconds > SECONDS_OF_A_CELL:
+            self._record(cell, result[0])
+            return 0
+        return max(1, min(self.repeats, int(SECONDS_OF_A_CELL / seconds)))
+
+    @staticmethod
+    def _record(cell: Cell, seconds: tuple[float, float, float]) -> None:
+        for values, value in zip((cell.forward, cell.total, cell.cpu), seconds, strict=True):
+            values.append(value)
+
+    def _predict(self, cell: Cell) -> tuple[float | None, float | None]:
+        """Return seconds and bytes from the size before: None where there is none, infinite where that was skipped."""
+        before = [c for c in self.cells[:-1] if (c.name, c.variant) == (cell.name, cell.variant)]
+        if not before:
+            return None, None
+        if before[-1].skipped:
+            return math.inf, None
+        memory = before[-1].peak_extra_bytes
+        return GROWTH.get(cell.variant, 5.0) * min(before[-1].total), None if memory is None else 4.5 * memory
+
+    def _reason_to_skip(self, seconds: float | None, memory: float | None) -> str | None:
+        if seconds is not None and seconds > self.cell_seconds:
+            return "too long" if math.isinf(seconds) else f"too long: about {seconds:.0f} s"
+        if memory is not None and memory > 0.8 * _free_bytes():
+            return f"too large: about {memory / 1e9:.0f} GB"
+        return None
+
+
+def _free_bytes() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def exponent(cells: Sequence[Cell], name: str, variant: str) -> float | None:
+    """Return the slope of log time (forward + backward) against log tokens by least squares; None for one size."""
+    points = [
+        (math.log(cell.tokens), math.log(min(cell.total)))
+        for cell in cells
+        if (cell.name, cell.variant) == (name, variant) and not cell.skipped
+    ]
+    if len(points) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def times_faster(cells: Sequence[Cell], name: str, variant: str, tokens: int) -> float | None:
+    """Return attention's time over a variant's, forward + backward."""
+    found = {c.variant: min(c.total) for c in cells if (c.name, c.tokens) == (name, tokens) and not c.skipped}
+    return found["attention"] / found[variant] if {"attention", variant} <= set(found) else None
+
+
+def targets(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return what was to be shown, and whether it was."""
+    faster = times_faster(cells, "model C=384", EQUAL, 256)
+    rows: list[tuple[str, float | None, str, float]] = [
+        ("exponent of time against tokens, model C=384, gspn", exponent(cells, "model C=384", "gspn"), "<=", 1.1),
+        *(
+            (f"times faster, mixer C=384, {tokens} tokens", times_faster(cells, "mixer C=384", "gspn", tokens), ">=", x)
+            for tokens, x in ((4096, 3.0), (16384, 10.0))
+        ),
+        ("gspn over attention, model, 256 tokens, equal parameters", faster and 1 / faster, "<=", 1.3),
+    ]
+    return [
+        {
+            "target": target,
+            "bound": f"{sign} {bound}",
+            "value": None if value is None else round(value, 3),
+            "met": None if value is None else (value <= bound if sign == "<=" else value >= bound),
+        }
+        for target, value, sign, bound in rows
+    ]
+
+
+def plot(cells: Sequence[Cell], path: Path) -> None:
+    """Draw time of both widths and memory of the narrower one against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(width, kind) for width in DIT_OF for kind in ("seconds", "bytes")][:3]
+    figure, axes = plt.subplots(len(rows), len(WHATS), figsize=(13, 11), squeeze=False, layout="constrained")
+    for (width, kind), line in zip(rows, axes, strict=True):
+        for what, axis in zip(WHATS, line, strict=True):
+            for variant in (*VARIANTS, PEER):
+                name = f"{what} C={width}"
+                own = [c for c in cells if (c.name, c.variant) == (name, variant) and not c.skipped]
+                values = [min(c.total) if kind == "seconds" else c.peak_extra_bytes or math.nan for c in own]
+                if own:
+                    axis.loglog([c.tokens for c in own], values, marker="o", label=variant)
+            axis.set(xlabel="tokens", ylabel=f"{kind}, forward + backward", title=f"{what}, {width} channels")
+            axis.grid(True, which="major", alpha=0.3)
+    axes[0][-1].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def study(sides: Sequence[int], widths: Sequence[int], repeats: int, cell_seconds: float) -> tuple[dict[str, Any], Any]:
+    """Measure everything; return the report and the cells. Raises UserError if a mixer is wrong."""
+    from benchmarks.measure import software
+
+    if problem := disagreement():
+        raise UserError(f"no figures, a mixer is wrong: {problem}")
+    began, run = time.perf_counter(), Study(repeats, cell_seconds)
+    before = run.device.describe()
+    for width in widths:
+        for what in WHATS:
+            for side in sides:
+                more = [PEER] if what == "model" else []
+                if (what, width, side) == ("model", 384, 16):
+                    more.append(EQUAL)
+                run.measure(what, width, side, [*VARIANTS, *more])
+    names = list(dict.fromkeys(cell.name for cell in run.cells))
+    exponents = {n: {v: exponent(run.cells, n, v) for v in (*VARIANTS, PEER)} for n in names}
+    ratios = {
+        n: {str(s * s): {v: times_faster(run.cells, n, v, s * s) for v in (*VARIANTS, PEER)} for s in sides}
+        for n in names
+    }
+    report = {
+        "benchmark": "mixers",
+        "device": before,
+        "software": software(),
+        "settings": {"window": WINDOW, "groups": GROUPS, "cell_seconds": cell_seconds, "models": DIT_OF},
+        "targets": targets(run.cells),
+        "exponents": _rounded(exponents),
+        "times_faster_than_attention": _rounded(ratios),
+        "cells": [cell.as_json() for cell in run.cells],
+        "seconds": round(time.perf_counter() - began),
+        "device_after": run.device.describe(),
+    }
+    return report, run.cells
+
+
+def _rounded(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items() if value is not None}
+    return round(tree, 3)
+
+
+def main() -> None:
+    """Measure, print what was to be shown, and write JSON and PNG."""
+    parser = ArgumentParser(prog="benchmarks.mixers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES), help="rows and columns of tokens")
+    parser.add_argument("--widths", type=int, nargs="+", choices=list(DIT_OF), default=list(DIT_OF))
+    parser.add_argument("--repeats", type=int, default=9, help="at most so many runs of a cell")
+    parser.add_argument("--cell-seconds", type=float, default=40.0, help="leave out what takes longer than this")
+    parser.add_argument("--out", help="write the report to this JSON, and the plot to a PNG beside it")
+    options = parser.parse_args()
+    report, cells = study(options.sides, options.widths, options.repeats, options.cell_seconds)
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+        plot(cells, Path(options.out).with_suffix(".png"))
+    print(json.dumps({key: report[key] for key in ("targets", "exponents", "times_faster_than_attention")}, indent=1))
+
+
+if __name__ == "__main__":
+    run_cli(main)
