@@ -52,6 +52,7 @@ def measure(run: Path, steps: int, guidance_scale: float, seed: int) -> dict[str
     from gspn_dit.training.run_directory import describe_environment
 
     pipeline = GSPNPipeline.from_checkpoint(run)
+    pipeline.set_progress_bar_config(disable=None)
     labels = np.arange(SAMPLES) % len(pipeline.class_names)
     images = pipeline(
         labels.tolist(), num_inference_steps=steps, guidance_scale=guidance_scale, seed=seed, output_type="np"

@@ -19,13 +19,16 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
-SAMPLES = 2_000
+if TYPE_CHECKING:
+    from gspn_dit.data.images import ImageSet
+
+SAMPLES = 1_000
 SAMPLING_STEPS = 30
 GUIDANCE_SCALE = 1.2
 CALIBRATION_STEPS = 12
@@ -42,13 +45,21 @@ class DataSet:
     patch: int
     features: str
     """Weights of the feature net: "digits", or a file that `fid.train_features` made."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    images: tuple[str, str | None]
+    """Name and path of the real images, for `load_images`."""
+
+    def load(self, split: str) -> ImageSet:
+        """Return the real images of a split."""
+        from gspn_dit.data.images import load_images
+
+        return load_images(*self.images, split)
 
 
+FASHION_NET = "runs/fashion/features.safetensors"
 DATA_SETS = {
-    "digits": DataSet("configs/demo.yaml", 2, "digits"),
-    "fashion": DataSet("configs/fashion_pixels.yaml", 4, "runs/fashion/features.safetensors"),
-    "fashion-latents": DataSet("configs/fashion_latents.yaml", 1, "runs/fashion/features.safetensors"),
+    "digits": DataSet("configs/demo.yaml", 2, "digits", ("digits", None)),
+    "fashion": DataSet("configs/fashion_pixels.yaml", 4, FASHION_NET, ("hf", "data/fashion")),
+    "fashion-latents": DataSet("configs/fashion_latents.yaml", 1, FASHION_NET, ("hf", "data/fashion")),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "gspn": {"model.name": "GSPN-{size}/{patch}"},
@@ -87,7 +98,6 @@ def train_arguments(data: str, variant: str, size: str, seed: int, steps: int, r
         "training.validate_every": steps,
         "training.sample_every": steps,
         "training.trackers": "[]",
-        **source.overrides,
         **{key: str(value).format(size=size, patch=source.patch) for key, value in VARIANTS[variant].items()},
     }
     return ["--config", source.config, *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
@@ -162,21 +172,20 @@ def score_cell(directory: Path, data: str) -> None:
     from fid.evaluation import score
     from fid.features import load_feature_net
     from fid.images import LabelledImages, Reference
-    from gspn_dit.config import load_config
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.training.setup import load_data_set
 
     run = directory / "run"
     pipeline = GSPNPipeline.from_checkpoint(run)
+    pipeline.set_progress_bar_config(disable=True)
     labels = np.arange(SAMPLES) % len(pipeline.class_names)
     images = pipeline(
         labels.tolist(), num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE, seed=0, output_type="np"
     ).images
     assert isinstance(images, np.ndarray)
-    config = load_config(run / "config.yaml")
-    real = {split: load_data_set(config, split) for split in ("train", "validation")}
+    real = {split: DATA_SETS[data].load(split) for split in ("train", "validation")}
     net = load_feature_net(DATA_SETS[data].features)
-    reference = Reference(*(LabelledImages(part.pixels(), name, part.labels) for name, part in real.items()))
+    sets = {name: LabelledImages(part.pixels(), name, part.labels) for name, part in real.items()}
+    reference = Reference(sets["train"], sets["validation"])
     scores = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
     figures = {
         "fd": scores[f"FD-{net.score_suffix}"],
@@ -206,11 +215,10 @@ def interval(values: list[float]) -> dict[str, float]:
 
 def paired_ratio(rows: list[dict[str, Any]], metric: str, variant: str, baseline: str) -> dict[str, float]:
     """Return the geometric mean of variant / baseline over the seeds both have, with its 95% interval."""
-    by_seed = {
-        name: {row["seed"]: row[metric] for row in rows if row["variant"] == name} for name in (variant, baseline)
-    }
-    seeds = sorted(set(by_seed[variant]) & set(by_seed[baseline]))
-    logs = interval([math.log(by_seed[variant][seed] / by_seed[baseline][seed]) for seed in seeds])
+    tried, known = (
+        {row["seed"]: row[metric] for row in rows if row["variant"] == name} for name in (variant, baseline)
+    )
+    logs = interval([math.log(tried[seed] / known[seed]) for seed in sorted(set(tried) & set(known))])
     return {key: math.exp(value) for key, value in logs.items()} | {"pairs": len(set(tried) & set(known))}
 
 
