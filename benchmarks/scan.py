@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import CpuDevice, Timing, software
+from gspn_dit.errors import run_cli
 from gspn_dit.ops import DIRECTIONS, gspn_scan
 
 DEVICES = {"cpu": CpuDevice}
@@ -159,9 +160,10 @@ class Benchmark:
         """Compare forward + backward with scaled_dot_product_attention at the same tokens and width, 64 per head."""
         batch, height, width, channels = shape
         tokens, heads = height * width, max(1, channels // 64)
+        dtype = torch.bfloat16 if self.device.name == "cuda" else torch.float32  # what its fastest kernels take
         queries = min(tokens, ATTENTION_QUERIES)
         q, k, v = (
-            torch.randn(batch, heads, n, channels // heads, device=self.device.name, requires_grad=True)
+            torch.randn(batch, heads, n, channels // heads, device=self.device.name, dtype=dtype, requires_grad=True)
             for n in (queries, tokens, tokens)
         )
 
@@ -169,7 +171,7 @@ class Benchmark:
             result = F.scaled_dot_product_attention(q, k, v)
             return torch.autograd.grad(result, (q, k, v), result.detach())
 
-        inputs = make_inputs(shape, 4, channels, torch.float32, self.device.name)
+        inputs = make_inputs(shape, 4, channels, dtype, self.device.name)
 
         def scan() -> object:
             return forward_backward(inputs, DIRECTIONS, self.backend, inputs[0])
@@ -212,7 +214,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(device_name: str, quick: bool, repeats: int) -> dict[str, Any]:
+def run(
+    device_name: str, quick: bool, repeats: int, shapes: Sequence[tuple[int, int, int, int]] | None = None
+) -> dict[str, Any]:
     """Run everything and return the report; raises SystemExit if the kernels are wrong."""
     device = DEVICES[device_name]()
     benchmark = Benchmark(device, repeats, quick)
@@ -220,7 +224,7 @@ def run(device_name: str, quick: bool, repeats: int) -> dict[str, Any]:
     if problem:
         raise SystemExit(f"no figures, the kernels are wrong: {problem}")
     report: dict[str, Any] = {"device": device.describe(), "software": software(), "quick": quick, "repeats": repeats}
-    shapes = QUICK_SHAPES if quick else SHAPES
+    shapes = shapes or (QUICK_SHAPES if quick else SHAPES)
     report["shapes"] = []
     for shape in shapes:
         for directions in DIRECTION_SETS:
@@ -242,14 +246,20 @@ def run(device_name: str, quick: bool, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(DEVICES), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds")
     parser.add_argument("--repeats", type=int, default=None, help="runs per figure; default 15, 3 with --quick")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the report to FILE, or to standard output"
     )
     arguments = parser.parse_args()
-    report = run(arguments.device, arguments.quick, arguments.repeats or (3 if arguments.quick else 15))
+    repeats = arguments.repeats or (3 if arguments.quick else 15)
+    if arguments.device == "cuda":
+        from benchmarks import scan_cuda
+
+        report = scan_cuda.run(arguments.quick, repeats)
+    else:
+        report = run(arguments.device, arguments.quick, repeats)
     text = json.dumps(report, indent=1)
     if arguments.json and arguments.json != "-":
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
@@ -259,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -1,29 +1,28 @@
 """Time the scan on a GPU: everything benchmarks/scan.py times, on CUDA events, and the same calls from a CUDA graph.
 
-    python benchmarks/scan_cuda.py --json benchmarks/results/scan_cuda.json
+    python -m benchmarks.scan --device cuda --json benchmarks/results/scan_cuda.json
 
-Each run lies between two events on one stream, in turn with a copy that is larger than the caches.
+Each run lies between two events on one stream, in turn with a copy that is larger than the caches: the share of that
+copy's bandwidth, the per-line PyTorch loop (the reference) and attention at equal tokens and width come from one run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from benchmarks import scan
 from benchmarks.measure import CpuDevice, Timing
+from gspn_dit.errors import UserError
 from gspn_dit.ops import DIRECTIONS, gspn_scan
-from gspn_dit.ops.cuda import problem
+from gspn_dit.ops.cuda import describe, problem
 
-SHAPES = ((32, 16, 16, 1152), (32, 16, 16, 1500), (8, 32, 32, 1152), (1, 128, 128, 256), (1, 1024, 1024, 64))
+SHAPES = ((32, 16, 16, 1152), (32, 16, 16, 1500), (32, 16, 16, 900), (8, 32, 32, 1152), (1, 128, 128, 256))
+LARGE_SHAPES = ((1, 1024, 1024, 64), (16, 1024, 1024, 8))
+"""Timed from graphs alone: what the PyTorch loop keeps for its backward pass would not fit. The second is GSPN-2's."""
 
 
 class CudaDevice(CpuDevice):
@@ -32,20 +31,26 @@ class CudaDevice(CpuDevice):
     name = "cuda"
 
     def time_together(self, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-        """Time several functions in turn between events; two warm-ups each, the first of which compiles."""
+        """Time several functions in turn between events; two warm-ups each, the first of which compiles.
+
+        Processor seconds are the host's, until the launch returns.
+        """
         for run in (*runs.values(), *runs.values()):
             run()
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        host: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
+                began = time.process_time()
                 run()
+                host[name].append(max(time.process_time() - began, 1e-9))
                 end.record()
                 events[name].append((start, end))
         torch.cuda.synchronize()
         return {
-            name: Timing(tuple(1e-3 * start.elapsed_time(end) for start, end in pairs))
+            name: Timing(tuple(1e-3 * start.elapsed_time(end) for start, end in pairs), tuple(host[name]))
             for name, pairs in events.items()
         }
 
@@ -68,19 +73,20 @@ class CudaDevice(CpuDevice):
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
+            "kernels": describe(),
         }
 
 
-def graph_times(device: CudaDevice, shape: Sequence[int], dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Time forward, and forward with backward, replayed from a CUDA graph: what the launches themselves cost."""
-    inputs = scan.make_inputs(shape, 4, shape[3], dtype, "cuda")
+def graph_times(benchmark: scan.Benchmark, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Time forward, and forward with backward, replayed from a CUDA graph: the kernels without their launches."""
+    inputs = scan.make_inputs(shape, 4, shape[3], dtype, benchmark.device.name)
     grad_y = torch.randn_like(inputs[0])
 
     def forward() -> object:
-        return gspn_scan(*inputs, backend="cupy")
+        return gspn_scan(*inputs, backend=benchmark.backend)
 
     def both() -> object:
-        return scan.forward_backward(inputs, DIRECTIONS, "cupy", grad_y)
+        return scan.forward_backward(inputs, DIRECTIONS, benchmark.backend, grad_y)
 
     replays: dict[str, Callable[[], object]] = {}
     for name, run in (("forward", forward), ("forward_backward", both)):
@@ -92,32 +98,28 @@ def graph_times(device: CudaDevice, shape: Sequence[int], dtype: torch.dtype, re
         with torch.cuda.graph(graph, stream=side):
             run()
         replays[name] = graph.replay
-    times = device.time_together({"copy": torch.empty(1 << 26, device="cuda").clone, **replays}, repeats)
-    return {"shape": list(shape), **{name: times[name].as_json() for name in replays}}
+    times = benchmark.device.time_together({"copy": benchmark.copy, **replays}, benchmark.repeats)
+    moved = {"forward": scan.scan_bytes(shape, 4, shape[3], dtype, False)}
+    moved["forward_backward"] = moved["forward"] + scan.scan_bytes(shape, 4, shape[3], dtype, True)
+    copied_per_second = benchmark.copy_bytes / times["copy"].best
+    shares = {
+        name: {**times[name].as_json(), "share_of_copy": round(moved[name] / times[name].best / copied_per_second, 3)}
+        for name in replays
+    }
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), **shares}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds")
-    parser.add_argument("--repeats", type=int, default=20, help="runs per figure")
-    parser.add_argument("--json", metavar="FILE", help="write the report to FILE instead of standard output")
-    arguments = parser.parse_args()
+def run(quick: bool, repeats: int) -> dict[str, Any]:
+    """Return the report of benchmarks/scan.py for this GPU, with the times of graphs."""
     reason = problem()
     if reason is not None:
-        raise SystemExit(f"scan_cuda: error: {reason}")
+        raise UserError(f"the scan cannot be timed on a GPU: {reason}")
+    shapes = scan.QUICK_SHAPES if quick else SHAPES
     scan.DEVICES["cuda"] = CudaDevice
-    if not arguments.quick:
-        scan.SHAPES = SHAPES  # type: ignore[assignment]
-    report = scan.run("cuda", arguments.quick, arguments.repeats)
-    shapes = scan.QUICK_SHAPES if arguments.quick else SHAPES
-    report["graphs"] = [graph_times(CudaDevice(), shape, torch.bfloat16, arguments.repeats) for shape in shapes]
-    text = json.dumps(report, indent=1)
-    if arguments.json:
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(text + "\n")
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+    report = scan.run("cuda", quick, repeats, shapes)
+    benchmark = scan.Benchmark(CudaDevice(), repeats, quick)
+    report["graphs"] = []
+    for shape in shapes if quick else (*shapes, *LARGE_SHAPES):
+        report["graphs"].append(graph_times(benchmark, shape, torch.bfloat16))
+        scan.say(f"{report['graphs'][-1]}")
+    return report
