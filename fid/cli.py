@@ -49,7 +49,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--device", default="cpu", help="where the nets run: cpu, cuda (each process its own), cuda:1, …"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the subsets that KID draws; protocols bring their own")
+    parser.add_argument("--seed", type=int, help="of KID's subsets, without --protocol (default: 0)")
     return parser
 
 
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     if options.protocol and options.features:
         raise UserError(f"--protocol {options.protocol} brings its own feature net; leave --features out")
+    if options.protocol and options.seed is not None:
+        raise UserError(f"--protocol {options.protocol} brings its own seed; leave --seed out")
     from fid.protocols import INCEPTION, find_protocol
 
     protocol = find_protocol(options.protocol) if options.protocol else None
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         overwrite=options.overwrite,
         batch_size=batch_size,
         device=options.device,
-        seed=options.seed,
+        seed=options.seed or 0,
         show_progress=True,
     )
     if report:

@@ -64,7 +64,8 @@ def evaluate(
         weights: file of the Inception net, for the protocols that use it; None: torch-fidelity's usual place.
         allow_unknown_weights: take another net than the published one; no score is called FID then.
         dinov2: local directory of a DINOv2 model, for FD-DINOv2 as well.
-        held_out: real images to be scored as if they were samples; None: the reference's validation split, if any.
+        held_out: real images to be scored as if they were samples (the validation split of a set that has one);
+            None: the reference's validation split, if any.
         cache: directory in which features of real images are kept between evaluations; None: do not.
         batch_size: images per forward pass.
         device: where the nets run; "cuda" under a launcher is each process's own.
@@ -93,7 +94,8 @@ def evaluate(
     size = net.image_size or drawn.pixels.shape[1]
     real = read_reference(reference, size)
     if held_out is not None:
-        real = dataclasses.replace(real, held_out=read_reference(held_out, size).images)
+        found = read_reference(held_out, size)
+        real = dataclasses.replace(real, held_out=found.held_out or found.images)
     with connect() as world:
         report = score(
             drawn,

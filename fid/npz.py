@@ -64,6 +64,8 @@ class Archive:
         for layer, (mean, covariance) in STATISTICS.items():
             if mean in self and covariance in self:
                 found[layer] = _checked(self.array(mean), self.array(covariance), f"{mean}, {covariance}", self.path)
+        if "spatial" in found and "features" not in found:
+            raise UserError(f"{self.path} has mu_s and sigma_s, but neither mu nor sigma")
         return found
 
 

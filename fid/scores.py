@@ -26,6 +26,7 @@ from fid.metrics import (
 )
 from fid.moments import Gaussian, Moments
 from fid.protocols import Protocol
+from gspn_dit.errors import UserError
 
 NEIGHBOUR_ROWS = 12  # samples that are shown beside their nearest reference images
 NEIGHBOURS = 3
@@ -117,10 +118,16 @@ class Target:
         net: FeatureNet,
         others: Sequence[FeatureNet],
     ) -> Target:
-        """From the reference's own images, or from statistics of the same net where it brings them."""
-        gaussians = {layer: Gaussian.fit(real.extraction.moments(layer)) for layer in real.extraction.groups}
+        """From the reference's own images, or from statistics of the same net alone where it brings them."""
+        own = {layer: Gaussian.fit(real.extraction.moments(layer)) for layer in real.extraction.groups}
+        gaussians = {} if statistics else own
         digest = hashlib.sha256()
         for layer, (mean, covariance) in sorted(statistics.items()):
+            width = len(own[layer].mean) if layer in own else len(mean)
+            if len(mean) != width:
+                raise UserError(
+                    f"the statistics in {real.images.source} are of {len(mean)} {layer} values; the net gives {width}"
+                )
             digest.update(np.ascontiguousarray(mean).data)
             digest.update(np.ascontiguousarray(covariance).data)
             gaussians[layer] = Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
@@ -155,7 +162,7 @@ def scores_of(
     found: dict[str, Any] = {}
     values: dict[str, tuple[np.ndarray, str]] = {}
     for key, layer in (("fd", "features"), ("sfd", "spatial")):
-        if layer in images.extraction.groups:
+        if layer in images.extraction.groups and layer in target.gaussians:
             drawn = Gaussian.fit(images.extraction.moments(layer))
             found[names[key]] = target.gaussians[layer].frechet_distance(drawn)
     if images.logits is not None:
@@ -192,7 +199,7 @@ def score_intervals(
         return {}
     found = {}
     for key, layer in (("fd", "features"), ("sfd", "spatial")):
-        if layer in images.extraction.groups:
+        if names[key] in scores.figures:
             name = names[key]
             found[name] = jackknife(images.extraction.groups[layer], target.gaussians[layer], scores.figures[name])
     for (name, gaussian), extraction in zip(target.others.items(), images.others, strict=True):

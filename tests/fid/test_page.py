@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 import fid
-from fid.images import LabelledImages, Reference
+from fid.extraction import extract_all
+from fid.images import LabelledImages, Reference, read_reference
 from fid.page import page
 from fid.report import TILE_SIZE, write_report
 from tests.fid.conftest import noise_images, tiny_net
@@ -75,7 +76,7 @@ def opened(path: Path, profile: Path) -> dict[str, Any]:
 
 def test_the_report_opens_whole_and_alone(tmp_path: Path) -> None:
     path, _ = adm_reference(tmp_path)
-    real = fid.images.read_reference(path, 8)
+    real = read_reference(path, 8)
     held_out = LabelledImages(noise_images(60, 7, low=40), "held out")
     drawn = dataclasses.replace(drawn_images(), class_names=tuple("<abcd"))
     reference = dataclasses.replace(real, held_out=held_out)
@@ -119,7 +120,7 @@ def test_large_images_are_shown_smaller_and_neighbours_are_the_nearest(tmp_path:
     real = LabelledImages(pixels[10:], "real")
     report = fid.score(drawn, Reference(real), tiny_net())
     assert [(entry["sample"], entry["label"]) for entry in report["neighbours"]] == [(0, 0), (1, 1)]
-    features = fid.extraction.extract_all(LabelledImages(pixels, ""), [tiny_net()])[0][0].features
+    features = extract_all(LabelledImages(pixels, ""), [tiny_net()])[0][0].features
     distances = (features[0] - features[10:]).norm(dim=1)
     assert report["neighbours"][0]["nearest"] == distances.argsort()[:3].tolist()
     assert report["neighbours"][0]["distance"] == pytest.approx(distances.sort().values[:3].tolist(), rel=1e-4)

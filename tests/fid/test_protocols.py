@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fid
 from fid import evaluation
+from fid.cli import main
+from fid.extraction import extract_all
 from fid.images import LabelledImages, Reference, read_reference, read_samples
-from fid.moments import Gaussian, Moments
+from fid.moments import Gaussian
 from fid.page import markdown, published_table
 from fid.protocols import ADM_50K, PROTOCOLS, Protocol, check_samples, find_protocol
 from fid.published import ROWS, published_rows
@@ -62,13 +65,11 @@ def test_adm_statistics_take_the_place_of_the_images_moments(tmp_path: Path) -> 
     report = score(drawn, reference)
     scores = report["scores"]
     assert list(scores) == ["FID", "sFID", "IS", "KID", "precision", "recall", "n"]
-    net = tiny_net()
-    features = fid.features.extract(dataclasses.replace(net), drawn.pixels)
-    own = Gaussian.fit(Moments.of(features.features))
-    for name, mean, covariance in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
-        target = Gaussian(*(fid.metrics.torch.from_numpy(arrays[key]) for key in (mean, covariance)))
-        if name == "FID":
-            assert scores[name] == pytest.approx(target.frechet_distance(own), abs=1e-9)
+    (found,), _ = extract_all(drawn, [tiny_net()])
+    for name, layer, mean, covariance in (("FID", "features", "mu", "sigma"), ("sFID", "spatial", "mu_s", "sigma_s")):
+        target = Gaussian(torch.from_numpy(arrays[mean]), torch.from_numpy(arrays[covariance]))
+        own = Gaussian.fit(found.moments(layer))
+        assert scores[name] == pytest.approx(target.frechet_distance(own), abs=1e-9)
         assert report["intervals"][name]["low"] <= scores[name] <= report["intervals"][name]["high"]
     images_only = score(drawn, Reference(reference.images))["scores"]
     assert images_only["FID"] != pytest.approx(scores["FID"], rel=1e-3)
@@ -213,10 +214,25 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
         ({"sigma": good["sigma"] * np.nan}, "hold NaN or infinite values"),
         ({"sigma": slanted}, "the covariance is not symmetric"),
         ({"sigma": np.full((8, 8), {}, dtype=object)}, "holds pickled objects, which are never loaded"),
+        ({"sigma": slanted[0]}, "needed are"),
     ):
         np.savez(tmp_path / "bad.npz", **{**good, **changes})
         with pytest.raises(UserError, match=message):
             read_reference(tmp_path / "bad.npz", 8)
+
+
+def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
+    _, arrays = adm_reference(tmp_path)
+    np.savez(tmp_path / "wide.npz", **{**arrays, "mu": np.zeros(9), "sigma": np.eye(9)})
+    with pytest.raises(UserError, match=r"wide\.npz are of 9 features values; the net gives 8"):
+        score(drawn_images(), read_reference(tmp_path / "wide.npz", 8))
+    pooled = {name: arrays[name] for name in ("arr_0", "mu", "sigma")}
+    np.savez(tmp_path / "pooled.npz", **pooled)
+    report = score(drawn_images(), read_reference(tmp_path / "pooled.npz", 8))
+    assert "FID" in report["scores"] and "sFID" not in report["scores"]  # no spatial statistics to measure against
+    np.savez(tmp_path / "spatial.npz", **{name: arrays[name] for name in ("arr_0", "mu_s", "sigma_s")})
+    with pytest.raises(UserError, match="has mu_s and sigma_s, but neither mu nor sigma"):
+        read_reference(tmp_path / "spatial.npz", 8)
 
 
 def test_protocols_and_weights_go_together(tmp_path: Path, save: Callable[..., Path]) -> None:
@@ -224,7 +240,7 @@ def test_protocols_and_weights_go_together(tmp_path: Path, save: Callable[..., P
     with pytest.raises(UserError, match="are for the Inception net; protocol digits uses 'digits'"):
         evaluation.evaluate(path, "digits", protocol="digits", weights="w.pth")
     with pytest.raises(UserError, match="brings its own feature net; leave --features out"):
-        fid.cli.main(
+        main(
             [
                 "--samples",
                 str(path),
