@@ -7,6 +7,11 @@ from gspn_dit.errors import run_cli
 def main() -> None:
     """Parse, then import what training needs, so that --help and mistakes answer at once."""
     arguments = parse_train_arguments()
+    if arguments.dry_run:
+        from gspn_dit.training.dry_run import dry_run
+
+        dry_run(arguments.config)
+        return
     from fid.quick import load_scorer
     from gspn_dit.training.loop import train
 

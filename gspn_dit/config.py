@@ -279,6 +279,8 @@ class TrainArguments:
     config: Config
     resume: str | None
     overwrite: bool
+    dry_run: bool = False
+    """Print what the run would take and write, and stop."""
 
 
 @functools.cache
@@ -356,6 +358,11 @@ def _build_parser(program: str) -> Any:
         help="'auto' continues output_dir from its newest complete checkpoint, or starts it; DIR: a checkpoint",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what output_dir holds and start afresh")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, FLOPs, memory, steps, data and what would be written, and stop",
+    )
     parser.add_class_arguments(Config, None, as_group=False)
     return parser
 
@@ -372,7 +379,7 @@ def _parse(arguments: list[str], tree: Mapping[str, Any], program: str) -> Train
         config = Config(**{spec.name: built[spec.name] for spec in dataclasses.fields(Config)})
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(str(error).replace("Parser key ", "config key ")) from None
-    return TrainArguments(config, parsed.resume, parsed.overwrite)
+    return TrainArguments(config, parsed.resume, parsed.overwrite, parsed.dry_run)
 
 
 def _check_nulls(parsed: Mapping[str, Any]) -> None:
@@ -383,7 +390,8 @@ def _check_nulls(parsed: Mapping[str, Any]) -> None:
 
 
 def parse_train_arguments(arguments: Sequence[str] | None = None, program: str = "train.py") -> TrainArguments:
-    """Parse `--config FILE --section.key value … --resume auto|DIR --overwrite`; the command line beats the file.
+    """Parse `--config FILE --section.key value … --resume auto|DIR --overwrite --dry-run`; the command line beats
+    the file.
 
     Raises UserError for an unknown, abbreviated or ill-typed key, or a value out of range.
     """
@@ -405,7 +413,7 @@ def parse_train_arguments(arguments: Sequence[str] | None = None, program: str =
     if len(files) > 1:
         raise UserError(f"--config is given {len(files)} times; give one file")
     options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
-    flags = ("config", "resume", "overwrite")
+    flags = ("config", "resume", "overwrite", "dry-run")
     _check_keys([key for key in options if key not in flags], "command line", flags)
     return _parse(rest, read_yaml(files[0]) if files else {}, program)
 

@@ -1,0 +1,252 @@
+"""`train.py --dry-run`: figures by hand for small models, the published ones for the recipes, nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.memory import saved_bytes
+from gspn_dit.config import Config, DataConfig, LatentConfig, ModelConfig, TrainingConfig, load_config
+from gspn_dit.errors import UserError
+from gspn_dit.models import create_model
+from gspn_dit.training.dry_run import Estimate, data_facts, dry_run, estimate, kept_checkpoints
+from gspn_dit.training.memory import estimate_memory
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("imagenet*.yaml"))
+
+
+def small(**training: Any) -> Config:
+    """A config of a small model whose data are not there."""
+    return Config(
+        model=ModelConfig("GSPN-N/2", hidden_size=32, depth=2),
+        data=DataConfig("latents", "nowhere", image_size=64),
+        training=TrainingConfig(batch_size=8, max_steps=100, **training),
+    )
+
+
+def meta_model(name: str, **options: Any) -> Any:
+    with torch.device("meta"):
+        return create_model(name, 10, 4, 8, 8, hidden_size=32, **options)
+
+
+# -- activations and state -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["GSPN-N/2", "DiT-N/2"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_activations_are_those_that_autograd_keeps(name: str, precision: Any) -> None:
+    """Counted once without memory and once for real, on a batch of three."""
+    settings = TrainingConfig(mixed_precision=precision)
+    counted = estimate_memory(meta_model(name, depth=2), 16, 3, settings, 1)
+    model = create_model(name, 10, 4, 8, 8, hidden_size=32, depth=2)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return model(torch.zeros(3, 4, 16, 16), torch.zeros(3), torch.zeros(3, dtype=torch.int64)).float().square()
+
+    real = saved_bytes(forward, list(model.parameters()))
+    assert counted.activations + counted.copies == pytest.approx(real, rel=0.02)
+    assert (counted.copies > 0) == (precision == "bf16")
+
+
+def test_state_is_four_bytes_for_each_parameter_and_copy() -> None:
+    model = meta_model("DiT-N/2", depth=2)
+    copy = 4 * sum(parameter.numel() for parameter in model.parameters())
+    alone = estimate_memory(model, 8, 2, TrainingConfig(), 1)
+    assert (alone.weights, alone.gradients, alone.averages, alone.optimizer) == (copy, copy, copy, 2 * copy)
+    assert alone.total == 5 * copy + alone.activations
+    averages = TrainingConfig(ema_sigma_rel=[0.05, 0.1])
+    assert estimate_memory(model, 8, 2, averages, 1).averages == 3 * copy
+    assert estimate_memory(model, 8, 2, TrainingConfig(), 4).gradients == 2 * copy  # and DDP's buckets
+    sharded = estimate_memory(model, 8, 2, TrainingConfig(sharding="fsdp"), 4)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (copy // 4, copy // 4, 2 * (copy // 4))
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
+    model = meta_model("GSPN-N/2", depth=6)
+    one, four = (estimate_memory(model, 8, batch, TrainingConfig(), 1) for batch in (1, 4))
+    assert four.activations == 4 * one.activations
+    assert four.working == 4 * one.working
+    # 16 tokens of 32 channels: 12 logits and 8 gates for each, their gradients, 4 bytes.
+    assert one.working == 16 * 32 * 20 * 2 * 4
+    checkpointed = estimate_memory(model, 8, 4, TrainingConfig(activation_checkpointing=True), 1)
+    assert checkpointed.activations < 0.7 * four.activations
+    assert model.gradient_checkpointing is False
+
+
+def test_the_model_is_left_on_the_meta_device() -> None:
+    model = meta_model("GSPN-N/2", depth=2)
+    before = [id(parameter) for parameter in model.parameters()]
+    estimate_memory(model, 8, 1, TrainingConfig(), 1)
+    assert [id(parameter) for parameter in model.parameters()] == before
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+# -- the recipes -----------------------------------------------------------------------------------------------------
+
+PUBLISHED_PARAMETERS = {
+    **{"GSPN-B/2": 137e6, "GSPN-L/2": 443e6, "GSPN-XL/2": 690e6},
+    **{"DiT-B/2": 130.5e6, "DiT-L/2": 458.1e6, "DiT-XL/2": 675.1e6},
+}
+
+
+def test_there_is_a_recipe_for_every_model_and_a_larger_batch_and_resolution() -> None:
+    names = {path.stem for path in RECIPES}
+    expected = {f"imagenet256_{family}_{size}" for family in ("gspn", "dit") for size in ("b2", "l2", "xl2")}
+    assert names >= expected | {"imagenet256_gspn_xl2_batch1024", "imagenet512_gspn_xl2", "imagenet512_dit_xl2"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_hold_the_published_values(path: Path) -> None:
+    config = load_config(path)
+    settings = config.training
+    _, family, size, *variant = path.stem.replace("imagenet", "").split("_")
+    assert config.model.name == {"gspn": "GSPN", "dit": "DiT"}[family] + f"-{size[:-1].upper()}/2"
+    assert settings.batch_size == (1024 if variant else 256)
+    assert settings.max_steps == (3_000_000 if config.data.image_size == 512 else 400_000)
+    assert (settings.learning_rate, settings.weight_decay, settings.adam_betas) == (1e-4, 0, (0.9, 0.999))
+    assert (settings.class_dropout, settings.ema_decay) == (0.1, 0.9999)
+    assert (settings.warmup_steps, settings.learning_rate_schedule) == (0, "constant")
+    assert (config.objective.name, config.data.horizontal_flip) == ("epsilon", True)
+    assert config.data.path == f"data/imagenet{config.data.image_size}-latents"
+    assert config.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_that_was_published_names_its_source(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for key in ("name: GSPN", "name: DiT", "name: epsilon", "max_steps", "batch_size", "learning_rate:", "weight_decay",
+                "class_dropout", "ema_decay", "horizontal_flip", "drop_path_rate", "warmup_steps"):  # fmt: skip
+        for line in lines:
+            if line.strip().startswith(key):
+                assert "#" in line and ("[" in line.split("#")[1] or "GSPN" in line or "DiT" in line), line
+
+
+def figures_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Estimate:
+    """Everything but memory, which takes seconds."""
+    zero = dataclasses.replace(estimate_memory(meta_model("DiT-N/2", depth=1), 8, 1, TrainingConfig(), 1))
+    monkeypatch.setattr("gspn_dit.training.dry_run.estimate_memory", lambda *arguments: zero)
+    return estimate(load_config(path), 8)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_parameters_are_the_published_ones(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = figures_of(path, monkeypatch)
+    published = PUBLISHED_PARAMETERS[load_config(path).model.name]
+    assert figures.parameters == pytest.approx(published, rel=0.008 if "gspn" in path.stem else 0.005)
+
+
+def test_flops_of_dit_xl_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = figures_of(ROOT / "configs" / "imagenet256_dit_xl2.yaml", monkeypatch)
+    assert figures.multiply_adds == pytest.approx(118.6e9, rel=0.02)
+    assert figures.scan_multiply_adds == 0
+    assert figures.training_flops == 6 * figures.multiply_adds
+
+
+def test_scans_are_six_multiply_adds_for_each_token_channel_and_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = figures_of(ROOT / "configs" / "imagenet256_gspn_b2.yaml", monkeypatch)
+    assert figures.scan_multiply_adds == 31 * 6 * 4 * 256 * 900
+    assert figures.multiply_adds > figures.scan_multiply_adds
+
+
+# -- data, batch, checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_data_that_are_not_there_are_taken_to_be_imagenet() -> None:
+    facts = data_facts(small())
+    assert (facts.images, facts.num_classes, facts.channels, facts.size) == (1_281_167, 1000, 4, 8)
+    assert facts.bytes == 1_281_167 * 2 * 8 * 64 * 2  # two mirror images, 8 moments of 8×8, two bytes
+    assert facts.source == "ImageNet's figures: data.path nowhere is not there"
+    pixels = data_facts(Config(data=DataConfig("imagefolder", "nowhere", 32)))
+    assert (pixels.channels, pixels.size, pixels.bytes) == (3, 32, 1_281_167 * 32 * 32 * 3)
+    encoded = data_facts(Config(data=DataConfig("imagefolder", "nowhere", 32), latent=LatentConfig("kl", "some/vae")))
+    assert (encoded.channels, encoded.size) == (4, 4)
+
+
+def test_data_that_are_there_are_looked_at() -> None:
+    facts = data_facts(Config(data=DataConfig("digits")))
+    assert (facts.images, facts.num_classes, facts.channels, facts.size) == (1437, 10, 1, 8)
+    assert facts.bytes == 1437 * 64
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataConfig("latents", "nowhere"), "a dry run without data needs data.image_size"),
+        (DataConfig("latents", "nowhere", 36), "data.image_size 36 is not divisible by 8, the autoencoder's factor"),
+    ],
+)
+def test_data_that_cannot_be_guessed(data: DataConfig, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        data_facts(Config(data=data))
+
+
+def test_what_training_would_refuse_is_refused() -> None:
+    with pytest.raises(UserError, match="batch_size 8 is not divisible by 3 processes × 1 accumulation steps"):
+        estimate(small(), 3)
+    with pytest.raises(UserError, match="model: unknown model 'GSPN-M/2'"):
+        estimate(dataclasses.replace(small(), model=ModelConfig("GSPN-M/2")), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"checkpoint_every": 10, "keep_last": 2}, 2),  # 90, 100
+        ({"checkpoint_every": 30, "keep_last": 2}, 2),  # 90, 100
+        ({"checkpoint_every": 10, "keep_last": 2, "keep_every": 50}, 3),  # 50, 90, 100
+        ({"checkpoint_every": 10, "keep_last": 20}, 10),
+        ({"checkpoint_every": 1000, "keep_last": 2}, 1),
+    ],
+)
+def test_checkpoints_that_are_left(options: dict[str, int], kept: int) -> None:
+    assert kept_checkpoints(small(**options)) == kept
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = dataclasses.replace(small(checkpoint_every=10, ema_sigma_rel=[0.1], ema_snapshot_every=20))
+    dry_run(config)
+    text = capsys.readouterr().out
+    parameters = estimate(config, 2).parameters
+    assert f"GSPN-N/2, {parameters:,} parameters" in text
+    assert "8 images = 2 GPUs × 1 accumulation steps × 4" in text
+    assert "100 steps, 800 images, 0.0006244 epochs" in text
+    assert f"checkpoints: 2 × {20 * parameters / 1e6:.2f} MB" in text  # weights, two averages, two moments
+    assert f"ema_snapshots: 5 × {2 * parameters / 1e6:.2f} MB" in text
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "1")
+    dry_run(config)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_the_command_answers_in_seconds_without_writing(tmp_path: Path) -> None:
+    """The largest recipe: the seconds of processor time of the whole process, imports included."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "imagenet256_gspn_xl2.yaml")]
+    code = (
+        "import json, resource, subprocess, sys;"
+        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True);"
+        "usage = resource.getrusage(resource.RUSAGE_CHILDREN);"
+        "print(json.dumps([done.returncode, done.stdout, done.stderr, usage.ru_utime + usage.ru_stime]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    returncode, output, errors, seconds = json.loads(done.stdout)
+    assert (returncode, errors) == (0, "")
+    assert "GSPN-XL/2, 691,704,260 parameters" in output
+    assert seconds < 30
+    assert not list(tmp_path.iterdir())
