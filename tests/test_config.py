@@ -296,6 +296,8 @@ OUT_OF_RANGE = [
     (TrainingConfig, "validate_every", 0),
     (TrainingConfig, "keep_last", 0),
     (TrainingConfig, "keep_every", 0),
+    (TrainingConfig, "fd_every", 0),
+    (TrainingConfig, "fd_samples", 0),
     (TrainingConfig, "validation_images", 0),
     (TrainingConfig, "max_nonfinite_steps", 0),
     (TrainingConfig, "trackers", ["wandb"]),
@@ -303,6 +305,8 @@ OUT_OF_RANGE = [
     (SamplingConfig, "per_class", 0),
     (SamplingConfig, "max_classes", 0),
     (SamplingConfig, "guidance_scale", -1.0),
+    (SamplingConfig, "guidance_scale", float("inf")),
+    (SamplingConfig, "guidance_channels", 0),
     (SamplingConfig, "guidance_interval", (0.5, 0.1)),
     (SamplingConfig, "guidance_interval", (0.0, 1.1)),
 ]
@@ -380,6 +384,7 @@ def no_default() -> Config:
             **dict(max_grad_norm=0.5, class_dropout=0.2, ema_decay=1 / 3, mixed_precision="bf16"),
             **dict(max_nonfinite_steps=3, log_every=1, checkpoint_every=2, keep_last=1, keep_every=4, sample_every=6),
             **dict(validate_every=9, validation_images=11, trackers=[]),
+            **dict(fd_every=13, fd_samples=15, fd_features="digits"),
         ),
         sampling=SamplingConfig(3, 1.1, (0.1, 0.9), 2, 4, "heun", 3),
     )
