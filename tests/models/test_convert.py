@@ -160,6 +160,19 @@ def test_a_pipeline_draws_images_from_pixel_weights(tmp_path: Path, run: Convert
     assert len(set(images.flatten().tolist())) > 1
 
 
+def test_a_pipeline_draws_images_through_an_autoencoder(tmp_path: Path, theirs: Any, run: Convert) -> None:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": [4, 4], "norm_num_groups": 2, "layers_per_block": 1}
+    AutoencoderKL(**blocks, **sizes, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    directory = run("dit", original_layout(theirs), "--heads", "2", "--vae", str(tmp_path / "vae"))
+    pipeline = GSPNPipeline.from_checkpoint(directory)
+    assert pipeline.latent.spec()["scale"] == 0.5
+    images = pipeline([1], num_inference_steps=2, sampler="ddim", guidance_scale=1.5, output_type="np").images
+    assert images.shape == (1, 2 * SIZE, 2 * SIZE, 3)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("folder", ["", "transformer"])
 def test_directories_that_diffusers_saved(tmp_path: Path, theirs: Any, run: Convert, safe: bool, folder: str) -> None:
