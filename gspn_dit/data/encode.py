@@ -81,7 +81,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _check_out(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(is_temporary(file.name) for file in out.iterdir()):
         return
     if (out / MANIFEST).exists() and not resume:
         raise UserError(f"--out {out} holds encoded latents already; --verify checks them, or give another directory")

@@ -55,7 +55,11 @@ def shard_bytes(moments: np.ndarray, labels: np.ndarray, indices: np.ndarray, fa
     """
     from safetensors.numpy import save
 
-    arrays = {"moments": moments, "labels": labels, "indices": indices}
+    # safetensors writes memory as it lies, whatever the strides say.
+    arrays = {
+        name: np.ascontiguousarray(array)
+        for name, array in (("moments", moments), ("labels", labels), ("indices", indices))
+    }
     complete = {**facts, "sha256": _digest(arrays)}
     return save(arrays, metadata={_FACTS: json.dumps(complete, sort_keys=True)})
 
