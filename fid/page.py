@@ -12,10 +12,11 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; image-rendering: pixelated; }
-td { overflow-wrap: anywhere; }
+td.long { overflow-wrap: anywhere; }
 figure { display: inline-block; margin: 0 .8rem .8rem 0; }
 figcaption { font-size: .8rem; }
 """
+LONG = 40  # characters
 PUBLISHED_SCORES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -143,20 +144,28 @@ def page(report: dict[str, Any], picture: str, neighbours: Sequence[Sequence[tup
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
         f'<img alt="samples by class" src="data:image/png;base64,{picture}">',
     ]
-    for name, rows in _tables(report):
-        heading, *body = [[html.escape(cell) for cell in row] for row in rows]
-        parts.append(f"<h2>{html.escape(name)}</h2>\n<table>")
-        parts.append("<tr>" + "".join(f"<th>{cell}</th>" for cell in heading) + "</tr>")
-        parts += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
-        parts.append("</table>")
+    *scores, settings = (_table(name, rows) for name, rows in _tables(report))
+    parts += scores
     if neighbours:
         parts.append("<h2>Nearest real images in feature space</h2>")
     for row in neighbours:
         figures = (_figure(caption, encoded) for caption, encoded in row)
         parts.append(f"<div>{''.join(figures)}</div>")
+    parts.append(settings)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in report["notes"])
     parts.append(f"<h2>Notes</h2>\n<ul>{notes}</ul>\n</body>\n</html>\n")
     return "\n".join(parts)
+
+
+def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
+    """A heading and a table whose first row is its own; cells too long for a line may be broken anywhere."""
+    heading, *body = rows
+    parts = [f"<h2>{html.escape(name)}</h2>\n<table>"]
+    parts.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in heading) + "</tr>")
+    for row in body:
+        cells = (f"<td{' class=long' * (len(cell) > LONG)}>{html.escape(cell)}</td>" for cell in row)
+        parts.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*parts, "</table>"])
 
 
 def _figure(caption: str, encoded: str) -> str:

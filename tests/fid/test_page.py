@@ -91,8 +91,8 @@ def test_the_report_opens_whole_and_alone(tmp_path: Path) -> None:
         "Samples against real images",
         "95 % intervals",
         "Published figures",
-        "Settings",
         "Nearest real images in feature space",
+        "Settings",
         "Notes",
     ]
     scores, _, intervals, published, settings = found["tables"]
