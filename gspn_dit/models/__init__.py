@@ -1,21 +1,38 @@
-"""Denoising models behind one signature: `model(latents, timesteps, class_labels, keep_mask=None)`."""
+"""Denoising models behind one signature: `model(latents, timesteps, class_labels, keep_mask=None)`.
+
+The classes are imported on first use, so that command lines answer --help before torch is loaded.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from gspn_dit.models.base import DiffusionModel
-from gspn_dit.models.dit import DiT
-from gspn_dit.models.gspn import GSPNTransformer
 from gspn_dit.models.presets import DIT_PRESETS, GSPN_PRESETS, PRESETS, parse_name
+
+if TYPE_CHECKING:
+    from gspn_dit.models.base import DiffusionModel
+    from gspn_dit.models.dit import DiT
+    from gspn_dit.models.gspn import GSPNTransformer
 
 __all__ = ["DIT_PRESETS", "GSPN_PRESETS", "DiT", "DiffusionModel", "GSPNTransformer", "create_model"]
 
+_HOMES = {
+    "DiT": "gspn_dit.models.dit",
+    "DiffusionModel": "gspn_dit.models.base",
+    "GSPNTransformer": "gspn_dit.models.gspn",
+}
 _OF_BOTH = ("hidden_size", "depth", "weight_groups", "scan_window", "drop_path_rate")
 _OPTIONS = {
     "GSPN": _OF_BOTH,
     "DiT": (*_OF_BOTH, "num_heads", "mixer", "interpolate_positions", "mlp_norm_epsilon", "timestep_endpoint"),
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gspn_dit.models' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def create_model(
@@ -54,6 +71,10 @@ def create_model(
         raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(sorted(_OPTIONS[family]))}")
     options: dict[str, Any] = {**vars(PRESETS[family][size]), **given, "patch_size": patch_size}
     if family == "GSPN":
+        from gspn_dit.models.gspn import GSPNTransformer
+
         return GSPNTransformer(num_classes, latent_channels, out_channels, **options)
+    from gspn_dit.models.dit import DiT
+
     grid = (height // patch_size, width // patch_size)
     return DiT(num_classes, latent_channels, out_channels, grid=grid, **options)

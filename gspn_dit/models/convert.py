@@ -15,16 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gspn_dit.config import Config, ModelConfig, ObjectiveConfig
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.models import create_model
-from gspn_dit.models.layouts import LAYOUTS, Shape, convert_weights, grid_of_positions
 from gspn_dit.models.presets import DIT_PRESETS, parse_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gspn_dit.models.layouts import Shape
 
 FORMAT_VERSION = 1
 """Of `gspn_dit.training.checkpoint`, which models may not import; a test compares the two."""
@@ -45,8 +46,14 @@ class Autoencoder:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; raises UserError."""
-    parser = ArgumentParser(prog="gspn_dit.models.convert", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--from", dest="layout", required=True, choices=sorted(LAYOUTS), help="whose names they have")
+    parser = ArgumentParser(
+        prog="gspn_dit.models.convert",
+        description=(__doc__ or "").split("\n")[0],
+        formatter_class=argparse.HelpFormatter,  # the defaults are said in words
+    )
+    parser.add_argument(
+        "--from", dest="layout", required=True, choices=("dit", "diffusers"), help="whose names they have"
+    )
     parser.add_argument("--weights", required=True, metavar="FILE|DIR",
                         help=".pt, .bin or .safetensors, or the directory that diffusers saved")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="the checkpoint to write")
@@ -65,6 +72,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def convert(options: argparse.Namespace) -> Path:
     """Read, convert and write what the options ask for; raises UserError, and then leaves nothing written."""
+    from gspn_dit.models.layouts import convert_weights
+
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} already exists; give another directory")
@@ -96,6 +105,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Of a training checkpoint with several sets of weights the moving average is taken. Raises UserError.
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -116,7 +126,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)} if _is_dict(loaded) else {}
+    tensors = (
+        {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)} if _is_dict(loaded) else {}
+    )
     if not tensors:
         raise UserError(f"{file} holds no named tensors, so it is not a checkpoint of a DiT")
     return tensors, config
@@ -160,6 +172,8 @@ def model_arguments(
     options: argparse.Namespace, shape: Shape, positions: Tensor | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the arguments of `create_model` for the weights."""
+    from gspn_dit.models.layouts import LAYOUTS
+
     if shape.out_channels != 2 * shape.in_channels:
         raise UserError(
             f"the weights predict {shape.out_channels} channels from {shape.in_channels}, but the epsilon objective "
@@ -211,6 +225,8 @@ def _name_and_size(options: argparse.Namespace, shape: Shape, heads: int | None)
 
 
 def _latent_size(options: argparse.Namespace, shape: Shape, positions: Tensor | None, config: Mapping[str, Any]) -> int:
+    from gspn_dit.models.layouts import grid_of_positions
+
     factor, known = autoencoder(options.vae, shape.in_channels).factor, config.get("sample_size")
     if positions is not None:
         known = grid_of_positions(positions) * shape.patch_size
@@ -270,6 +286,8 @@ def class_names(options: argparse.Namespace, count: int) -> list[str]:
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> None:
+    import torch
+
     try:
         with torch.device("meta"):
             expected = create_model(**arguments).state_dict()

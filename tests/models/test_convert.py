@@ -359,6 +359,16 @@ def test_places_that_do_not_exist_or_are_taken(theirs: Any, tmp_path: Path, run:
     assert [path.name for path in (tmp_path / "converted").iterdir()] == ["mine.txt"]
 
 
+def test_help_is_answered_before_torch_is_loaded() -> None:
+    code = (
+        "import sys, gspn_dit.models.convert as c\ntry: c.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("False\n")
+    assert all(f"--{name}" in shown for name in ("from", "weights", "out", "name", "num-classes", "image-size", "vae"))
+
+
 @pytest.mark.multiprocess
 def test_the_command_line_exits_with_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gspn_dit.models.convert", "--from", "dit", "--weights", "no.pt", "--out", "x"]
