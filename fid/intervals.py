@@ -36,17 +36,22 @@ def jackknife(groups: Sequence[Moments], reference: Gaussian, value: float) -> d
     return {"low": max(0.0, value - half), "high": value + half, "level": LEVEL, "method": JACKKNIFE}
 
 
-def bootstrap(values: np.ndarray, what: str, seed: int = 0) -> dict[str, float | str]:
+def bootstrap(values: np.ndarray, what: str, size: int | None = None, seed: int = 0) -> dict[str, float | str]:
     """The interval of the mean of `values`, [n], by resampling them.
 
     For 0 and 1 alone the resampled number of ones is binomial, which is drawn directly.
+
+    Args:
+        values: what the mean is of.
+        what: what they are one of each, in words.
+        size: values per resample, fewer than n where they are not independent: as many as would be.
     """
     values = np.asarray(values, dtype=np.float64)
+    size = len(values) if size is None else size
     generator = np.random.default_rng(seed)
     if np.isin(values, (0, 1)).all():
-        means = generator.binomial(len(values), values.mean(), RESAMPLES) / len(values)
+        means = generator.binomial(size, values.mean(), RESAMPLES) / size
     else:
-        chosen = generator.integers(0, len(values), (RESAMPLES, len(values)))
-        means = values[chosen].mean(axis=1)
+        means = values[generator.integers(0, len(values), (RESAMPLES, size))].mean(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"low": float(low), "high": float(high), "level": LEVEL, "method": BOOTSTRAP.format(what)}

@@ -151,8 +151,8 @@ class Scores:
 
     figures: dict[str, Any]
     """By name; means over splits or subsets as {"mean", "std"}."""
-    values: dict[str, tuple[np.ndarray, str]]
-    """By name: the values [m] behind a mean, and what they are one of each."""
+    values: dict[str, tuple[np.ndarray, str, int]]
+    """By name: the values [m] behind a mean, what they are one of each, and how many of them are independent."""
 
 
 def scores_of(
@@ -160,19 +160,22 @@ def scores_of(
 ) -> Scores:
     """Every score of a set of images against the real ones."""
     found: dict[str, Any] = {}
-    values: dict[str, tuple[np.ndarray, str]] = {}
+    values: dict[str, tuple[np.ndarray, str, int]] = {}
     for key, layer in (("fd", "features"), ("sfd", "spatial")):
         if layer in images.extraction.groups and layer in target.gaussians:
             drawn = Gaussian.fit(images.extraction.moments(layer))
             found[names[key]] = target.gaussians[layer].frechet_distance(drawn)
     if images.logits is not None:
-        values[names["is"]] = inception_scores(images.logits, protocol.inception_splits), "consecutive splits"
+        splits = inception_scores(images.logits, protocol.inception_splits)
+        values[names["is"]] = splits, "consecutive splits", len(splits)
     real = target.real.features
     estimates = kernel_distances(images.features, real, subset, protocol.kid_subsets, protocol.kid_seed)
-    values[names["kid"]] = estimates, "subsets"
-    found |= {name: {"mean": float(part.mean()), "std": float(part.std())} for name, (part, _) in values.items()}
+    disjoint = max(1, min(len(estimates), len(images) // subset))  # the subsets themselves overlap
+    values[names["kid"]] = estimates, f"subsets, {disjoint} at a time", disjoint
+    found |= {name: {"mean": float(part.mean()), "std": float(part.std())} for name, (part, *_) in values.items()}
     realistic, covered = manifold_membership(images.features, real, protocol.neighbourhood, device)
-    values |= {"precision": (realistic, "samples"), "recall": (covered, "reference images")}
+    values["precision"] = realistic, "samples", len(realistic)
+    values["recall"] = covered, "reference images", len(covered)
     found |= {"precision": float(realistic.mean()), "recall": float(covered.mean())}
     for (name, gaussian), extraction in zip(target.others.items(), images.others, strict=True):
         found[name] = gaussian.frechet_distance(Gaussian.fit(extraction.moments()))
@@ -204,7 +207,7 @@ def score_intervals(
             found[name] = jackknife(images.extraction.groups[layer], target.gaussians[layer], scores.figures[name])
     for (name, gaussian), extraction in zip(target.others.items(), images.others, strict=True):
         found[name] = jackknife(extraction.groups["features"], gaussian, scores.figures[name])
-    return found | {name: bootstrap(values, what) for name, (values, what) in scores.values.items()}
+    return found | {name: bootstrap(*values) for name, values in scores.values.items()}
 
 
 def compare_with_held_out(

@@ -22,6 +22,8 @@ def test_the_bootstrap_of_shares_and_means() -> None:
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert bootstrap(values, "splits") == found and "splits" in found["method"]
     assert bootstrap(np.ones(9), "samples")["low"] == 1
+    fewer = bootstrap(values, "subsets", 100)  # a quarter of them: twice as wide
+    assert fewer["high"] - fewer["low"] == pytest.approx(2 * (found["high"] - found["low"]), rel=0.1)
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.5, 1.1), (0.5, 1.3)])
