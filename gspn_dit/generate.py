@@ -67,6 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1, the default, is no guidance")
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
                         help="times t (1 is noise, 0 data) at which guidance acts (default: 0 1)")  # fmt: skip
+    parser.add_argument("--guide-checkpoint", metavar="DIR", help="guide away from this weaker model (autoguidance) "
+                        "instead of the model without class")  # fmt: skip
     parser.add_argument("--guidance-channels", default="all", metavar="all|N",
                         help="guide the first N channels alone, as DiT's figures do with 3 (default: all)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) (default: 0)")
@@ -108,6 +110,8 @@ def run(options: argparse.Namespace) -> None:
     _compute_exactly(options.tf32)
     checkpoint = resolve_checkpoint(options.checkpoint)
     pipeline = GSPNPipeline.from_checkpoint(checkpoint, options.weights, device, options.vae)
+    if options.guide_checkpoint:
+        pipeline.guide_with(options.guide_checkpoint)
     pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
     classes = parse_classes(options.classes, pipeline.class_names)
     settings = _settings(options, checkpoint, pipeline)
@@ -161,6 +165,16 @@ def _compute_exactly(tf32: bool) -> None:
     torch.backends.cudnn.deterministic = True
 
 
+def _guide_settings(checkpoint: str | None) -> dict[str, str]:
+    """Return what is noted of the weaker model that guides, nothing without one."""
+    from gspn_dit.training.checkpoint import resolve_checkpoint
+
+    if checkpoint is None:
+        return {}
+    guide = resolve_checkpoint(checkpoint)
+    return {"guide_checkpoint": str(guide), "guide_sha256": _sha256(guide / "ema.safetensors")}
+
+
 def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipeline) -> dict[str, Any]:
     """Return everything that the images are a function of, for a reader; raises UserError where it is out of range."""
     from gspn_dit.diffusion import CHUNK, Guidance
@@ -196,6 +210,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "guidance_scale": options.guidance_scale,
         "guidance_interval": list(options.guidance_interval),
         "guidance_channels": "all" if options.guidance_channels is None else options.guidance_channels,
+        **_guide_settings(options.guide_checkpoint),
         "checkpoint": str(checkpoint),
         "step": manifest["step"],
         "weights": options.weights,

@@ -28,6 +28,8 @@ from gspn_dit.training.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors,
 
 PUBLISHED = ("step", "model", "latent", "class_names", "config", "data", "ema")
 """Entries of a checkpoint's manifest that `save_pretrained` keeps."""
+PLACES = (("data", "path"), ("latent", "vae"), ("training", "initialize_from"), ("training", "fd_features"))
+"""Config keys that name places on the machine that trained; they are not published, nor is `output_dir`."""
 
 
 @dataclass
@@ -60,6 +62,8 @@ class GSPNPipeline(DiffusionPipeline):
         self.register_modules(model=model, objective=objective, latent=latent)
         self.class_names = class_names
         self.manifest, self.weights = dict(manifest or {}), weights
+        self.guide: DiffusionModel | None = None
+        """A weaker model to guide away from; None for this model's own prediction without a class."""
 
     # -- loading and saving --------------------------------------------------------------------------------------
 
@@ -206,6 +210,24 @@ class GSPNPipeline(DiffusionPipeline):
         if device is not None:
             self.model.to(device)
             self.latent.to(device)
+            if self.guide is not None:
+                self.guide.to(device)
+        return self
+
+    def guide_with(self, checkpoint: str | Path, weights: str = "ema") -> GSPNPipeline:
+        """Guide away from a weaker model (autoguidance, arXiv 2406.02507): smaller, or of an earlier step.
+
+        Raises UserError if it cannot be loaded, or has other classes, latents or another objective.
+        """
+        other = GSPNPipeline.from_checkpoint(checkpoint, weights, self.device)
+        for name, mine, theirs in (
+            ("classes", self.class_names, other.class_names),
+            ("latents", _geometry(self.latent), _geometry(other.latent)),
+            ("objective", type(self.objective).__name__, type(other.objective).__name__),
+        ):
+            if mine != theirs:
+                raise UserError(f"{checkpoint} cannot guide this model: it has other {name} ({theirs}, not {mine})")
+        self.guide = other.model
         return self
 
     # -- images --------------------------------------------------------------------------------------------------
@@ -315,11 +337,16 @@ class GSPNPipeline(DiffusionPipeline):
             on_step,
             seed,
             indices,
+            self.guide,
         )
         return self.latent.decode(latents)
 
     def _empty(self, shape: tuple[int, int, int]) -> np.ndarray:
         return self.latent.decode(torch.zeros(0, *shape, device=self.device))
+
+
+def _geometry(latent: Latent) -> tuple[str, int, int]:
+    return type(latent).__name__, latent.channels, latent.factor
 
 
 def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
@@ -358,9 +385,11 @@ def _plain(value: Any) -> Any:
 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without the places on the machine that trained it."""
-    public = {key: value for key, value in config.items() if key != "output_dir"}
-    if isinstance(public.get("data"), Mapping):
-        public["data"] = {**public["data"], "path": None}
+    public = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    public.pop("output_dir", None)
+    for section, key in PLACES:
+        if key in public.get(section, ()):
+            public[section][key] = None
     return public
 
 

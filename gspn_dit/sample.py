@@ -24,6 +24,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         help="times t (1 is noise, 0 data) at which guidance acts")  # fmt: skip
     parser.add_argument("--guidance-channels", default="all", metavar="all|N",
                         help="guide the first N channels alone, as DiT's published figures do with 3")  # fmt: skip
+    parser.add_argument("--guide-checkpoint", metavar="DIR", help="guide away from this weaker model (autoguidance) "
+                        "instead of the model without class")  # fmt: skip
     parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
     parser.add_argument("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc; "
                         "by default the first of the checkpoint's objective")  # fmt: skip
@@ -97,6 +99,8 @@ def run(options: argparse.Namespace) -> None:
 
     device = choose_device(options.device)
     pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device, options.vae)
+    if options.guide_checkpoint:
+        pipeline.guide_with(options.guide_checkpoint)
     pipeline.set_progress_bar_config(disable=True)  # this command counts images, not steps
     classes = parse_classes(options.classes, pipeline.class_names)
     labels = [label for label in classes for _ in range(options.per_class)]

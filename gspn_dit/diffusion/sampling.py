@@ -44,6 +44,7 @@ def sample_latents(
     on_step: Callable[[], None] | None = None,
     seed: int | None = None,
     indices: Sequence[int] | None = None,
+    guide: Model | None = None,
 ) -> Tensor:
     """Integrate from noise to latents.
 
@@ -58,6 +59,8 @@ def sample_latents(
         sampler: one of the objective's; None for its default.
         on_step: called after each scheduler step.
         seed, indices: what the noise of the steps of a stochastic sampler is a function of; indices are the B images'.
+        guide: a weaker model of the same latents and classes to guide away from (autoguidance, arXiv 2406.02507); None
+            guides away from the model's own prediction without a class.
 
     Returns:
         Latents [B, C, H, W].
@@ -80,9 +83,13 @@ def sample_latents(
     for timestep in scheduler.timesteps:
         times = timestep.to(noise).expand(len(noise))
         if guidance.acts(float(timestep) / scheduler.config.num_train_timesteps):
-            output = model(latents.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([class_labels, null_labels]))
-            (conditional, variance), (unconditional, _) = (objective.split_output(half) for half in output.chunk(2))
-            prediction = guidance.combine(conditional, unconditional)
+            if guide is None:
+                labels = torch.cat([class_labels, null_labels])
+                strong, weak = model(latents.repeat(2, 1, 1, 1), times.repeat(2), labels).chunk(2)
+            else:
+                strong, weak = (network(latents, times, class_labels) for network in (model, guide))
+            (conditional, variance), (weaker, _) = (objective.split_output(output) for output in (strong, weak))
+            prediction = guidance.combine(conditional, weaker)
         else:
             prediction, variance = objective.split_output(model(latents, times, class_labels))
         if variance is not None and scheduler.config.get("variance_type") == "learned_range":
