@@ -55,6 +55,16 @@ def test_timestep_sinusoids_by_hand() -> None:
     assert inputs[0][1].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_timestep_sinusoids_with_an_endpoint_by_hand() -> None:
+    embedding = TimestepEmbedding(4, frequencies=6, endpoint=True)
+    inputs = []
+    embedding.expand.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    embedding(torch.tensor([900.0]))
+    # Frequencies 1, 10000^(-1/2) and 1/10000.
+    expected = [math.cos(900), math.cos(9), math.cos(0.09), math.sin(900), math.sin(9), math.sin(0.09)]
+    assert inputs[0][0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_timestep_embedding_tells_times_apart() -> None:
     torch.manual_seed(0)
     embedded = TimestepEmbedding(16)(torch.linspace(0, 1000, 21))
