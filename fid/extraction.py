@@ -148,16 +148,20 @@ class _Pass:
 
 
 def _read_ahead(images: LabelledImages, batches: list[range]) -> Iterator[tuple[range, np.ndarray]]:
-    """The batches with their pixels, while threads decode the next ones; an array in memory needs none."""
-    if isinstance(images.pixels, np.ndarray):
+    """The batches with their pixels, while threads read and decode the next ones; an array in memory needs none."""
+    if isinstance(images.pixels, np.ndarray) and not isinstance(images.pixels, np.memmap):
         for batch in batches:
-            yield batch, np.asarray(images.pixels[_rows(batch)])
+            yield batch, images.pixels[_rows(batch)]
         return
+
+    def read(batch: range) -> np.ndarray:
+        return np.array(images.pixels[_rows(batch)])
+
     workers = min(MAX_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[range, Future[np.ndarray]]] = deque()
         for batch in batches:
-            waiting.append((batch, pool.submit(images.pixels.__getitem__, _rows(batch))))
+            waiting.append((batch, pool.submit(read, batch)))
             if len(waiting) > workers:
                 ready, future = waiting.popleft()
                 yield ready, future.result()

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fid import extraction, npz
 from fid import images as images_module
-from fid import npz
-from fid.distributed import World
+from fid.distributed import World, local_device
 from fid.extraction import extract_all
 from fid.features import FeatureNet
 from fid.images import LabelledImages, LazyPixels, Reference, read_samples
@@ -93,6 +93,36 @@ def test_features_that_are_not_finite_name_their_image(monkeypatch: pytest.Monke
         extract_all(LabelledImages(pixels, "here"), [net], batch_size=5)
 
 
+def test_at_most_a_few_batches_are_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extraction.os, "cpu_count", lambda: 2)
+    pixels, decoded, used = noise_images(60, 0), [], []
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        decoded.extend(rows.tolist())
+        assert len(decoded) - len(used) <= 3 * 4 + 4  # two that wait for each of two threads' turn, and one in use
+        return pixels[rows]
+
+    net = tiny_net()
+    original = net.extractor.forward
+
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        used.extend(range(len(images)))
+        return original(images)
+
+    monkeypatch.setattr(net.extractor, "forward", forward)
+    extract_all(LabelledImages(LazyPixels(read, pixels.shape), ""), [net], batch_size=4)
+    assert len(decoded) == len(used) == 60
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 3 of this machine has no GPU: there are 2"):
+        local_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [local_device(name) for name in ("cuda", "cpu", "cuda:0")] == ["cuda:3", "cpu", "cuda:0"]
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_large_arrays_are_mapped(tmp_path: Path, compressed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, labels = noise_images(20, 0), np.arange(20)
@@ -103,7 +133,9 @@ def test_large_arrays_are_mapped(tmp_path: Path, compressed: bool, monkeypatch: 
     found = read_samples(path)
     assert isinstance(found.pixels, np.memmap) and not isinstance(expected.pixels, np.memmap)
     np.testing.assert_array_equal(found.pixels, pixels)
-    assert found.sha256 == expected.sha256
+    features, sha256 = extract_all(found, [tiny_net()], batch_size=3)
+    assert sha256 == found.sha256 == expected.sha256
+    assert torch.equal(features[0].features, extract_all(expected, [tiny_net()], batch_size=3)[0][0].features)
     np.savez(path, arr_0=np.full((70, 9, 9, 1), np.nan, np.float32))
     with pytest.raises(UserError, match="has 5670 NaN or infinite values"):
         read_samples(path)

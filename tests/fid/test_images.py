@@ -36,6 +36,20 @@ def test_a_flat_directory_is_read_in_name_order(tmp_path: Path) -> None:
     assert found.labels is None
 
 
+def test_names_of_index_and_class_give_labels(tmp_path: Path) -> None:
+    """As sample.py and generate write them; the order is that of the indices, whatever their number of digits."""
+    for name, value in (("9-7.png", 1), ("10-3.png", 2), ("000008-3.png", 3)):
+        write_png(tmp_path / name, value)
+    found = read_samples(tmp_path)
+    assert found.pixels[:, 0, 0, 0].tolist() == [3, 1, 2] and found.labels.tolist() == [3, 7, 3]
+    assert found.class_names is None
+    write_png(tmp_path / "09-1.png", 4)
+    with pytest.raises(UserError, match=r"has two images of one index; the names must be <index>-<class id>\.png"):
+        read_samples(tmp_path)
+    write_png(tmp_path / "other.png", 5)
+    assert read_samples(tmp_path).labels is None
+
+
 def test_class_folders_give_labels_and_names(tmp_path: Path) -> None:
     write_png(tmp_path / "seven" / "a.png", 1)
     write_png(tmp_path / "seven" / "b.png", 2)
