@@ -11,14 +11,16 @@ import os
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from gspn_dit.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
+
+    _Data = TypeVar("_Data", Dataset, IterableDataset)
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 HELD_OUT = ("validation", "val", "valid", "dev", "test")  # the first one present is the validation split
@@ -174,8 +176,8 @@ def _find_column(dataset: Dataset, kind: type, preferred: str, path: Path) -> st
     )
 
 
-def standard_columns(dataset: Dataset, path: Path) -> Dataset:
-    """The image and class columns alone, found by feature type and named `image` and `label`."""
+def standard_columns(dataset: _Data, path: Path, decode: bool = True) -> _Data:
+    """The image and class columns alone, found by feature type and named `image` and `label`; undecoded if asked."""
     from datasets import ClassLabel, Image
 
     found = {
@@ -183,7 +185,10 @@ def standard_columns(dataset: Dataset, path: Path) -> Dataset:
         _find_column(dataset, ClassLabel, "label", path): "label",
     }
     dataset = dataset.with_format(None).select_columns(list(found))
-    return dataset.rename_columns({old: new for old, new in found.items() if old != new})
+    if not decode:  # before anything looks at the rows
+        dataset = dataset.cast_column(next(iter(found)), Image(decode=False))
+    renamed = {old: new for old, new in found.items() if old != new}
+    return dataset.rename_columns(renamed) if renamed else dataset
 
 
 def is_hub_name(path: str | os.PathLike[str] | None) -> bool:

@@ -153,6 +153,7 @@ class KLLatent(Latent):
         }
 
     def save(self, directory: Path) -> dict[str, Any]:
+        self.vae.register_to_config(_name_or_path=SAVED_VAE)  # not the place it was loaded from
         self.vae.save_pretrained(directory / SAVED_VAE, safe_serialization=True)
         return {**self.spec(), "vae": SAVED_VAE}
 

@@ -147,12 +147,17 @@ def open_stream(
     Raises:
         UserError: it cannot be opened, lacks classes, or does not say how many images it has.
     """
-    from datasets import Image as ImageFeature
-
     parts = _open_parts(path)
-    train = parts["train"] if "train" in parts else next(iter(parts.values()))
-    standard, count, held_out = standard_columns(train, Path(str(path))), _count(train, path), None
-    stream = standard.cast_column("image", ImageFeature(decode=False))
+    train, count = parts["train"] if "train" in parts else next(iter(parts.values()))
+    if not count:
+        raise UserError(
+            f"the data set {path} does not say how many images it has, which a resumed stream must know; "
+            "write it with save_to_disk or push_to_hub, which record it"
+        )
+    if train.features is None:
+        raise UserError(f"the data set {path} does not declare its columns; an Image and a ClassLabel column are needed")
+    held_out = None
+    stream = standard_columns(train, Path(str(path)), decode=False)
     first = next(iter(stream), None)
     if first is None:
         raise UserError(f"the data set {path} has no images")
@@ -160,12 +165,13 @@ def open_stream(
     name = Path(str(path)).name
     part = next((part for part in HELD_OUT if part in parts), None)
     if part is not None:
-        rows = _first_rows(standard_columns(parts[part], Path(str(path))), validation_images)
+        rows = _first_rows(standard_columns(parts[part][0], Path(str(path)), decode=False), validation_images)
         held_out = ImageSet(rows, name, size, channels, image_size is not None, has_validation=True)
     return ImageStream(stream, name, count, size, channels, image_size is not None), held_out
 
 
-def _open_parts(path: str | None) -> dict[str, IterableDataset]:
+def _open_parts(path: str | None) -> dict[str, tuple[IterableDataset, int]]:
+    """Return each part of a data set and its number of images, 0 if that is not known."""
     from datasets import Dataset, load_dataset, load_from_disk
 
     if not path:
@@ -177,8 +183,8 @@ def _open_parts(path: str | None) -> dict[str, IterableDataset]:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             stored = load_from_disk(path)
             saved = {"train": stored} if isinstance(stored, Dataset) else dict(stored)
-            return {name: _cut(part) for name, part in saved.items()}
-        return dict(load_dataset(path, streaming=True))
+            return {name: (_cut(part), len(part)) for name, part in saved.items()}
+        return {str(name): (part, _count(part)) for name, part in load_dataset(path, streaming=True).items()}
     except Exception as error:
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise UserError(f"{path} cannot be streamed: {reason}") from error
@@ -188,15 +194,9 @@ def _cut(dataset: Dataset) -> IterableDataset:
     return dataset.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(dataset))))
 
 
-def _count(dataset: IterableDataset, path: str | None) -> int:
+def _count(dataset: IterableDataset) -> int:
     splits = dataset.info.splits or {}
-    count = splits[str(dataset.split)].num_examples if str(dataset.split) in splits else 0
-    if not count:
-        raise UserError(
-            f"the data set {path} does not say how many images it has, which a resumed stream must know; "
-            "write it with save_to_disk or push_to_hub, which record it"
-        )
-    return int(count)
+    return int(splits[str(dataset.split)].num_examples or 0) if str(dataset.split) in splits else 0
 
 
 def _geometry(cell: dict[str, Any] | None, image_size: int | None) -> tuple[int, int]:
@@ -213,7 +213,8 @@ def _first_rows(dataset: IterableDataset, count: int) -> Dataset:
     from datasets import Dataset
     from datasets import Image as ImageFeature
 
-    features = dataset.features
-    rows = list(dataset.cast_column("image", ImageFeature(decode=False)).take(count))
+    rows = list(dataset.take(count))
+    features = dataset.features.copy()
+    features["image"] = ImageFeature()
     columns = {name: [row[name] for row in rows] for name in ("image", "label")}
     return Dataset.from_dict(columns, features=features)

@@ -1,0 +1,80 @@
+"""Fine-tuning: all weights but those of other classes come from the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from gspn_dit.errors import UserError
+from gspn_dit.training import loop
+from gspn_dit.training.finetune import LABEL_TABLE, resize_label_table, start_from
+from gspn_dit.training.setup import build_parts
+from tests.training.conftest import changed, run_training, tiny_config
+from tests.training.test_loop import tensors_of
+
+
+def test_classes_are_matched_by_name_and_the_null_row_stays_last() -> None:
+    table = torch.tensor([[1.0], [2.0], [3.0], [9.0]])
+    fresh = torch.tensor([[-1.0], [-2.0], [-3.0], [-4.0], [-5.0]])
+    resized = resize_label_table(table, ["ant", "bee", "cat"], fresh, ["cat", "dog", "ant", "eel"])
+    assert resized.flatten().tolist() == [3, -2, 1, -4, 9]
+    assert fresh.flatten().tolist() == [-1, -2, -3, -4, -5]
+    assert torch.equal(resize_label_table(table, ["a", "b", "c"], torch.zeros(4, 1), ["a", "b", "c"]), table)
+    assert resize_label_table(table, ["a", "b", "c"], torch.zeros(2, 1), ["x"]).flatten().tolist() == [0, 9]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the ten digits."""
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    run_training(tiny_config(run, max_steps=2))
+    return run
+
+
+@pytest.fixture
+def own_classes(tmp_path: Path) -> Path:
+    """Images of the classes 3, new and old."""
+    for number, name in enumerate(("3", "new", "old") * 4):
+        folder = tmp_path / "own" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * number).save(folder / f"{number}.png")
+    return tmp_path / "own"
+
+
+def test_run_on_own_classes_starts_from_the_averaged_weights(
+    pretrained: Path, own_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run", max_steps=1, initialize_from=str(pretrained))
+    config = changed(config, data={"name": "imagefolder", "path": str(own_classes)})
+    scratch = build_parts(config).model.state_dict()
+    started: list[dict[str, torch.Tensor]] = []
+    original = loop.Trainer.run
+    monkeypatch.setattr(
+        loop.Trainer,
+        "run",
+        lambda self: started.append({k: v.clone() for k, v in self.ema.model.state_dict().items()}) or original(self),
+    )
+    run_training(config)
+    source = {key.removeprefix("ema/"): v for key, v in tensors_of(pretrained, 2).items() if key.startswith("ema/")}
+    (model,) = started
+    assert set(model) == set(source)
+    for name, tensor in model.items():
+        if name != LABEL_TABLE:
+            assert torch.equal(tensor, source[name]), name
+    assert model[LABEL_TABLE].shape[0] == 4
+    assert torch.equal(model[LABEL_TABLE][0], source[LABEL_TABLE][3])  # the class "3"
+    assert torch.equal(model[LABEL_TABLE][1:3], scratch[LABEL_TABLE][1:3])
+    assert torch.equal(model[LABEL_TABLE][3], source[LABEL_TABLE][10])  # no class
+    run_training(changed(config, training={"max_steps": 2}), resume="auto")  # goes on from its own weights
+
+
+def test_checkpoint_of_another_model_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    parts = build_parts(changed(tiny_config(tmp_path), model={"hidden_size": 32}))
+    with pytest.raises(UserError, match=r"initialize_from .* belongs to another model: '.*' has shape \[.*\] there"):
+        start_from(str(pretrained), parts)
+    with pytest.raises(UserError, match="does not exist; give a run directory"):
+        run_training(tiny_config(tmp_path / "run", initialize_from=str(tmp_path / "absent")))
+    assert not (tmp_path / "run").exists()
