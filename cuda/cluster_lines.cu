@@ -183,7 +183,7 @@ __device__ __forceinline__ void exchange(Real* total, const Thread& t) {
             t.sums(theirs, token) = mine;
         }
     }
-    cluster_barrier();
+    cluster_barrier();  // swapped
 }
 
 // Make the next orientation the current one, if any direction has it, and say how many have.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gspn_dit.ops import cuda_run
-from gspn_dit.ops.cuda_types import Device, Variant
+from gspn_dit.ops.cuda_types import Device, Variant, widest_vector
 from tests.ops.host_cuda import harness
 from tests.ops.scan_cases import Inputs, make_inputs
 
@@ -63,8 +63,8 @@ FAULTS = {
     # A barrier that is missing: neighbours read a line while it is written.
     ("thread", "short_lines.cu"): ("__syncthreads();  // forward line", ""),
     ("thread", "long_lines.cu"): ("__syncthreads();  // gradient line", ""),
-    # A block that does not wait for the edges of its neighbours.
-    ("thread", "cluster_lines.cu"): ("await(counter(), turn >> 1 & 1);", ";"),
+    # A block that adds to its sums while another one still swaps them for its own.
+    ("thread", "cluster_lines.cu"): ("cluster_barrier();  // swapped", ""),
     # A plane's last row goes past the end of shared memory, and a line's past the end of its tensor.
     ("address", "short_lines.cu"): ("token < tokens;", "token <= tokens;"),
     ("address", "long_lines.cu"): ("n < positions && n < last", "n <= positions && n < last"),
@@ -74,17 +74,28 @@ FAULTS = {
 
 @pytest.mark.parametrize(("sanitizer", "name"), FAULTS)
 def test_planted_fault_is_found(sanitizer: str, name: str, tmp_path: Path) -> None:
+    stderr = run_with_fault(name, *FAULTS[sanitizer, name], sanitizer, tmp_path)
+    assert {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer] in stderr
+
+
+def test_a_block_that_does_not_wait_for_its_neighbours_is_found(tmp_path: Path) -> None:
+    """It runs ahead, and a counter of arrivals is armed twice."""
+    fault = ("await(counter(), turn >> 1 & 1);", "(void)0;")
+    assert "a phase has two arrivals" in run_with_fault("cluster_lines.cu", *fault, "thread", tmp_path)
+
+
+def run_with_fault(name: str, sound: str, faulty: str, sanitizer: str, folder: Path) -> str:
+    """Run a regime's small case with a faulty line in the place of a sound one; return what the failed run says."""
     regime = name.removesuffix("_lines.cu")
-    sources = tmp_path / "cuda"
+    sources = folder / "cuda"
     shutil.copytree(harness.SOURCES, sources)
-    text, (sound, faulty) = (sources / name).read_text(), FAULTS[sanitizer, name]
+    text = (sources / name).read_text()
     assert sound in text
     (sources / name).write_text(text.replace(sound, faulty))
     inputs = small_inputs(regime, 8)
     recorder, _ = record(inputs, regime, window=0)
-    program = harness.sanitized_program(
-        Variant(regime, torch.bfloat16, 4 if regime == "long" else 2, False), sanitizer, sources
-    )
+    vector = widest_vector(regime, torch.bfloat16)
+    program = harness.sanitized_program(Variant(regime, torch.bfloat16, vector, False), sanitizer, sources)
     done = harness.replay(program, recorder)
     assert done.returncode != 0
-    assert {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer] in done.stderr
+    return done.stderr
