@@ -1,4 +1,4 @@
-"""The README.md of a published model: what it draws, what it was trained on, how to use it, under which licence."""
+"""What a published model says of itself: its manifest without private places, and its README.md."""
 
 from __future__ import annotations
 
@@ -6,10 +6,32 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gspn_dit.data.latents import SAVED_VAE
+
 CARD = "README.md"
 LIBRARY = "gspn-dit"
 CODE_LICENSE = "apache-2.0"
 """Licence of this library; the default for weights."""
+
+PUBLISHED = ("step", "model", "latent", "class_names", "config", "data", "ema")
+"""Entries of a checkpoint's manifest that `save_pretrained` keeps."""
+PLACES = {
+    ("data", "path"): None,
+    ("latent", "vae"): SAVED_VAE,
+    ("training", "initialize_from"): None,
+    ("training", "fd_features"): None,
+}
+"""Config keys that name places on the machine that trained, and what is published instead; `output_dir` is left out."""
+
+
+def public_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is published of a manifest: what a user needs, and no place on the machine that trained."""
+    config = {name: dict(value) if isinstance(value, Mapping) else value for name, value in manifest["config"].items()}
+    config.pop("output_dir", None)
+    for (section, key), place in PLACES.items():
+        if config.get(section, {}).get(key) is not None:
+            config[section][key] = place
+    return {**{key: manifest[key] for key in PUBLISHED if key in manifest}, "config": config}
 
 
 def model_card(manifest: Mapping[str, Any], weights: str, license: str = CODE_LICENSE, repo_id: str = "DIR") -> str:

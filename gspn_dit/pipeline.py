@@ -22,14 +22,9 @@ from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, dra
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.files import write_atomically
 from gspn_dit.hub import download
-from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card
+from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card, public_manifest
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.training.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors, read_manifest, resolve_checkpoint
-
-PUBLISHED = ("step", "model", "latent", "class_names", "config", "data", "ema")
-"""Entries of a checkpoint's manifest that `save_pretrained` keeps."""
-PLACES = (("data", "path"), ("latent", "vae"), ("training", "initialize_from"), ("training", "fd_features"))
-"""Config keys that name places on the machine that trained; they are not published, nor is `output_dir`."""
 
 
 @dataclass
@@ -173,8 +168,7 @@ class GSPNPipeline(DiffusionPipeline):
         write_atomically(directory / name, content)
         manifest = {
             "format_version": FORMAT_VERSION,
-            **{key: self.manifest[key] for key in PUBLISHED if key in self.manifest},
-            "config": _without_paths(self.manifest["config"]),
+            **public_manifest(self.manifest),
             "latent": self.latent.save(directory),
             "files": {name: {"bytes": len(content), "crc32": zlib.crc32(content)}},
         }
@@ -381,16 +375,6 @@ def _choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the places on the machine that trained it."""
-    public = {name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()}
-    public.pop("output_dir", None)
-    for section, key in PLACES:
-        if key in public.get(section, ()):
-            public[section][key] = None
-    return public
 
 
 def _load_weights(model: torch.nn.Module, directory: Path, weights: str) -> None:
