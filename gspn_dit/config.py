@@ -160,6 +160,12 @@ class TrainingConfig:
     """Compile the blocks of the model with torch.compile."""
     activation_checkpointing: bool = False
     """Keep only the inputs of blocks and run each block again in the backward pass: less memory, a third more time."""
+    repa_features: str | None = None
+    """Features of the training images, .npy [images, tokens, dimensions], to align hidden tokens with; null: none."""
+    repa_weight: float = 0.5
+    """Weight of the alignment in the loss (arXiv 2410.06940)."""
+    repa_depth: int = 8
+    """Block whose output is aligned; the first is 1."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: split weights, gradients, averages and optimiser state over the processes."""
     max_nonfinite_steps: int = 10
@@ -184,7 +190,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             *("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_last"),
-            *("sample_every", "validate_every", "validation_images", "max_nonfinite_steps", "ema_snapshot_every"),
+            *(
+                "sample_every",
+                "validate_every",
+                "validation_images",
+                "max_nonfinite_steps",
+                "ema_snapshot_every",
+                "repa_depth",
+            ),
             "fd_samples",
         ):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}, but must be at least 1")
@@ -200,6 +213,7 @@ class TrainingConfig:
             _require(0 <= value < 1, f"training.{name} is {value}, but must lie in [0, 1)")
         betas = list(self.adam_betas)
         _require(all(0 <= beta < 1 for beta in betas), f"training.adam_betas is {betas}, but both must lie in [0, 1)")
+        _require(self.repa_weight > 0, f"training.repa_weight is {self.repa_weight}, but must be above 0")
         lengths = self.ema_sigma_rel
         _require(
             all(0.01 <= length <= 0.28 for length in lengths) and len({f"{x:.3f}" for x in lengths}) == len(lengths),

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import LocalUserError, UserError
-from gspn_dit.training.checkpoint import read_manifest
+from gspn_dit.training.checkpoint import load_tensors, read_manifest
 from gspn_dit.training.draws import training_draws
 from gspn_dit.training.ema import EMA, PowerEMA
 from gspn_dit.training.finetune import start_from
@@ -31,6 +31,7 @@ from gspn_dit.training.parallel import (
 )
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.quick_fd import QuickFD, ScorerLoader, create_quick_fd
+from gspn_dit.training.repa import Alignment, check_alignment
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
 from gspn_dit.training.setup import Parts, build_parts
 from gspn_dit.training.sharding import gathered, no_gradient_exchange, whole_tensors
@@ -83,6 +84,7 @@ def _train(arguments: TrainArguments, load_scorer: ScorerLoader | None) -> None:
     _check_same_step(directory, accelerator)
     parts = build_parts(config)
     _check_data(directory, parts)
+    check_alignment(config, parts.model, parts.description["data"]["images"], parts.latent.size)
     if config.training.initialize_from is not None and directory.checkpoint is None:
         start_from(config.training.initialize_from, parts)
     quick_fd = create_quick_fd(config, parts, accelerator, load_scorer)
@@ -142,6 +144,9 @@ class Trainer:
         self.sharded = prepare_weights(self.model, self.ema.model, config.training, accelerator)
         self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in config.training.ema_sigma_rel]
         self.optimizer = create_optimizer(self.model, config.training)
+        self.alignment: Alignment | None = None
+        if config.training.repa_features is not None:
+            self.alignment = Alignment(config, self.model, parts.latent.size, accelerator)
         self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
             torch.zeros((), device=accelerator.device) for _ in range(3)
         )
@@ -166,6 +171,8 @@ class Trainer:
         losses = (math.nan if loss is None else loss for loss in manifest["losses_since_log"])
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in losses]
         restore_tensors(directory.checkpoint, self.model, self.ema, self.power_emas, self.optimizer)
+        if self.alignment is not None:
+            self.alignment.load(load_tensors(directory.checkpoint, "repa"))
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of this step and delete those no longer wanted."""
@@ -208,7 +215,7 @@ class Trainer:
             self.model.null_label,
             self.model.drop_path_rates,
         )
-        return self.parts.objective.loss(
+        loss = self.parts.objective.loss(
             self.forward_model,
             latents.to(device, dtype),
             draws.class_labels.to(device),
@@ -216,6 +223,7 @@ class Trainer:
             draws.timesteps.to(device),
             None if draws.keep_mask is None else draws.keep_mask.to(device),
         ).mean()
+        return loss if self.alignment is None else loss + self.alignment.loss(numbers)
 
     def train_step(self) -> tuple[Tensor, Tensor]:
         """Take one optimiser step; return this process's mean loss and the gradients' norm, 0-d, on the device."""
@@ -231,6 +239,8 @@ class Trainer:
             total += loss.detach() / settings.gradient_accumulation_steps
         rate = learning_rate(settings, self.step)
         norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)
+        if self.alignment is not None:
+            self.alignment.step(rate, took_step)
         self.ema.update(self.model, took_step)
         for average in self.power_emas:
             average.update(self.model, self.step + 1)

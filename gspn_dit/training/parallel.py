@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from gspn_dit.config import Config, TrainingConfig
@@ -22,6 +23,11 @@ def create_accelerator(config: Config) -> Accelerator:
     """Return the Accelerator of a config; raises UserError where the batch cannot be shared out."""
     settings = config.training
     check_trackers(settings.trackers)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise UserError(
+            "the launch file asks for DeepSpeed, which this trainer does not drive; configs/accelerate/fsdp.yaml "
+            "splits weights, gradients and optimiser state in the same way (ZeRO stage 3)"
+        )
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         cpu=not torch.accelerator.is_available(),
@@ -42,8 +48,7 @@ def create_accelerator(config: Config) -> Accelerator:
             f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
             f"{settings.gradient_accumulation_steps} accumulation steps"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError("DeepSpeed is not available in this version; use configs/accelerate/fsdp.yaml")
+    wants_sharding(settings, accelerator)  # refuses what it cannot do before anything is written
     _choose_precision(settings)
     return accelerator
 

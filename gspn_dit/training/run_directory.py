@@ -29,7 +29,7 @@ WRITTEN = (
 MAY_DIFFER = (
     *("output_dir", "data.path", "latent.vae", "training.max_steps", "training.trackers", "training.num_processes"),
     *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
-    *("training.keep_last", "training.keep_every", "training.sharding"),
+    *("training.keep_last", "training.keep_every", "training.sharding", "training.repa_features"),
     *("training.fd_every", "training.fd_samples", "training.fd_features"),
 )
 """Config keys that a resumed run may change: length, intervals, retention, trackers, paths, processes, sharding."""

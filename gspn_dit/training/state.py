@@ -42,6 +42,8 @@ def save_state(trainer: Trainer, manifest: Mapping[str, Any], progress: Progress
             "ema": trainer.ema.model.state_dict(),
             **{average.name: average.tensors for average in trainer.power_emas},
         }
+        if trainer.alignment is not None:
+            named["repa"] = trainer.alignment.state()
         optimizer = optimizer_tensors(trainer.optimizer, trainer.model)
         if trainer.sharded:
             save_shards(partial_directory(target), optimizer)

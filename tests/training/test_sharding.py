@@ -132,6 +132,13 @@ def test_fsdp_1_of_a_launch_file_is_refused() -> None:
     assert wants_sharding(TrainingConfig(), Launched())  # type: ignore[arg-type]
 
 
+def test_deepspeed_is_refused_with_what_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"asks for DeepSpeed.*configs/accelerate/fsdp\.yaml"):
+        run_training(tiny_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
 def test_launch_files_are_what_accelerate_reads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file

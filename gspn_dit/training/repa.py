@@ -1,0 +1,135 @@
+"""Representation alignment (REPA, arXiv 2410.06940): hidden tokens learn to predict features of the clean image.
+
+The features are computed beforehand by a model of one's choice; the projector is small, belongs to training alone and
+has an optimiser of its own, so that a model trained with it is saved and sampled like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gspn_dit import rng
+from gspn_dit.config import Config
+from gspn_dit.errors import UserError
+from gspn_dit.models import DiffusionModel
+from gspn_dit.training.optimizer import (
+    create_optimizer,
+    empty_optimizer_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+
+WIDTH = 2048
+"""Hidden width of the projector."""
+
+
+def load_features(path: str, tokens: int, images: int | None = None) -> np.ndarray:
+    """Map a .npy of features [images, tokens, dimensions], tokens row by row; raises UserError if it does not fit."""
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"training.repa_features {path} cannot be read: {error}") from None
+    images = features.shape[0] if images is None and features.ndim else images
+    if features.ndim != 3 or features.shape[:2] != (images, tokens):
+        raise UserError(
+            f"training.repa_features {path} has shape {list(features.shape)}, but {images} training images of {tokens} "
+            f"tokens need [{images}, {tokens}, dimensions]"
+        )
+    return features
+
+
+class Alignment:
+    """Projects the tokens of a block and compares them with the features of their images.
+
+    Args:
+        config: of the run; `training.repa_features`, `repa_weight` and `repa_depth` are used.
+        model: whose block's output is read.
+        latent_size: of an image.
+        accelerator: whose processes average the projector's gradients.
+    """
+
+    def __init__(self, config: Config, model: DiffusionModel, latent_size: int, accelerator: Accelerator) -> None:
+        settings = config.training
+        assert settings.repa_features is not None
+        self.features = load_features(settings.repa_features, image_tokens(model, latent_size))
+        self.seed, self.weight, self.accelerator = config.seed, settings.repa_weight, accelerator
+        hidden, width = model.patch_embed.out_features, min(WIDTH, 4 * model.patch_embed.out_features)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.projector = nn.Sequential(
+                nn.Linear(hidden, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                nn.Linear(width, self.features.shape[2]),
+            ).to(accelerator.device, model.patch_embed.weight.dtype)  # fmt: skip
+        self.optimizer = create_optimizer(self.projector, settings)
+        self.tokens: Tensor | None = None
+        model.blocks[settings.repa_depth - 1].register_forward_hook(self._remember)
+
+    def _remember(self, block: nn.Module, arguments: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():  # a block that is run again in the backward pass comes after `loss`
+            self.tokens = output
+
+    def loss(self, numbers: range) -> Tensor:
+        """Return weight · (1 - mean cosine) of the tokens of the last forward pass, whose sample numbers these are."""
+        assert self.tokens is not None
+        tokens, self.tokens = self.tokens, None
+        chosen = self.features[rng.data_indices(self.seed, numbers, len(self.features))]
+        target = torch.from_numpy(chosen.astype(np.float32)).to(tokens.device)
+        with self.accelerator.autocast():
+            projected = self.projector(tokens.flatten(1, -2))
+        return self.weight * (1 - F.cosine_similarity(projected.float(), target, dim=-1).mean())
+
+    def step(self, rate: float, took_step: Tensor) -> None:
+        """Average the gradients over the processes and step where the model did."""
+        for parameter in self.projector.parameters():
+            assert parameter.grad is not None
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.found_inf = 1 - took_step  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the projector and its optimiser as named tensors."""
+        weights = {f"weight/{name}": tensor for name, tensor in self.projector.state_dict().items()}
+        moments = optimizer_tensors(self.optimizer, self.projector)
+        return weights | {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.projector.load_state_dict(part("weight/"))
+        state = empty_optimizer_tensors(self.projector)
+        state.update(part("optimizer/"))
+        load_optimizer_tensors(self.optimizer, self.projector, state)
+
+
+def image_tokens(model: DiffusionModel, latent_size: int) -> int:
+    """Return the tokens of an image."""
+    return (latent_size // model.patch_size) ** 2
+
+
+def check_alignment(config: Config, model: DiffusionModel, images: int, latent_size: int) -> None:
+    """Raise UserError where a config asks for an alignment that cannot be, before anything is written."""
+    settings = config.training
+    if settings.repa_features is None:
+        return
+    for key, excluded in (
+        ("training.compile", settings.compile),
+        ("training.sharding", settings.sharding != "none"),
+        ("data.horizontal_flip", config.data.horizontal_flip),  # the features are of images as they are
+        ("data.streaming", config.data.streaming),
+    ):
+        if excluded:
+            raise UserError(f"training.repa_features does not go with {key}; leave one of them out")
+    if settings.repa_depth > len(model.blocks):
+        raise UserError(f"training.repa_depth is {settings.repa_depth}, but the model has {len(model.blocks)} blocks")
+    load_features(settings.repa_features, image_tokens(model, latent_size), images)
