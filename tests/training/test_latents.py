@@ -121,7 +121,7 @@ def test_other_latents_are_noticed_on_resume(place: Path, tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "moved" / MANIFEST).read_text())
     manifest["source"]["fingerprint"] = "another"
     (tmp_path / "moved" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="was trained on other data: 18 images of 'latents' then, 18 of 'moved' now"):
+    with pytest.raises(UserError, match="was trained on other data: 18 images of 'moved' then, 18 of 'moved' now"):
         run_training(changed(config_of(place, tmp_path / "run"), data={"path": str(tmp_path / "moved")}), resume="auto")
 
 
