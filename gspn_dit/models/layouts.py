@@ -114,7 +114,8 @@ def convert_weights(theirs: Mapping[str, Tensor], layout_name: str) -> tuple[dic
     _refuse("are missing", sorted(needed - set(theirs)))
     _refuse("are not a DiT's", sorted(name for name in set(theirs) - needed if not layout.spare.fullmatch(name)))
     _check_repeated(theirs, layout, needed)
-    ours = {name: torch.cat([theirs[part].float() for part in parts]) for name, parts in sources.items()}
+    stacks = {name: [theirs[part].float() for part in parts] for name, parts in sources.items()}
+    ours = {name: torch.cat(stack) if len(stack) > 1 else stack[0] for name, stack in stacks.items()}
     patches = ours["patch_embed.weight"]  # [C, in_channels, p, p]
     if patches.dim() != 4:
         raise UserError(f"the patch embedding has shape {list(patches.shape)}, but must be a convolution's")
