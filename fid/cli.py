@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ def build_parser() -> ArgumentParser:
     """The arguments of `python -m fid`."""
     parser = ArgumentParser(
         prog="python -m fid",
+        formatter_class=argparse.HelpFormatter,  # the defaults are in the words below
         description="Score generated images against real ones and write a report; `python -m fid compare REPORT …` "
         "puts reports side by side.",
     )
@@ -47,7 +49,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--no-cache", action="store_true", help="keep no features of real images")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: 256, Inception 64)")
     parser.add_argument(
-        "--device", default="cpu", help="where the nets run: cpu, cuda (each process its own), cuda:1, …"
+        "--device", default="cpu", help="where the nets run: cpu (default), cuda (each process its own), cuda:1, …"
     )
     parser.add_argument("--seed", type=int, help="of KID's subsets, without --protocol (default: 0)")
     return parser
