@@ -162,10 +162,10 @@ def _model_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
     latent = f"{data.channels}×{data.size}×{data.size}"
     rows = [
         ("model", f"{config.model.name}, {figures.parameters:,} parameters"),
-        ("forward", f"{figures.multiply_adds / 1e9:.2f} G multiply-adds for an image of {latent}"),
+        ("forward", f"{figures.multiply_adds / 1e9:.4g} G multiply-adds for an image of {latent}"),
     ]
     if figures.scan_multiply_adds:
-        scans = f"{figures.scan_multiply_adds / 1e9:.2f} G of them in scans, 6 for each token, channel and direction"
+        scans = f"{figures.scan_multiply_adds / 1e9:.3g} G of them in scans, 6 for each token, channel and direction"
         rows.append(("", scans))
     flops = f"{figures.training_flops / 1e12:.3g} TFLOP per image: two for a multiply-add, thrice the forward pass"
     return [*rows, ("training", flops)]
