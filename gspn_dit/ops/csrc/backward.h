@@ -4,12 +4,30 @@
 
 template <class T> struct BackwardPointers {
   typedef typename Accumulator<T>::type A;
-  const T *x, *grad_y, *logits[3], *gate_in, *gate_out;
-  const A *state, *before[3], *carried;
-  A* passed[3];  // the carried line for the line visited before, at n - 1, n, n + 1
+  const T *x, *grad_y, *logits, *gate_in, *gate_out;
+  const A *state, *before, *carried;  // `before`: the previous line's states at n - 1
+  A* passed;                          // the carried line for the line visited before, at n - 1
   A* merge_sums;
-  T *grad_logits[3], *grad_in, *grad_out, *grad_x;
+  T *grad_logits, *grad_in, *grad_out, *grad_x;
   A* partial;
+  int64_t k_stride, grad_k_stride, slot, width;  // slot: from one position's states to the next one's
+};
+
+// How the gradients of the per-channel weights are computed: from the logits again, or from what `compute_states` kept.
+enum Source { kLogits, kKept, kShared };
+
+// Behind a position's states lie w_0, w_2 and the sum of the three sigmoids, `width` apart.
+constexpr int kKeptPlanes = 4;
+
+template <class A> struct KeptWeights {
+  typename Simd<A>::V w[3], total;
+  GSPN_INLINE KeptWeights(const A* state, int64_t width) {
+    w[0] = load(state + width);
+    w[2] = load(state + 2 * width);
+    w[1] = A(1) - w[0] - w[2];
+    total = load(state + 3 * width);
+  }
+  GSPN_INLINE auto s(int k) const { return A(1) - w[k] * total; }
 };
 
 // What both kinds of lines share: dh, and the gradients of x, the gates and the merge weight.
@@ -23,7 +41,7 @@ static GSPN_INLINE auto gate_gradients(const BackwardPointers<T>& p, int64_t j, 
   const V weighted = g * state;
   store(p.merge_sums + j, load(p.merge_sums + j) + weighted * out);
   put<T, Tail>(p.grad_out + j, weighted * merge, count);
-  const V gradient = merge * out * g + load(p.carried + j);
+  const V gradient = out * merge * g + load(p.carried + j);
   put<T, Tail>(p.grad_in + j, get<T, Tail>(p.x + j, count) * gradient, count);
   add_up<T, Tail>(p.grad_x + j, p.partial + j, get<T, Tail>(p.gate_in + j, count) * gradient, count, add, last);
   return gradient;
@@ -37,94 +55,103 @@ static GSPN_INLINE void backward_start_vector(const BackwardPointers<T>& p, int6
   gate_gradients<T, Tail>(p, j, count, merge, add, last);
   if (shared) return;
   const V zero = {};
-  for (int k = 0; k < 3; ++k) put<T, Tail>(p.grad_logits[k] + j, zero, count);
+  for (int k = 0; k < 3; ++k) put<T, Tail>(p.grad_logits + k * p.grad_k_stride + j, zero, count);
 }
 
-template <class T, bool Edge, bool Shared, bool Tail>
+template <class T, bool Edge, Source source, bool Tail>
 static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j, int64_t count,
                                         typename Accumulator<T>::type merge, bool minus, bool plus,
-                                        const SharedLine<typename Accumulator<T>::type>& line, int64_t stride, bool add,
-                                        bool last) {
+                                        const SharedLine<typename Accumulator<T>::type>& line, bool add, bool last) {
   typedef typename Accumulator<T>::type A;
   typedef typename Simd<A>::V V;
   const V gradient = gate_gradients<T, Tail>(p, j, count, merge, add, last);
-  Weights<A> value;
-  V of_weight[3];
-  for (int k = 0; k < 3; ++k) of_weight[k] = gradient * load(p.before[k] + j);
-  if (Shared) {
+  const A* before = p.before + j;
+  V passed[3];
+  if constexpr (source == kShared) {
     for (int k = 0; k < 3; ++k) {
-      value.w[k] = load(line.we + k * stride + j);
-      put<A, Tail>(line.dw + k * stride + j, of_weight[k], count);
+      passed[k] = load(line.we + k * p.width + j) * gradient;
+      put<A, Tail>(line.dw + k * p.width + j, gradient * load(before + k * p.slot), count);
     }
   } else {
-    value = weights<A, true, Edge, in_place<T>()>(get<T, Tail>(p.logits[0] + j, count),
-                                                  get<T, Tail>(p.logits[1] + j, count),
-                                                  get<T, Tail>(p.logits[2] + j, count), minus, plus);
-    const V mean = value.w[0] * of_weight[0] + value.w[1] * of_weight[1] + value.w[2] * of_weight[2];
+    // The gradient of logit k is w_k s_k dh (h[i-1, n+k] - sum_j w_j h[i-1, n+j]).
+    V mean, s[3];
+    if constexpr (source == kKept) {
+      const KeptWeights<A> value(p.state + j, p.width);
+      mean = value.w[0] * load(before) + value.w[1] * load(before + p.slot) + value.w[2] * load(before + 2 * p.slot);
+      for (int k = 0; k < 3; ++k) passed[k] = value.w[k] * gradient, s[k] = value.s(k);
+    } else {
+      const T* l = p.logits + j;
+      const auto value = weights<A, true, Edge, in_place<T>()>(
+          get<T, Tail>(l, count), get<T, Tail>(l + p.k_stride, count), get<T, Tail>(l + 2 * p.k_stride, count), minus, plus);
+      const V scaled = gradient * value.inverse;
+      mean = value.p[0] * load(before) + value.p[1] * load(before + p.slot) + value.p[2] * load(before + 2 * p.slot);
+      mean = mean * value.inverse;
+      for (int k = 0; k < 3; ++k) passed[k] = value.p[k] * scaled, s[k] = value.s(k);
+    }
     for (int k = 0; k < 3; ++k) {
-      V result = value.w[k] * value.s[k] * (of_weight[k] - mean);
+      V result = passed[k] * s[k] * (load(before + k * p.slot) - mean);
       if (Edge && ((k == 0 && !minus) || (k == 2 && !plus))) result = V{};  // even where a NaN is about
-      put<T, Tail>(p.grad_logits[k] + j, result, count);
+      put<T, Tail>(p.grad_logits + k * p.grad_k_stride + j, result, count);
     }
   }
   // Positions come in ascending order: n + 1 is touched for the first time here, n only at the start of the line.
+  A* to = p.passed + j;
   if (!Edge || minus) {
-    store(p.passed[0] + j, load(p.passed[0] + j) + value.w[0] * gradient);
-    store(p.passed[1] + j, load(p.passed[1] + j) + value.w[1] * gradient);
+    store(to, load(to) + passed[0]);
+    store(to + p.width, load(to + p.width) + passed[1]);
   } else {
-    store(p.passed[1] + j, value.w[1] * gradient);
+    store(to + p.width, passed[1]);
   }
-  if (!Edge || plus) store(p.passed[2] + j, value.w[2] * gradient);
+  if (!Edge || plus) store(to + 2 * p.width, passed[2]);
 }
 
-template <class T> static GSPN_INLINE void prefetch_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t j) {
-  if (j % (64 / (int64_t)sizeof(T))) return;
+template <class T, Source source> static GSPN_INLINE void prefetch_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t j) {
+  if (sizeof(T) < 4 && j % (64 / (int64_t)sizeof(T))) return;
   prefetch(p.x + ahead.x + j);
   prefetch(p.grad_y + ahead.grad_y + j);
-  for (int k = 0; k < 3; ++k) prefetch(p.logits[k] + ahead.logits + j);
+  for (int k = 0; k < 3 && source == kLogits; ++k) prefetch(p.logits + k * p.k_stride + ahead.logits + j);
   prefetch(p.gate_in + ahead.in + j);
   prefetch(p.gate_out + ahead.out + j);
   if (in_place<T>()) prefetch(p.grad_x + ahead.sum + j);
   else prefetch(p.partial + ahead.partial + j), prefetch(p.partial + ahead.partial + j + 16);
 }
 
-template <class T, bool Edge, bool Shared>
+template <class T, bool Edge, Source source>
 static GSPN_INLINE void backward_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t channels,
                                           typename Accumulator<T>::type merge, bool minus, bool plus,
                                           const SharedLine<typename Accumulator<T>::type>& line, bool add, bool last) {
   constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
-  const int64_t stride = padded(channels);
   int64_t j = 0;
   for (; j + L <= channels; j += L) {
-    prefetch_position(p, ahead, j);
-    backward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, line, stride, add, last);
+    prefetch_position<T, source>(p, ahead, j);
+    backward_vector<T, Edge, source, false>(p, j, L, merge, minus, plus, line, add, last);
   }
-  if (j < channels)
-    backward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, line, stride, add, last);
+  if (j < channels) backward_vector<T, Edge, source, true>(p, j, channels - j, merge, minus, plus, line, add, last);
 }
 
-// The same past the caches: gradients go into a corner of the L1 cache first and from there to memory, whole lines at a time.
-template <class T, bool Edge, bool Shared>
+// The same past the caches: gradients go into a corner of the L1 cache first and from there to memory, one tensor after the
+// other, because the processor combines such stores only as long as few streams take turns.
+template <class T, Source source>
 static GSPN_INLINE void stream_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t channels,
-                                        typename Accumulator<T>::type merge, bool minus, bool plus,
+                                        typename Accumulator<T>::type merge,
                                         const SharedLine<typename Accumulator<T>::type>& line, bool add, bool last) {
   constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
   constexpr int64_t piece = 512 / sizeof(T);
-  const int64_t stride = padded(channels);
-  alignas(64) T corner[5][piece];
+  alignas(64) T corner[5 * piece + L];
   BackwardPointers<T> q = p;
   for (int64_t begin = 0; begin < channels; begin += piece) {
     const int64_t end = begin + piece < channels ? begin + piece : channels, bytes = (end - begin) * sizeof(T);
-    for (int k = 0; k < 3 && !Shared; ++k) q.grad_logits[k] = corner[k] - begin;
-    q.grad_in = corner[3] - begin;
-    q.grad_out = corner[4] - begin;
+    if (source != kShared) q.grad_logits = corner - begin, q.grad_k_stride = piece;
+    q.grad_in = corner + 3 * piece - begin;
+    q.grad_out = corner + 4 * piece - begin;
     for (int64_t j = begin; j < end; j += L) {
-      prefetch_position(p, ahead, j);
-      backward_vector<T, Edge, Shared, false>(q, j, L, merge, minus, plus, line, stride, add, last);
+      prefetch_position<T, source>(p, ahead, j);
+      backward_vector<T, false, source, false>(q, j, L, merge, true, true, line, add, last);
     }
-    for (int k = 0; k < 3 && !Shared; ++k) copy_past_caches(p.grad_logits[k] + begin, corner[k], bytes);
-    copy_past_caches(p.grad_in + begin, corner[3], bytes);
-    copy_past_caches(p.grad_out + begin, corner[4], bytes);
+    for (int k = 0; k < 3 && source != kShared; ++k)
+      copy_past_caches(p.grad_logits + k * p.grad_k_stride + begin, corner + k * piece, bytes);
+    copy_past_caches(p.grad_in + begin, corner + 3 * piece, bytes);
+    copy_past_caches(p.grad_out + begin, corner + 4 * piece, bytes);
   }
 }
 
@@ -159,7 +186,7 @@ static void group_gradients(const SharedLine<A>& line, int64_t n, int64_t channe
       const bool valid = (k != 0 || minus) && (k != 2 || plus);
       const int64_t at = k * line.plane + n * line.groups + g;
       typename Simd<A>::V result = {};
-      if (valid) result[0] = line.w[at] * line.s[at] * (of_weight[k] - mean);
+      if (valid) result = result + line.w[at] * line.s[at] * (of_weight[k] - mean);
       store_some(grads.at(i, n) + k * k_stride + g, result, 1);
     }
   }
@@ -198,14 +225,33 @@ template <class T> struct BackwardViews {
   }
 };
 
-// The states of every line of one direction: [lines, N + 2, width].
-template <class T, bool Shared>
+template <Source source> constexpr int64_t slot_width(int64_t width) { return source == kKept ? kKeptPlanes * width : width; }
+
+template <class T, bool Edge, Source source, bool Tail, class A>
+static GSPN_INLINE void keep_state(A* to, const T* x, const T* gate_in, const T* logits, int64_t k_stride, const A* before,
+                                   int64_t slot, int64_t width, const A* we, int64_t count, bool minus, bool plus) {
+  if constexpr (source == kKept) {
+    const auto value = weights_at<T, true, Edge, Tail>(logits, k_stride, count, minus, plus);
+    const auto w0 = value.w(0), w1 = value.w(1), w2 = value.w(2);
+    store(to, get<T, Tail>(gate_in, count) * get<T, Tail>(x, count) + w0 * load(before) + w1 * load(before + slot) +
+                  w2 * load(before + 2 * slot));
+    store(to + width, w0);
+    store(to + 2 * width, w2);
+    store(to + 3 * width, (value.p[0] + value.p[1] + value.p[2]) * value.of_product);
+  } else {
+    store(to, next_state<T, Edge, source == kShared, Tail>(x, gate_in, logits, k_stride, before, slot, we, width, count,
+                                                           minus, plus));
+  }
+}
+
+// The states of every line of one direction: [lines, N + 2, slot].
+template <class T, Source source>
 static void compute_states(const Geometry& geometry, const Block& block, const BackwardViews<T>& view,
                            SharedLine<typename Accumulator<T>::type>& line, typename Accumulator<T>::type* states) {
   typedef typename Accumulator<T>::type A;
-  typedef typename Simd<A>::V V;
   constexpr int L = Simd<A>::lanes;
-  const int64_t width = padded(block.channels), positions = geometry.positions, size = (positions + 2) * width;
+  const int64_t width = padded(block.channels), slot = slot_width<source>(width), positions = geometry.positions;
+  const int64_t size = (positions + 2) * slot, channels = block.channels, k_stride = view.k_stride;
   const A* before = nullptr;
   for (int64_t step = 0; step < geometry.lines; ++step) {
     const int64_t i = geometry.index(step);
@@ -213,48 +259,42 @@ static void compute_states(const Geometry& geometry, const Block& block, const B
     const bool restart = geometry.restarts(i);
     A* state = states + i * size;
     clear(state, width);
-    clear(state + (positions + 1) * width, width);
-    if (Shared && !restart) shared_weights<T, false>(line, view.logits, view.k_stride, i, positions);
+    clear(state + (positions + 1) * slot, width);
+    if (source == kShared && !restart) shared_weights<T, false>(line, view.logits, k_stride, i, positions);
     for (int64_t n = 0; n < positions; ++n) {
       const T *in = view.in.at(i, n), *x = view.x.at(i, n), *l = view.logits.at(i, n);
-      const int64_t channels = block.channels, k = view.k_stride;
-      A* to = state + (n + 1) * width;
+      const A* from = before + n * slot;
+      A* to = state + (n + 1) * slot;
       const bool here = n + 1 < positions;
       const int64_t ii = here ? i : next, nn = here ? n + 1 : 0;
       const T *next_in = view.in.at(ii, nn), *next_x = view.x.at(ii, nn), *next_l = view.logits.at(ii, nn);
       const bool minus = n > 0, plus = n < positions - 1;
-      if (Shared && !restart) repeat_groups(line, n, channels);
+      if (source == kShared && !restart) repeat_groups(line, n, channels);
       for (int64_t j = 0; j < channels; j += L) {
-        if (j % (64 / (int64_t)sizeof(T)) == 0) {
+        if (sizeof(T) >= 4 || j % (64 / (int64_t)sizeof(T)) == 0) {
           prefetch(next_in + j);
           prefetch(next_x + j);
-          for (int q = 0; q < 3; ++q) prefetch(next_l + q * k + j);
+          for (int q = 0; q < 3; ++q) prefetch(next_l + q * k_stride + j);
         }
         const int64_t count = channels - j;
-        V value = count < L ? load_some(in + j, count) * load_some(x + j, count) : load(in + j) * load(x + j);
-        if (!restart) {
-          Weights<A> w;
-          constexpr bool precise = in_place<T>();
-          if (Shared)
-            for (int q = 0; q < 3; ++q) w.w[q] = load(line.we + q * width + j);
-          else if (count < L)
-            w = weights<A, false, true, precise>(load_some(l + j, count), load_some(l + k + j, count),
-                                                 load_some(l + 2 * k + j, count), minus, plus);
-          else if (minus && plus)
-            w = weights<A, false, false, precise>(load(l + j), load(l + k + j), load(l + 2 * k + j), true, true);
-          else
-            w = weights<A, false, true, precise>(load(l + j), load(l + k + j), load(l + 2 * k + j), minus, plus);
-          const A* from = before + n * width + j;
-          value += w.w[0] * load(from) + w.w[1] * load(from + width) + w.w[2] * load(from + 2 * width);
-        }
-        store(to + j, value);
+        if (restart)
+          store(to + j, count < L ? load_some(in + j, count) * load_some(x + j, count) : load(in + j) * load(x + j));
+        else if (count < L)
+          keep_state<T, true, source, true>(to + j, x + j, in + j, l + j, k_stride, from + j, slot, width, line.we + j, count,
+                                            minus, plus);
+        else if (minus && plus)
+          keep_state<T, false, source, false>(to + j, x + j, in + j, l + j, k_stride, from + j, slot, width, line.we + j, L,
+                                              true, true);
+        else
+          keep_state<T, true, source, false>(to + j, x + j, in + j, l + j, k_stride, from + j, slot, width, line.we + j, L,
+                                             minus, plus);
       }
     }
     before = state;
   }
 }
 
-template <class T, bool Shared>
+template <class T, Source source>
 static void backward_direction(const Scan& scan, const Plan& plan, const Block& block, int64_t d,
                                typename Accumulator<T>::type* states, typename Accumulator<T>::type* carries,
                                SharedLine<typename Accumulator<T>::type> line,
@@ -263,8 +303,10 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
   typedef typename Accumulator<T>::type A;
   const Geometry geometry(scan, d);
   const BackwardViews<T> view(scan, plan, block, geometry, d, partial_plane);
-  compute_states<T, Shared>(geometry, block, view, line, states);
+  compute_states<T, source>(geometry, block, view, line, states);
+  constexpr bool shared = source == kShared;
   const int64_t positions = geometry.positions, width = padded(block.channels), size = (positions + 2) * width;
+  const int64_t slot = slot_width<source>(width), states_size = (positions + 2) * slot;
   const int64_t groups = scan.groups;
   const Directions directions(scan, plan, block);
   const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
@@ -278,30 +320,32 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
     const bool restart = geometry.restarts(i);
     if (none_carried) clear(carried, size);
     clear(merge_sums, width);
-    if (Shared && !restart) shared_weights<T, true>(line, view.logits, view.k_stride, i, positions);
+    if (shared && !restart) shared_weights<T, true>(line, view.logits, view.k_stride, i, positions);
     for (int64_t n = 0; n < positions; ++n) {
       BackwardPointers<T> p;
       p.x = view.x.at(i, n);
       p.grad_y = view.grad_y.at(i, n);
       p.gate_in = view.in.at(i, n);
       p.gate_out = view.out.at(i, n);
-      p.state = states + i * size + (n + 1) * width;
+      p.state = states + i * states_size + (n + 1) * slot;
       p.carried = carried + (n + 1) * width;
-      for (int k = 0; k < 3; ++k) {
-        p.logits[k] = view.logits.at(i, n) + k * view.k_stride;
-        p.before[k] = states + before * size + (n + k) * width;
-        p.passed[k] = passed + (n + k) * width;
-        p.grad_logits[k] = view.grad_logits.at(i, n) + k * groups;
-      }
+      p.logits = view.logits.at(i, n);
+      p.before = states + before * states_size + n * slot;
+      p.passed = passed + n * width;
+      p.grad_logits = view.grad_logits.at(i, n);
+      p.k_stride = view.k_stride;
+      p.grad_k_stride = groups;
+      p.slot = slot;
+      p.width = width;
       p.merge_sums = merge_sums;
       p.grad_in = view.grad_in.at(i, n);
       p.grad_out = view.grad_out.at(i, n);
       p.grad_x = view.grad_x.result.at(i, n);
       p.partial = view.grad_x.partial.at(i, n);
       if (restart) {
-        backward_start<T>(p, block.channels, Shared, merge, add, last);
-        if (Shared && plan.parts > 1) clear_group_gradients(line, view.logit_parts, groups, i, n);
-        else if (Shared) clear_group_gradients(line, view.grad_logits, groups, i, n);
+        backward_start<T>(p, block.channels, shared, merge, add, last);
+        if (shared && plan.parts > 1) clear_group_gradients(line, view.logit_parts, groups, i, n);
+        else if (shared) clear_group_gradients(line, view.grad_logits, groups, i, n);
         continue;
       }
       const int64_t distance = block.channels * (int64_t)sizeof(T) < 512 ? 2 : 1;
@@ -309,23 +353,23 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
       const int64_t ii = here ? i : before, nn = here ? n + distance : (n + distance - positions) % positions;
       const Ahead ahead = {view.x.at(ii, nn) - p.x,
                            view.grad_y.at(ii, nn) - p.grad_y,
-                           view.logits.at(ii, nn) - p.logits[0],
+                           view.logits.at(ii, nn) - p.logits,
                            view.in.at(ii, nn) - p.gate_in,
                            view.out.at(ii, nn) - p.gate_out,
                            view.grad_x.result.at(ii, nn) - p.grad_x,
                            view.grad_x.partial.at(ii, nn) - p.partial};
       const bool minus = n > 0, plus = n < positions - 1;
-      if (Shared) repeat_groups(line, n, block.channels);
+      if (shared) repeat_groups(line, n, block.channels);
       const int64_t channels = block.channels;
       if (plan.stream && minus && plus)
-        stream_position<T, false, Shared>(p, ahead, channels, merge, true, true, line, add, last);
+        stream_position<T, source>(p, ahead, channels, merge, line, add, last);
       else if (minus && plus)
-        backward_position<T, false, Shared>(p, ahead, channels, merge, true, true, line, add, last);
+        backward_position<T, false, source>(p, ahead, channels, merge, true, true, line, add, last);
       else
-        backward_position<T, true, Shared>(p, ahead, channels, merge, minus, plus, line, add, last);
-      if (Shared && plan.parts > 1)
+        backward_position<T, true, source>(p, ahead, channels, merge, minus, plus, line, add, last);
+      if (shared && plan.parts > 1)
         group_gradients(line, n, block.channels, view.logit_parts, groups, i, minus, plus);
-      else if (Shared)
+      else if (shared)
         group_gradients(line, n, block.channels, view.grad_logits, groups, i, minus, plus);
     }
     for (int64_t c = 0; c < block.channels; ++c) merge_total[c] += (double)merge_sums[c];
@@ -340,7 +384,7 @@ template <class T> static int64_t backward_scratch(const Scan& scan, const Plan&
   typedef typename Accumulator<T>::type A;
   const int64_t height = scan.height, width = scan.width, channels = padded(plan.block);
   const int64_t longest = height > width ? height : width;
-  int64_t size = (height * width + 2 * longest) * channels + 2 * (longest + 2) * channels + channels;
+  int64_t size = (height * width + 2 * longest) * channels * (plan.keep ? kKeptPlanes : 1) + 2 * (longest + 2) * channels + channels;
   size += shared_line_size(scan, plan);
   if (!in_place<T>() && scan.directions > 1 && plan.shares == 1) size += height * width * channels;
   return size * sizeof(A);
@@ -350,17 +394,19 @@ template <class T> static void backward(const Scan& scan, const Plan& plan, cons
   typedef typename Accumulator<T>::type A;
   const int64_t longest = scan.height > scan.width ? scan.height : scan.width, channels = padded(plan.block);
   A* states = (A*)scratch;
-  A* carries = states + (scan.height * scan.width + 2 * longest) * channels;
+  A* carries = states + (scan.height * scan.width + 2 * longest) * channels * (plan.keep ? kKeptPlanes : 1);
   A* merge_sums = carries + 2 * (longest + 2) * channels;
   A* shared = merge_sums + channels;
   A* partial = shared + shared_line_size(scan, plan);
   const Directions directions(scan, plan, block);
   for (int64_t d = directions.begin; d < directions.end; ++d) {
-    if (scan.groups == scan.channels)
-      backward_direction<T, false>(scan, plan, block, d, states, carries, SharedLine<A>{}, merge_sums, partial);
+    if (plan.keep)
+      backward_direction<T, kKept>(scan, plan, block, d, states, carries, SharedLine<A>{}, merge_sums, partial);
+    else if (scan.groups == scan.channels)
+      backward_direction<T, kLogits>(scan, plan, block, d, states, carries, SharedLine<A>{}, merge_sums, partial);
     else
-      backward_direction<T, true>(scan, plan, block, d, states, carries, shared_line<A>(scan, block, shared), merge_sums,
-                                  partial);
+      backward_direction<T, kShared>(scan, plan, block, d, states, carries, shared_line<A>(scan, block, shared), merge_sums,
+                                     partial);
   }
   if (plan.stream) finish_streams();
 }

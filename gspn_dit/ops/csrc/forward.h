@@ -1,12 +1,14 @@
 // Included by kernels.h.
 
+// Where one position's channels are. A neighbour is `width` away, a logit of the next k `k_stride`.
 template <class T> struct ForwardPointers {
   typedef typename Accumulator<T>::type A;
-  const T *x, *logits[3], *gate_in, *gate_out;
-  const A *before[3];  // the previous line's states at n - 1, n, n + 1
+  const T *x, *logits, *gate_in, *gate_out;
+  const A* before;  // the previous line's states at n - 1
   A* state;
   T* y;
   A* partial;
+  int64_t k_stride, width;
 };
 
 // How far the data of a position visited a little later are from those of this one.
@@ -14,22 +16,31 @@ struct Ahead {
   int64_t x, grad_y, logits, in, out, sum, partial;
 };
 
+template <class T, bool Backward, bool Edge, bool Tail>
+static GSPN_INLINE auto weights_at(const T* logits, int64_t k_stride, int64_t count, bool minus, bool plus) {
+  return weights<typename Accumulator<T>::type, Backward, Edge, in_place<T>()>(
+      get<T, Tail>(logits, count), get<T, Tail>(logits + k_stride, count), get<T, Tail>(logits + 2 * k_stride, count), minus,
+      plus);
+}
+
+template <class T, bool Edge, bool Shared, bool Tail>
+static GSPN_INLINE auto next_state(const T* x, const T* gate_in, const T* logits, int64_t k_stride,
+                                   const typename Accumulator<T>::type* before, int64_t slot,
+                                   const typename Accumulator<T>::type* we, int64_t width, int64_t count, bool minus,
+                                   bool plus) {
+  const auto input = get<T, Tail>(gate_in, count) * get<T, Tail>(x, count);
+  const auto minus_one = load(before), same = load(before + slot), plus_one = load(before + 2 * slot);
+  if (Shared) return input + load(we) * minus_one + load(we + width) * same + load(we + 2 * width) * plus_one;
+  const auto value = weights_at<T, false, Edge, Tail>(logits, k_stride, count, minus, plus);
+  return input + (value.p[0] * minus_one + value.p[1] * same + value.p[2] * plus_one) * value.inverse;
+}
+
 template <class T, bool Edge, bool Shared, bool Tail>
 static GSPN_INLINE void forward_vector(const ForwardPointers<T>& p, int64_t j, int64_t count,
                                        typename Accumulator<T>::type merge, bool minus, bool plus,
-                                       const typename Accumulator<T>::type* we, int64_t we_stride, bool add, bool last) {
-  typedef typename Accumulator<T>::type A;
-  typedef typename Simd<A>::V V;
-  Weights<A> value;
-  if (Shared) {
-    for (int k = 0; k < 3; ++k) value.w[k] = load(we + k * we_stride + j);
-  } else {
-    value = weights<A, false, Edge, in_place<T>()>(get<T, Tail>(p.logits[0] + j, count),
-                                                   get<T, Tail>(p.logits[1] + j, count),
-                                                   get<T, Tail>(p.logits[2] + j, count), minus, plus);
-  }
-  V state = get<T, Tail>(p.gate_in + j, count) * get<T, Tail>(p.x + j, count);
-  state += value.w[0] * load(p.before[0] + j) + value.w[1] * load(p.before[1] + j) + value.w[2] * load(p.before[2] + j);
+                                       const typename Accumulator<T>::type* we, bool add, bool last) {
+  const auto state = next_state<T, Edge, Shared, Tail>(p.x + j, p.gate_in + j, p.logits + j, p.k_stride, p.before + j,
+                                                       p.width, we + j, p.width, count, minus, plus);
   store(p.state + j, state);
   add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.gate_out + j, count) * merge * state, count, add, last);
 }
@@ -44,9 +55,9 @@ static GSPN_INLINE void forward_start_vector(const ForwardPointers<T>& p, int64_
 }
 
 template <class T> static GSPN_INLINE void prefetch_position(const ForwardPointers<T>& p, const Ahead& ahead, int64_t j) {
-  if (j % (64 / (int64_t)sizeof(T))) return;
+  if (sizeof(T) < 4 && j % (64 / (int64_t)sizeof(T))) return;
   prefetch(p.x + ahead.x + j);
-  for (int k = 0; k < 3; ++k) prefetch(p.logits[k] + ahead.logits + j);
+  for (int k = 0; k < 3; ++k) prefetch(p.logits + k * p.k_stride + ahead.logits + j);
   prefetch(p.gate_in + ahead.in + j);
   prefetch(p.gate_out + ahead.out + j);
   if (in_place<T>()) prefetch(p.y + ahead.sum + j);
@@ -58,13 +69,12 @@ static GSPN_INLINE void forward_position(const ForwardPointers<T>& p, const Ahea
                                          typename Accumulator<T>::type merge, bool minus, bool plus,
                                          const typename Accumulator<T>::type* we, bool add, bool last) {
   constexpr int L = Simd<typename Accumulator<T>::type>::lanes;
-  const int64_t stride = padded(channels);
   int64_t j = 0;
   for (; j + L <= channels; j += L) {
     prefetch_position(p, ahead, j);
-    forward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, we, stride, add, last);
+    forward_vector<T, Edge, Shared, false>(p, j, L, merge, minus, plus, we, add, last);
   }
-  if (j < channels) forward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, we, stride, add, last);
+  if (j < channels) forward_vector<T, Edge, Shared, true>(p, j, channels - j, merge, minus, plus, we, add, last);
 }
 
 template <class T> static GSPN_INLINE void forward_start(const ForwardPointers<T>& p, int64_t channels,
@@ -102,10 +112,10 @@ static void forward_direction(const Scan& scan, const Plan& plan, const Block& b
       ForwardPointers<T> p;
       const T* l = logits.at(i, n);
       p.x = x.at(i, n);
-      for (int k = 0; k < 3; ++k) {
-        p.logits[k] = l + k * k_stride;
-        p.before[k] = before + (n + k) * width;
-      }
+      p.logits = l;
+      p.before = before + n * width;
+      p.k_stride = k_stride;
+      p.width = width;
       p.gate_in = in.at(i, n);
       p.gate_out = out.at(i, n);
       p.state = state + (n + 1) * width;

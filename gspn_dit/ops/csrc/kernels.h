@@ -9,7 +9,7 @@
 namespace gspn {
 namespace GSPN_ISA {
 
-static GSPN_INLINE int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+static GSPN_INLINE int64_t padded(int64_t channels) { return (channels + 31) / 32 * 32; }
 
 // A tensor as [lines, positions, channels of the block], for one direction.
 template <class T> struct Lines {
@@ -152,8 +152,8 @@ static void shared_weights(SharedLine<typename Accumulator<T>::type>& line, Line
       for (int k = 0; k < 3; ++k) l[k] = load_some(line.w + k * plane + j, count);
       const Weights<A> value = weights<A, Backward, true, sizeof(T) == sizeof(A)>(l[0], l[1], l[2], minus, plus);
       for (int k = 0; k < 3; ++k) {
-        store_some(line.w + k * plane + j, value.w[k], count);
-        if (Backward) store_some(line.s + k * plane + j, value.s[k], count);
+        store_some(line.w + k * plane + j, value.w(k), count);
+        if (Backward) store_some(line.s + k * plane + j, value.s(k), count);
       }
     }
 }

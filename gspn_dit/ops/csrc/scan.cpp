@@ -180,7 +180,7 @@ Block block_of(const Scan& scan, const Plan& plan, int64_t task) {
 
 // One task after the other, or `elements` of work in ranges of 64 Ki.
 constexpr int64_t kRange = 1 << 16;
-
+constexpr int64_t kKeptBytes = 8 << 20;
 
 int join_sums(const Scan& scan, const Plan& plan) {
   Job job(scan, plan);
@@ -215,8 +215,14 @@ bool streams(const Scan& scan, const Plan& plan) {
   const int64_t item = item_bytes(scan), D = scan.directions;
   const int64_t bytes = scan.batch * scan.height * scan.width * D * (3 * scan.groups + 2 * scan.channels) * item;
   const bool aligned = ((uintptr_t)scan.grad_logits | (uintptr_t)scan.grad_in | (uintptr_t)scan.grad_out |
-                        (uintptr_t)(scan.channels * item) | (uintptr_t)(plan.block * item)) % 64 == 0;
+                        (uintptr_t)((scan.channels * item | plan.block * item) / 2)) % 64 == 0;  // whole pairs
   return aligned && bytes >= scan.stream_bytes;
+}
+
+// Where they fit in a cache. The shape decides, because the kept weights round differently.
+bool keeps(const Scan& scan) {
+  const int64_t item = scan.dtype == kFloat64 ? 8 : 4;
+  return scan.groups == scan.channels && 4 * scan.height * scan.width * scan.channels * item <= kKeptBytes;
 }
 
 }  // namespace
@@ -255,6 +261,7 @@ int gspn_scan_backward(const Scan* scan) {
   plan.logit_parts = logit_parts.data;
   plan.sums = sums.data;
   plan.stream = streams(*scan, plan);
+  plan.keep = keeps(*scan);
   Job job(*scan, plan);
   job.scratch_bytes = kernels().backward_scratch(*scan, plan);
   job.run = [](const Job& job, int64_t task, char* scratch) {

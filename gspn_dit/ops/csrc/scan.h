@@ -52,6 +52,7 @@ struct Plan {
   int64_t shares;          // of the directions, each with its own sum, which are then joined
   void* sums;              // [shares, B, H, W, C] in the accumulation type if shares > 1; an output in that type is share 0
   bool stream;             // write gradients past the caches
+  bool keep;               // the backward keeps the weights of a direction instead of computing them twice
   double* merge_sums;      // [B, D, C], backward
   void* logit_parts;       // [parts, B, H, W, D, 3, G] in the accumulation type if parts > 1
 };

@@ -1,7 +1,7 @@
 // Propagation weights from logits: w_k = sigmoid(l_k) / sum_j sigmoid(l_j) and s_k = sigmoid(-l_k).
 //
 // With q_k = 1 + exp(-l_k), sigmoid(l_k) = 1 / q_k, so w_k = P_k / (P_0 + P_1 + P_2), P_k the product of the two other q:
-// one division for all three. In the backward s_k = exp(-l_k) P_k / (q_0 q_1 q_2) shares that division.
+// one division for all three, which 1 / (q_0 q_1 q_2) shares in the backward.
 // A neighbour off the line has q = 1, weight 0, and its logit is never used.
 #include "vectors.h"
 
@@ -16,59 +16,52 @@ template <> struct Range<double> {
   static constexpr double fast = 64, lost = 48, top = 350, bottom = -700;
 };
 
+// w_k is p[k] * inverse; in the backward sigmoid(l_k) is p[k] * of_product.
 template <class A> struct Weights {
-  typename Simd<A>::V w[3], s[3];
+  typename Simd<A>::V p[3], inverse, of_product;
+  GSPN_INLINE typename Simd<A>::V w(int k) const { return p[k] * inverse; }
+  GSPN_INLINE typename Simd<A>::V s(int k) const { return A(1) - p[k] * of_product; }
 };
 
 // Any finite logits. With t = -l, a common shift of the three t leaves the weights alone as soon as all t > `lost`, where
 // 1 + exp(t) rounds to exp(t); it brings the smallest t down to `lost`. What is still above `top` has a weight of about 0.
-template <class A, bool Precise>
-static __attribute__((noinline, cold)) void clamped_weights(const typename Simd<A>::V* logits, bool minus, bool plus,
-                                                            Weights<A>& result) {
-  typedef typename Simd<A>::V V;
+template <class A, bool Precise, class U>
+static GSPN_INLINE void clamped_half(const U* logits, bool minus, bool plus, U* p, U* inverse, U* of_product) {
   typedef Range<A> R;
-  const V zero = {}, one = zero + A(1);
+  const U zero = {}, one = zero + A(1);
   const bool valid[3] = {minus, true, plus};
-  V t[3], q[3], a[3];
-  V smallest = -logits[1];
+  U t[3], q[3], a[3];
+  U smallest = -logits[1];
   for (int k = 0; k < 3; ++k) {
     t[k] = valid[k] ? -logits[k] : zero;
     if (valid[k]) smallest = (t[k] < smallest) ? t[k] : smallest;
   }
-  V excess = smallest - R::lost;
+  U excess = smallest - R::lost;
   excess = (excess > zero) ? excess : zero;
   for (int k = 0; k < 3; ++k) {
-    const V floor = (smallest > zero + R::lost) ? zero + R::lost : zero + R::bottom, top = zero + R::top;
+    const U floor = (smallest > zero + R::lost) ? zero + R::lost : zero + R::bottom, top = zero + R::top;
     t[k] = t[k] - excess;
     t[k] = (t[k] < floor) ? floor : t[k];  // comparisons are false for NaN, which passes
     t[k] = (t[k] > top) ? top : t[k];
-    a[k] = valid[k] ? exponential<Precise>(t[k]) : zero;
-    q[k] = valid[k] ? one + a[k] : one;
+    a[k] = exponential<Precise>(t[k]);
+    a[k] = (t[k] == t[k]) ? a[k] : t[k];
+    if (!valid[k]) a[k] = zero;
+    q[k] = one + a[k];
   }
-  V p[3] = {valid[0] ? q[1] * q[2] : zero, q[0] * q[2], valid[2] ? q[0] * q[1] : zero};
-  V inverse = one / (p[0] + p[1] + p[2]);
-  for (int k = 0; k < 3; ++k) {
-    result.w[k] = p[k] * inverse;
-    result.s[k] = a[k] / q[k];
-  }
-  if (!minus && !plus) result.w[1] = one + zero * a[1];
+  p[0] = valid[0] ? q[1] * q[2] : zero;
+  p[1] = q[0] * q[2];
+  p[2] = valid[2] ? q[0] * q[1] : zero;
+  *inverse = one / (p[0] + p[1] + p[2]);
+  *of_product = one / (q[0] * q[1] * q[2]);
 }
 
-// `Edge`: the position may lack neighbours, as `minus` and `plus` say; else it has both.
+// Logits within the fast range. `Edge`: the position may lack neighbours, as `minus` and `plus` say; else it has both.
 template <class A, bool Backward, bool Edge, bool Precise>
-static GSPN_INLINE Weights<A> weights(typename Simd<A>::V l0, typename Simd<A>::V l1, typename Simd<A>::V l2, bool minus,
-                                      bool plus) {
+static GSPN_INLINE Weights<A> fast_weights(typename Simd<A>::V l0, typename Simd<A>::V l1, typename Simd<A>::V l2, bool minus,
+                                           bool plus) {
   typedef typename Simd<A>::V V;
   const V zero = {};
-  if (Edge && !minus) l0 = zero;
-  if (Edge && !plus) l2 = zero;
-  const V squares = l0 * l0 + l1 * l1 + l2 * l2;
   Weights<A> result;
-  if (__builtin_expect(!all_true(squares <= zero + Range<A>::fast * Range<A>::fast), 0)) {
-    const V logits[3] = {l0, l1, l2};
-    clamped_weights<A, Precise>(logits, !Edge || minus, !Edge || plus, result);
-    return result;
-  }
   const V a0 = exponential<Precise>(-l0), a1 = exponential<Precise>(-l1), a2 = exponential<Precise>(-l2);
   V q0 = a0 + A(1), q1 = a1 + A(1), q2 = a2 + A(1);
   if (Edge && !minus) q0 = zero + A(1);
@@ -77,23 +70,56 @@ static GSPN_INLINE Weights<A> weights(typename Simd<A>::V l0, typename Simd<A>::
   const V product = q0 * p0;
   if (Edge && !minus) p0 = zero;
   if (Edge && !plus) p2 = zero;
-  const V sum = p0 + p1 + p2;
+  const V sum = p0 + (p1 + p2);
   if (Backward) {
     const V inverse = A(1) / (product * sum);
-    const V of_sum = product * inverse, of_product = sum * inverse;
-    result.w[0] = p0 * of_sum;
-    result.w[1] = p1 * of_sum;
-    result.w[2] = p2 * of_sum;
-    result.s[0] = a0 * (p0 * of_product);
-    result.s[1] = a1 * (p1 * of_product);
-    result.s[2] = a2 * (p2 * of_product);
+    result.of_product = sum * inverse;
+    result.inverse = product * inverse;
   } else {
-    const V inverse = A(1) / sum;
-    result.w[0] = p0 * inverse;
-    result.w[1] = p1 * inverse;
-    result.w[2] = p2 * inverse;
+    result.inverse = A(1) / sum;
   }
-  if (Edge && !minus && !plus) result.w[1] = zero + A(1);  // exactly, so that its gradient is exactly 0
+  result.p[0] = p0;
+  result.p[1] = p1;
+  result.p[2] = p2;
+  return result;
+}
+
+// Some logits lie out of the fast range: each lane gets what it would get beside any others.
+template <class A, bool Backward, bool Edge, bool Precise>
+static __attribute__((noinline, cold)) void mixed_weights(const typename Simd<A>::V* logits, bool minus, bool plus,
+                                                          Weights<A>& result) {
+  typedef typename Simd<A>::U U;
+  result = fast_weights<A, Backward, Edge, Precise>(logits[0], logits[1], logits[2], minus, plus);
+  U l[3], p[3], inverse, of_product;
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 3; ++k) l[k] = half ? logits[k].high : logits[k].low;
+    const auto fast = l[0] * l[0] + l[1] * l[1] + l[2] * l[2] <= U{} + Range<A>::fast * Range<A>::fast;
+    clamped_half<A, Precise>(l, minus, plus, p, &inverse, &of_product);
+    const auto blend = [&](typename Simd<A>::V& into, U value) {
+      U& target = half ? into.high : into.low;
+      target = fast ? target : value;
+    };
+    blend(result.inverse, inverse);
+    for (int k = 0; k < 3; ++k) blend(result.p[k], p[k]);
+    if (Backward) blend(result.of_product, of_product);
+  }
+}
+
+template <class A, bool Backward, bool Edge, bool Precise>
+static GSPN_INLINE Weights<A> weights(typename Simd<A>::V l0, typename Simd<A>::V l1, typename Simd<A>::V l2, bool minus,
+                                      bool plus) {
+  typedef typename Simd<A>::V V;
+  const V zero = {};
+  if (Edge && !minus) l0 = zero;
+  if (Edge && !plus) l2 = zero;
+  Weights<A> result;
+  if (__builtin_expect(all_below(l0 * l0 + l1 * l1 + l2 * l2, Range<A>::fast * Range<A>::fast), 1)) {
+    result = fast_weights<A, Backward, Edge, Precise>(l0, l1, l2, minus, plus);
+  } else {
+    const V logits[3] = {l0, l1, l2};
+    mixed_weights<A, Backward, Edge, Precise>(logits, !Edge || minus, !Edge || plus, result);
+  }
+  if (Edge && !minus && !plus) result.p[1] = result.inverse = zero + A(1);  // exactly, so that the gradient is exactly 0
   return result;
 }
 
