@@ -159,6 +159,22 @@ def test_a_shorter_set_is_the_beginning_of_a_longer_one(run_directory: Path, tmp
         np.testing.assert_array_equal(short, long[:count])
 
 
+def test_a_weaker_model_guides_and_is_named(run_directory: Path, tmp_path: Path) -> None:
+    weaker = write_run(tmp_path / "weaker", step=10, seed=7)
+    options = ("--guidance-scale", 2, "--guide-checkpoint", weaker)
+    images, labels = read_npz(make(run_directory, tmp_path / "set.npz", *options, count=3))
+    pipeline = GSPNPipeline.from_checkpoint(run_directory).guide_with(weaker)
+    drawn = pipeline(labels.tolist(), num_inference_steps=2, guidance_scale=2, output_type="np").images
+    np.testing.assert_array_equal(images, drawn)
+    assert not np.array_equal(
+        images, read_npz(make(run_directory, tmp_path / "plain.npz", "--guidance-scale", 2, count=3))[0]
+    )
+    settings = json.loads((tmp_path / "set.json").read_text())
+    weights = weaker / "checkpoints" / "step-00000010" / "ema.safetensors"
+    assert settings["guide_checkpoint"] == str(weights.parent)
+    assert settings["guide_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
 def test_colour(tmp_path: Path) -> None:
     out = make(write_run(tmp_path / "run", channels=3), tmp_path / "set", count=2)
     with Image.open(sorted(out.glob("*.png"))[0]) as opened:
