@@ -125,8 +125,11 @@ class EpsilonObjective(Objective):
         mean_error = at.mean_scale * (epsilon - noise)
         difference = log_variance - least
         divergence = (difference + torch.expm1(-difference) + mean_error.square() * torch.exp(-log_variance)) / 2
-        surprise = -discretised_log_likelihood(latents, mean_error, (log_variance / 2).exp())
-        nats = torch.where((timesteps == 0)[:, None, None, None], surprise, divergence)
+        to_data = (timesteps == 0)[:, None, None, None]
+        # A deviation of 1 keeps the likelihood, which is not asked for at other timesteps, from overflowing there.
+        deviation = torch.where(to_data, log_variance / 2, 0).exp()
+        surprise = -discretised_log_likelihood(latents, mean_error, deviation)
+        nats = torch.where(to_data, surprise, divergence)
         return nats.flatten(1).mean(dim=1) / math.log(2)
 
     def _at(self, timesteps: Tensor, like: Tensor) -> Schedule:

@@ -122,6 +122,15 @@ def test_likelihood_far_from_the_mean_is_finite_with_a_gradient() -> None:
     assert deviation.grad is not None and bool((deviation.grad > 1e5).all())
 
 
+def test_an_extreme_variance_has_a_finite_gradient_where_only_the_divergence_counts() -> None:
+    values = torch.full((2, 1, 1, 2), -100.0, requires_grad=True)
+    noise = torch.zeros(2, 1, 1, 2)
+    bound = objective().variational_bound(noise, noise, torch.tensor([500, 999]), noise, values)
+    bound.sum().backward()
+    assert bool(bound.isfinite().all())
+    assert values.grad is not None and bool(values.grad.isfinite().all())
+
+
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
