@@ -15,6 +15,7 @@ from gspn_dit.ops.cuda_types import (
     finish_sums,
     group_slots,
     slabs_of,
+    splits_sectors,
     straddling,
     thread_rows,
 )
@@ -58,6 +59,17 @@ def _shared_bytes(geometry: Geometry, slab: int, rows: int, members: int, backwa
     return _COUNTER_BYTES + geometry.real_bytes * (plane + members * own)
 
 
+def _bytes_ratio(geometry: Geometry, slab: int, backward: bool) -> float:
+    """Elements moved over the fewest possible: x and grad_y once per direction, and what the states' walk reads."""
+    directions, channels = len(geometry.codes), geometry.channels
+    extra = (2 if backward else 1) * (directions - 1) * channels
+    if backward:
+        chunks = (max(geometry.lines_of(code)[0] for code in geometry.codes) - 1) // geometry.variant("cluster").lines
+        extra += directions * (2 * channels + 3 * geometry.groups) * chunks // (chunks + 1)
+    extra_bytes = extra * geometry.tokens * geometry.dtype.itemsize
+    return (1 + extra_bytes / geometry.floor_bytes(backward)) * straddling(channels, slab, geometry.dtype.itemsize)
+
+
 def _shapes(geometry: Geometry, device: Device, backward: bool) -> Iterator[_Shape]:
     variant = geometry.variant("cluster")
     most = min(device.threads, variant.backward_threads if backward else variant.forward_threads)
@@ -65,7 +77,7 @@ def _shapes(geometry: Geometry, device: Device, backward: bool) -> Iterator[_Sha
         for lanes in (32, 16, 8, 4):
             slab, rows = lanes * variant.vector, thread_rows(lanes, max(_strips(geometry)))
             shared = _shared_bytes(geometry, slab, rows, members, backward)
-            if lanes * rows * members > most or shared + 1024 > device.shared_bytes:
+            if lanes * rows * members > most or shared + 1024 > device.shared_bytes or splits_sectors(geometry, slab):
                 continue
             blocks = CLUSTER_BLOCKS * slabs_of(geometry, slab) * geometry.batch
             cost = straddling(geometry.channels, slab, geometry.dtype.itemsize)
@@ -91,7 +103,8 @@ def plan_cluster(geometry: Geometry, device: Device, backward: bool) -> Plan | N
     }
     kernel = variant.kernels[1 if backward else 0]
     launch = Launch(variant, kernel, (blocks, 1, 1), shape.block, shape.shared_bytes, fields)
+    ratio = _bytes_ratio(geometry, shape.slab, backward)
     if not backward:
-        return Plan("cluster", (launch,), {})
+        return Plan("cluster", (launch,), {}, ratio)
     finish, buffers = finish_sums(geometry, shape.slab, blocks)
-    return Plan("cluster", (launch, *finish), buffers)
+    return Plan("cluster", (launch, *finish), buffers, ratio)

@@ -227,7 +227,8 @@ def plan_long(geometry: Geometry, device: Device, backward: bool) -> Plan:
         if backward:
             buffers["carries"] = max(buffers.get("carries", 0), 2 * boundary)
         launches.extend(_launches(geometry, cut, common, index, len(cuts), backward))
+    ratio = sum(cut.bytes for cut in cuts) / geometry.floor_bytes(backward)
     if not backward:
-        return Plan("long", tuple(launches), buffers)
+        return Plan("long", tuple(launches), buffers, ratio)
     finish, finish_buffers = finish_sums(geometry, slab, merge_blocks)
-    return Plan("long", (*launches, *finish), {**buffers, **finish_buffers})
+    return Plan("long", (*launches, *finish), {**buffers, **finish_buffers}, ratio)

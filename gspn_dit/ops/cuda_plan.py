@@ -14,19 +14,23 @@ from gspn_dit.ops.cuda_long_lines import plan_long
 from gspn_dit.ops.cuda_short_lines import plan_short
 from gspn_dit.ops.cuda_types import Device, Geometry, Plan
 
+_ON_CHIP = {"short": plan_short, "cluster": plan_cluster}
+
 
 @lru_cache(maxsize=512)
 def plan(geometry: Geometry, device: Device, backward: bool, regime: str | None = None) -> Plan:
-    """Return the launches of a pass: short lines where a plane fits in a block, clusters where it fits in eight, else
-    long lines; `regime` forces one of "short", "cluster" and "long".
+    """Return the launches of a pass: short lines where a plane fits in a block or clusters where it fits in eight,
+    whichever moves fewer bytes, else long lines; `regime` forces one of "short", "cluster" and "long".
 
     Raises ValueError where the forced regime cannot run.
     """
-    for name, choose in (("short", plan_short), ("cluster", plan_cluster), ("long", plan_long)):
-        found = choose(geometry, device, backward) if regime in (None, name) else None
-        if found is not None:
-            return found
-    raise ValueError(f"lines of {geometry.height}×{geometry.width} do not fit the {regime}-line kernels")
+    tried = [choose(geometry, device, backward) for name, choose in _ON_CHIP.items() if regime in (None, name)]
+    plans = [found for found in tried if found is not None]
+    if plans:
+        return min(plans, key=lambda found: found.bytes_ratio)
+    if regime in _ON_CHIP:
+        raise ValueError(f"lines of {geometry.height}×{geometry.width} do not fit the {regime}-line kernels")
+    return plan_long(geometry, device, backward)
 
 
 def alignment_of(addresses: Sequence[int], strides: Sequence[int], itemsize: int) -> int:

@@ -13,6 +13,7 @@ from gspn_dit.ops.cuda_types import (
     finish_sums,
     group_slots,
     slabs_of,
+    splits_sectors,
     straddling,
     thread_rows,
 )
@@ -37,7 +38,7 @@ def _short_blocks(geometry: Geometry, device: Device, backward: bool) -> Iterato
     for lanes in (32, 16, 8, 4):
         slab, rows = lanes * variant.vector, thread_rows(lanes, longest)
         shared = _short_shared_bytes(geometry, slab, rows, backward)
-        if lanes * rows > most or shared + 1024 > device.shared_bytes:
+        if lanes * rows > most or shared + 1024 > device.shared_bytes or splits_sectors(geometry, slab):
             continue
         cost = straddling(geometry.channels, slab, geometry.dtype.itemsize)
         # A lone block cannot load while it computes; too few blocks leave multiprocessors idle.
@@ -62,7 +63,8 @@ def plan_short(geometry: Geometry, device: Device, backward: bool) -> Plan | Non
     }
     kernel = variant.kernels[1 if backward else 0]
     launch = Launch(variant, kernel, (blocks, 1, 1), (lanes, rows, 1), shared, fields)
+    ratio = straddling(geometry.channels, slab, geometry.dtype.itemsize)
     if not backward:
-        return Plan("short", (launch,), {})
+        return Plan("short", (launch,), {}, ratio)
     finish, buffers = finish_sums(geometry, slab, blocks)
-    return Plan("short", (launch, *finish), buffers)
+    return Plan("short", (launch, *finish), buffers, ratio)

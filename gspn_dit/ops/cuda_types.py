@@ -170,6 +170,8 @@ class Plan:
     regime: str
     launches: tuple[Launch, ...]
     buffers: dict[str, int]
+    bytes_ratio: float
+    """Estimate of the bytes moved over the fewest possible, by which regimes are compared."""
 
 
 def straddling(channels: int, slab: int, itemsize: int) -> float:
@@ -182,6 +184,11 @@ def straddling(channels: int, slab: int, itemsize: int) -> float:
             end = begin + min(slab, channels - first) * itemsize
             touched += (end - 1) // SECTOR_BYTES - begin // SECTOR_BYTES + 1
     return touched * SECTOR_BYTES / (period * channels * itemsize)
+
+
+def splits_sectors(geometry: Geometry, slab: int) -> bool:
+    """Whether the slabs of several blocks lie in one sector, which each of them would move."""
+    return slab * geometry.dtype.itemsize < SECTOR_BYTES and slab < geometry.channels
 
 
 def slabs_of(geometry: Geometry, slab: int) -> int:
