@@ -76,7 +76,8 @@ def prepare_weights(
 
 def prepare_forward(model: DiffusionModel, sharded: bool, accelerator: Accelerator) -> nn.Module:
     """Return what training calls: the model under autocast, and under DDP unless it is sharded."""
-    return accelerator.prepare_model(model, evaluation_mode=sharded)
+    alone = sharded or accelerator.num_processes == 1  # accelerate wraps nothing then, and casts all the same
+    return accelerator.prepare_model(model, evaluation_mode=alone)
 
 
 def training_flops(model: DiffusionModel, latent_size: int) -> int:

@@ -42,8 +42,11 @@ PANELS = {
     "Images per second": {"images_per_second": "images/s"},
     "Model FLOP per second": {"model_flops_per_second": "FLOP/s"},
     "Peak memory in bytes": {"peak_memory_bytes": "bytes"},
+    "Quick FD (comparable within this run alone)": {"quick_fd": "FD"},
     "Skipped non-finite steps": {"nonfinite_steps": "steps"},
 }
+CONSTANTS = ("quick_fd_samples",)
+"""Numbers that say how others were measured, and need no curve."""
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed")
 
 Curve = list[tuple[float, float]]
@@ -73,7 +76,7 @@ def read_metrics(path: Path) -> dict[str, Curve]:
         except (ValueError, KeyError, AttributeError):
             continue
         for key, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 curves[key].append((step, value))
     return curves
 
@@ -154,7 +157,7 @@ def _panel(title: str, curves: Mapping[str, Curve]) -> str:
 def _panels(metrics: Mapping[str, Curve]) -> list[str]:
     """Return the known panels in their order, then one for each other number that was logged."""
     known = {key for keys in PANELS.values() for key in keys}
-    others = {key: {key: key} for key in metrics if key not in known}
+    others = {key: {key: key} for key in metrics if key not in known and key not in CONSTANTS}
     sections = []
     for title, keys in {**PANELS, **others}.items():
         curves = {name: metrics[key] for key, name in keys.items() if metrics.get(key)}
