@@ -17,6 +17,7 @@ figure { display: inline-block; margin: 0 .8rem .8rem 0; }
 figcaption { font-size: .8rem; }
 """
 LONG = 40  # characters
+LONGEST = 300  # characters of a setting, such as a thousand class names
 PUBLISHED_SCORES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -75,7 +76,8 @@ def setting_rows(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, 
         if isinstance(value, dict):
             rows += setting_rows(value, f"{prefix}{key}.")
         else:
-            rows.append((f"{prefix}{key}", "–" if value is None else str(value)))
+            text = "–" if value is None else str(value)
+            rows.append((f"{prefix}{key}", text if len(text) <= LONGEST else f"{text[:LONGEST]}… (see report.json)"))
     return rows
 
 

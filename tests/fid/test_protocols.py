@@ -18,7 +18,7 @@ from fid.cli import main
 from fid.extraction import extract_all
 from fid.images import LabelledImages, Reference, read_reference, read_samples
 from fid.moments import Gaussian
-from fid.page import markdown, published_table
+from fid.page import markdown, published_table, setting_rows
 from fid.protocols import ADM_50K, PROTOCOLS, Protocol, check_samples, find_protocol
 from fid.published import ROWS, published_rows
 from gspn_dit.errors import UserError
@@ -193,6 +193,8 @@ def test_the_sidecar_is_read_printed_and_believed(tmp_path: Path, save: Callable
     assert "| protocol.neighbourhood | 3 |" in text and "| tf32 | False |" in text
     path.with_suffix(".json").write_text(json.dumps({"class_names": [f"digit {index}" for index in range(10)]}))
     assert read_samples(path).class_names[3] == "digit 3"
+    (row,) = setting_rows({"class_names": ["name"] * 1000})
+    assert len(row[1]) < 400 and row[1].endswith("… (see report.json)")
     for content, message in (
         ("{", "cannot be read as JSON"),
         ("[]", "holds no JSON object"),
