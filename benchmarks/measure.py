@@ -48,6 +48,8 @@ class CpuDevice:
     """How to time and weigh work on the CPU. Another device needs the same methods."""
 
     name = "cpu"
+    needs_own_process = True
+    """Memory is measured best in a fresh process: what earlier runs left behind hides what a run takes."""
 
     def time_together(self, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
         """Time several functions in turn, so that a busy neighbour hits all of them alike; one warm-up each."""

@@ -7,12 +7,19 @@ Every share is the fewest bytes the scan can move (DESIGN, section 2) per second
 processor second (of all threads; set OMP_WAIT_POLICY=passive, so that waiting costs none) is steadier, but lower: two
 threads of `copy_` that never run at once do not compete for memory. Nothing is printed unless the kernels agree with
 the float64 reference first.
+
+Peak extra memory is how far the resident memory of a fresh process rises during one forward and backward above what it
+held with the inputs in place. y and the five gradients are the same tensors for every backend, and at the peak all of
+them are there: 22 times the size of x for four directions and per-channel weights. `memory_ratio` compares what a
+backend needs beyond them; `memory_ratio_with_results` compares the whole rise, which no backend can bring below the
+results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +70,12 @@ def make_inputs(shape: Sequence[int], directions: int, groups: int, dtype: torch
     return [*tensors, torch.empty(directions, dtype=merge_dtype, device=device).uniform_(generator=generator)]
 
 
+def returned_bytes(shape: Sequence[int]) -> int:
+    """Return the bytes of y and four gradients: float32, four directions, per-channel weights."""
+    batch, height, width, channels = shape
+    return (2 + 5 * len(DIRECTIONS)) * batch * height * width * channels * torch.float32.itemsize
+
+
 def forward_backward(inputs: list[Tensor], directions: Sequence[str], backend: str, grad_y: Tensor) -> list[Tensor]:
     """Return y and the five gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -87,6 +100,33 @@ def correctness_error(device: str, backend: str) -> str | None:
                 if not error <= tolerance:
                     return f"{name} at {shape}, {groups} groups, {dtype}: error {error:.1e} above {tolerance:.0e}"
     return None
+
+
+def memory_report(ours: int | None, theirs: int | None, returned: int) -> dict[str, Any]:
+    """Compare two peaks, without and with the tensors that both must return."""
+    known = ours is not None and theirs is not None and theirs > returned
+    return {
+        "returned_bytes": returned,
+        "memory_ratio": round(max(0, ours - returned) / (theirs - returned), 3) if known else None,  # type: ignore
+        "memory_ratio_with_results": round(ours / theirs, 3) if ours is not None and theirs else None,
+    }
+
+
+def peak_on_cpu(backend: str, shape: Sequence[int]) -> int | None:
+    """Return the peak extra bytes of forward + backward in this process, float32, four directions."""
+    tiny = make_inputs((1, 2, 2, 16), 4, 16, torch.float32, "cpu")
+    forward_backward(tiny, DIRECTIONS, backend, tiny[0])  # loads what the first call loads
+    inputs = make_inputs(shape, 4, shape[3], torch.float32, "cpu")
+    grad_y = torch.randn_like(inputs[0])
+    return CpuDevice().peak_extra_bytes(lambda: forward_backward(inputs, DIRECTIONS, backend, grad_y))
+
+
+def peak_in_own_process(backend: str, shape: Sequence[int]) -> int | None:
+    """Return `peak_on_cpu` of a fresh process, whose memory no earlier run has shaped."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--peak-of", backend, "x".join(map(str, shape))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    value: int | None = json.loads(result.stdout)
+    return value
 
 
 class Benchmark:
@@ -146,14 +186,16 @@ class Benchmark:
             for name in (self.backend, "reference")
         }
         times = self.device.time_together(runs, 1 if self.quick else 2)
-        peaks = {name: self.device.peak_extra_bytes(run) for name, run in runs.items()}
-        ours, theirs = peaks[self.backend], peaks["reference"]
+        if getattr(self.device, "needs_own_process", False):
+            peaks = {name: peak_in_own_process(name, shape) for name in runs}
+        else:
+            peaks = {name: self.device.peak_extra_bytes(run) for name, run in runs.items()}
         return {
             "shape": list(shape),
             "ms": {name: timing.as_json() for name, timing in times.items()},
             "times_faster": round(times["reference"].best / times[self.backend].best, 2),
+            **memory_report(peaks[self.backend], peaks["reference"], returned_bytes(shape)),
             "peak_extra_bytes": peaks,
-            "memory_ratio": round(ours / theirs, 3) if ours is not None and theirs else None,
         }
 
     def attention(self, shape: Sequence[int]) -> dict[str, Any]:
@@ -237,7 +279,8 @@ def run(
         report[name] = []
         for shape in shapes:
             report[name].append(measure(shape))
-            say(f"{list(shape)} {report[name][-1]['times_faster']:.1f} times faster than {name}")
+            row = report[name][-1]
+            say(f"{list(shape)} {row['times_faster']:.1f} times faster than {name}, memory {row.get('memory_ratio')}")
     report["scaling"] = benchmark.scaling()
     say(f"scaling: {report['scaling']}")
     report["device_after"] = device.describe()
@@ -252,7 +295,12 @@ def main() -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the report to FILE, or to standard output"
     )
+    parser.add_argument("--peak-of", nargs=2, metavar=("BACKEND", "SHAPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peak_of:
+        backend, shape = arguments.peak_of
+        print(json.dumps(peak_on_cpu(backend, [int(size) for size in shape.split("x")])))
+        return
     repeats = arguments.repeats or (3 if arguments.quick else 15)
     if arguments.device == "cuda":
         from benchmarks import scan_cuda

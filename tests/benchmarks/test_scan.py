@@ -33,7 +33,23 @@ def test_report_of_a_tiny_shape() -> None:
     assert row["backward"]["median_ms"] >= row["backward"]["best_ms"] > 0
     reference = benchmark.reference((1, 4, 4, 16))
     assert reference["times_faster"] > 0
+    assert reference["returned_bytes"] == 22 * 4 * 4 * 4 * 16
     assert benchmark.attention((1, 4, 4, 64))["attention_is_extrapolated_from_queries"] is None
+
+
+def test_memory_beyond_the_results() -> None:
+    report = scan.memory_report(120, 200, 100)
+    assert report == {"returned_bytes": 100, "memory_ratio": 0.2, "memory_ratio_with_results": 0.6}
+    assert scan.memory_report(None, 200, 100)["memory_ratio"] is None
+    assert scan.memory_report(90, 100, 100)["memory_ratio"] is None
+
+
+@pytest.mark.slow
+def test_peak_of_a_fresh_process_holds_the_results() -> None:
+    shape = (1, 64, 64, 128)
+    peak = scan.peak_in_own_process("cpu", shape)
+    assert peak is not None
+    assert scan.returned_bytes(shape) * 0.95 < peak < scan.returned_bytes(shape) * 1.5
 
 
 def test_timing() -> None:
