@@ -6,10 +6,14 @@ One image of 256 to 16,384 tokens (256² to 2048² pixels at factor 8 and patch 
 bookkeeping and forward + backward. A cell is timed in turn with its rivals; the longer it takes, the less often. What
 does not fit into --seconds for the whole study, or into memory, by the growth from the size before, is left out and
 listed as skipped. Nothing is timed unless both mixers agree with their formulas first.
+
+For all alike, glibc is told to keep freed memory, as docs/cpu_scan.md advises: or else every step would pay for fresh
+pages again, which says nothing about mixers. The run that weighs a cell also warms it up.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -42,8 +46,9 @@ OPTIONS = {**VARIANTS, EQUAL: {"mixer": "gspn", "hidden_size": 392}}
 """Of `create_model`."""
 WHATS = ("mixer", "model", "block")
 """What the claims rest on comes first, in case time runs out."""
-SECONDS_OF_A_CELL = 1.2
-"""Runs are repeated for about this long, but not more often than --repeats."""
+SECONDS_OF_A_CELL, LONG_SECONDS, LONGEST_SECONDS = 1.2, 8.0, 60.0
+"""Runs are repeated for about the first, but not more often than --repeats; what takes longer than the second is run
+once, to weigh and to time it, and what would take longer than the third is left out."""
 GROWTH = {"attention": 16.0, PEER: 16.0}
 """By which the time of a cell is predicted to grow from one size to the next; 5 for scans."""
 
@@ -146,6 +151,16 @@ def runner(module: Any, arguments: tuple[Any, ...]) -> Callable[[], tuple[float,
     return run
 
 
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give freed memory back to the system; return whether there is a glibc that listens."""
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
+    except (OSError, AttributeError):
+        return False
+
+
 def disagreement() -> str | None:
     """Compare both mixers with their formulas in float64; return a sentence about the first that is wrong."""
     import torch
@@ -201,8 +216,6 @@ class Study:
             module, arguments = build(what, channels, variant, side)
             cell.parameters = sum(parameter.numel() for parameter in module.parameters())
             runs[variant] = runner(module, arguments)
-            if seconds is None or seconds < SECONDS_OF_A_CELL:
-                runs[variant]()
             left[variant] = self._weigh(cell, runs[variant])
         while any(left.values()):
             for variant in [name for name, count in left.items() if count]:
@@ -220,7 +233,7 @@ class Study:
         result: list[tuple[float, float, float]] = []
         cell.peak_extra_bytes = self.device.peak_extra_bytes(lambda: result.append(run()))
         seconds = result[0][1]
-        if seconds > SECONDS_OF_A_CELL:
+        if seconds > LONG_SECONDS:
             self._record(cell, result[0])
             return 0
         return max(1, min(self.repeats, int(SECONDS_OF_A_CELL / seconds)))
@@ -241,7 +254,7 @@ class Study:
         return GROWTH.get(cell.variant, 5.0) * min(before[-1].total), None if memory is None else 4.5 * memory
 
     def _reason_to_skip(self, seconds: float | None, memory: float | None) -> str | None:
-        if seconds is not None and time.perf_counter() + seconds > self.end:
+        if seconds is not None and (seconds > LONGEST_SECONDS or time.perf_counter() + seconds > self.end):
             return "too long" if math.isinf(seconds) else f"too long: about {seconds:.0f} s"
         if memory is not None and memory > 0.8 * _free_bytes():
             return f"too large: about {memory / 1e9:.0f} GB"
@@ -335,7 +348,7 @@ def study(sides: Sequence[int], widths: Sequence[int], repeats: int, seconds: fl
 
     if problem := disagreement():
         raise UserError(f"no figures, a mixer is wrong: {problem}")
-    began, run = time.perf_counter(), Study(repeats, seconds)
+    keeps, began, run = keep_freed_memory(), time.perf_counter(), Study(repeats, seconds)
     before = run.device.describe()
     for width in widths:
         for what in WHATS:
@@ -354,7 +367,13 @@ def study(sides: Sequence[int], widths: Sequence[int], repeats: int, seconds: fl
         "benchmark": "mixers",
         "device": before,
         "software": software(),
-        "settings": {"window": WINDOW, "groups": GROUPS, "seconds": seconds, "models": DIT_OF},
+        "settings": {
+            "window": WINDOW,
+            "groups": GROUPS,
+            "freed_memory_is_kept": keeps,
+            "seconds": seconds,
+            "models": DIT_OF,
+        },
         "targets": targets(run.cells),
         "exponents": _rounded(exponents),
         "times_faster_than_attention": _rounded(ratios),
@@ -377,7 +396,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES), help="rows and columns of tokens")
     parser.add_argument("--widths", type=int, nargs="+", choices=list(DIT_OF), default=list(DIT_OF))
     parser.add_argument("--repeats", type=int, default=9, help="at most so many runs of a cell")
-    parser.add_argument("--seconds", type=float, default=440.0, help="leave out what would end later than this")
+    parser.add_argument("--seconds", type=float, default=450.0, help="leave out what would end later than this")
     parser.add_argument("--out", help="write the report to this JSON, and the plot to a PNG beside it")
     options = parser.parse_args()
     report, cells = study(options.sides, options.widths, options.repeats, options.seconds)

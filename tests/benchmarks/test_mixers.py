@@ -46,6 +46,7 @@ def test_targets_are_met_missed_or_unknown() -> None:
 
 def test_what_would_end_too_late_is_skipped_and_so_is_what_is_larger() -> None:
     study = Study(repeats=1, seconds=30.0)
+    assert study._reason_to_skip(20.0, None) is None
     study.cells = [cell(256, "attention", 2.0), cell(256, "gspn", 2.0)]
     for variant, seconds in (("attention", 32.0), ("gspn", 10.0)):
         study.cells.append(Cell("mixer C=384", 1024, variant))
@@ -56,6 +57,7 @@ def test_what_would_end_too_late_is_skipped_and_so_is_what_is_larger() -> None:
     study.cells.append(Cell("mixer C=384", 4096, "attention"))
     assert study._predict(study.cells[-1]) == (math.inf, None)
     assert study._reason_to_skip(math.inf, None) == "too long"
+    assert Study(repeats=1, seconds=1e9)._reason_to_skip(61.0, None) == "too long: about 61 s"
     assert study._reason_to_skip(1.0, 1e18) == "too large: about 1000000000 GB"
 
 
