@@ -12,55 +12,6 @@
 // The host build counts every access to global memory here.
 #define GSPN_TRACE(pointer, bytes, active)
 #define GSPN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-
-// Blocks of a cluster. `in_block` is a block's own place in the shared memory of another one. `send` puts a value into
-// another block's shared memory and counts its bytes there: `Arrivals` complete a phase, 0 and 1 in turn, once the
-// bytes that `expect` announced are in. Unlike a barrier of the cluster it waits for no access to global memory.
-using Arrivals = unsigned long long;
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-template <typename Item>
-__device__ __forceinline__ Item* in_block(Item* pointer, int rank) {
-    Item* result;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(result) : "l"(pointer), "r"(rank));
-    return result;
-}
-__device__ __forceinline__ void start_arrivals(Arrivals* arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
-                 ::"r"(shared_address(arrivals)) : "memory");
-}
-__device__ __forceinline__ void expect(Arrivals* arrivals, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void await(Arrivals* arrivals, unsigned phase) {
-    unsigned done;
-    do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(arrivals)), "r"(phase) : "memory");
-    } while (!done);
-}
-template <typename Item>
-__device__ __forceinline__ void send(Item* place, const Item& value, Arrivals* arrivals, int rank) {
-    static_assert(sizeof(Item) == 4 || sizeof(Item) == 8, "a word");
-    if constexpr (sizeof(Item) == 4) {
-        asm volatile("{\n.reg .u32 to, count;\nmapa.shared::cluster.u32 to, %0, %3;\n"
-                     "mapa.shared::cluster.u32 count, %2, %3;\n"
-                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [count];\n}"
-                     ::"r"(shared_address(place)), "r"(*reinterpret_cast<const unsigned*>(&value)),
-                     "r"(shared_address(arrivals)), "r"(rank) : "memory");
-    } else {
-        asm volatile("{\n.reg .u32 to, count;\nmapa.shared::cluster.u32 to, %0, %3;\n"
-                     "mapa.shared::cluster.u32 count, %2, %3;\n"
-                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [to], %1, [count];\n}"
-                     ::"r"(shared_address(place)), "l"(*reinterpret_cast<const unsigned long long*>(&value)),
-                     "r"(shared_address(arrivals)), "r"(rank) : "memory");
-    }
-}
 #endif
 
 namespace gspn {

@@ -20,7 +20,7 @@ from gspn_dit.ops.cuda_types import (
     thread_rows,
 )
 
-_COUNTER_BYTES = 32  # as in cuda/cluster_lines.cu
+_COUNTER_BYTES = 32  # as in cuda/cluster.cuh
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
 from gspn_dit.ops.cuda_types import Variant
 
-INCLUDE = '#include "common.cuh"\n'
+_INCLUDE = re.compile(r'#include "(\w+\.cuh)"\n')
 
 
 def source_folder() -> Path:
@@ -22,11 +23,9 @@ def source_folder() -> Path:
 
 @cache
 def source_text(name: str) -> str:
-    """One source file with its header put in: CuPy keys its cache of compiled modules by this text."""
-    folder = source_folder()
-    text = (folder / name).read_text()
-    assert INCLUDE in text, name
-    return text.replace(INCLUDE, (folder / "common.cuh").read_text().replace("#pragma once\n", ""))
+    """One source file with its headers put in: CuPy keys its cache of compiled modules by this text."""
+    text = (source_folder() / name).read_text().replace("#pragma once\n", "")
+    return _INCLUDE.sub(lambda include: source_text(include[1]), text)
 
 
 def compile_options(variant: Variant) -> tuple[str, ...]:

@@ -61,35 +61,34 @@ def test_clean(sanitizer: str, regime: str, groups: int) -> None:
 
 FAULTS = {
     # A barrier that is missing: neighbours read a line while it is written.
-    ("thread", "short_lines.cu"): ("__syncthreads();  // forward line", ""),
-    ("thread", "long_lines.cu"): ("__syncthreads();  // gradient line", ""),
+    ("thread", "short", "short_lines.cu"): ("__syncthreads();  // forward line", ""),
+    ("thread", "long", "long_lines.cu"): ("__syncthreads();  // gradient line", ""),
     # A block that adds to its sums while another one still swaps them for its own.
-    ("thread", "cluster_lines.cu"): ("cluster_barrier();  // swapped", ""),
+    ("thread", "cluster", "cluster.cuh"): ("cluster_barrier();  // swapped", ""),
     # A plane's last row goes past the end of shared memory, and a line's past the end of its tensor.
-    ("address", "short_lines.cu"): ("token < tokens;", "token <= tokens;"),
-    ("address", "long_lines.cu"): ("n < positions && n < last", "n <= positions && n < last"),
-    ("address", "cluster_lines.cu"): ("row < p.height && column", "row <= p.height && column"),
+    ("address", "short", "short_lines.cu"): ("token < tokens;", "token <= tokens;"),
+    ("address", "long", "long_lines.cu"): ("n < positions && n < last", "n <= positions && n < last"),
+    ("address", "cluster", "cluster.cuh"): ("row < p.height && column", "row <= p.height && column"),
 }
 
 
-@pytest.mark.parametrize(("sanitizer", "name"), FAULTS)
-def test_planted_fault_is_found(sanitizer: str, name: str, tmp_path: Path) -> None:
-    stderr = run_with_fault(name, *FAULTS[sanitizer, name], sanitizer, tmp_path)
+@pytest.mark.parametrize(("sanitizer", "regime", "name"), FAULTS)
+def test_planted_fault_is_found(sanitizer: str, regime: str, name: str, tmp_path: Path) -> None:
+    stderr = run_with_fault(regime, name, FAULTS[sanitizer, regime, name], sanitizer, tmp_path)
     assert {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer] in stderr
 
 
 def test_a_block_that_does_not_wait_for_its_neighbours_is_found(tmp_path: Path) -> None:
     """It runs ahead, and a counter of arrivals is armed twice."""
     fault = ("await(counter(), turn >> 1 & 1);", "(void)0;")
-    assert "a phase has two arrivals" in run_with_fault("cluster_lines.cu", *fault, "thread", tmp_path)
+    assert "a phase has two arrivals" in run_with_fault("cluster", "cluster.cuh", fault, "thread", tmp_path)
 
 
-def run_with_fault(name: str, sound: str, faulty: str, sanitizer: str, folder: Path) -> str:
-    """Run a regime's small case with a faulty line in the place of a sound one; return what the failed run says."""
-    regime = name.removesuffix("_lines.cu")
+def run_with_fault(regime: str, name: str, fault: tuple[str, str], sanitizer: str, folder: Path) -> str:
+    """Run a regime's small case with a faulty text in the place of a sound one; return what the failed run says."""
     sources = folder / "cuda"
     shutil.copytree(harness.SOURCES, sources)
-    text = (sources / name).read_text()
+    text, (sound, faulty) = (sources / name).read_text(), fault
     assert sound in text
     (sources / name).write_text(text.replace(sound, faulty))
     inputs = small_inputs(regime, 8)

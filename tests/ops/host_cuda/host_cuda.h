@@ -67,12 +67,13 @@ To reinterpret(From value) {
 #define blockDim host_cuda::block_size
 #define gridDim host_cuda::grid_size
 
+#define GSPN_ON_HOST
 #define GSPN_TRACE(pointer, bytes, active) host_cuda::trace(pointer, bytes, active)
 #define GSPN_DYNAMIC_SHARED(name) unsigned char* const name = host_cuda::current->shared
 
 inline void __syncthreads() { host_cuda::barrier(); }
 
-// What common.cuh says of clusters.
+// What cluster.cuh says of clusters.
 using Arrivals = uint64_t;
 inline void cluster_barrier() { host_cuda::cluster_barrier(); }
 inline void start_arrivals(Arrivals* arrivals) { *arrivals = 0; }
