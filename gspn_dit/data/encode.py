@@ -10,6 +10,8 @@ the manifest is written last. `--resume` goes on, `--verify` checks what was wri
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -166,22 +168,43 @@ def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
 
 
 class Encoder:
-    """Encodes shards in one process."""
+    """Encodes shards in one process.
+
+    On a CPU a batch is computed by one thread, and several at once: how many threads share a sum decides its rounding.
+    """
 
     def __init__(self, images: ImageSet, latent: KLLatent, options: argparse.Namespace) -> None:
         self.images, self.latent, self.options = images, latent, options
         self.skipped = 0
         """Images that this process has left out."""
+        import torch
+
+        self.on_cpu = latent.vae.device.type == "cpu"
+        self.batches_at_once = torch.get_num_threads() if self.on_cpu else 1
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[ThreadPoolExecutor]:
+        """Yield the threads that run the autoencoder."""
+        import torch
+
+        threads = torch.get_num_threads()
+        start = functools.partial(torch.set_num_threads, 1) if self.on_cpu else None
+        try:
+            with ThreadPoolExecutor(self.batches_at_once, initializer=start) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(threads)
 
     def encode(self, number: int) -> bytes:
         """Return the content of a shard; raises LocalUserError for an image that cannot be read and is one too many."""
         size, batch_size = self.options.shard_images, self.options.batch_size
         rows = range(number * size, min((number + 1) * size, len(self.images)))
-        moments, kept, skipped = [], [], []
+        kept, skipped = [], []
         converted: Counter[str] = Counter()
         batch: list[np.ndarray] = []
-        with ThreadPoolExecutor(self.options.workers) as pool:
-            for row, decoded in self._decoded(rows, pool):
+        moments: list[Future[np.ndarray]] = []
+        with ThreadPoolExecutor(self.options.workers) as decoding, self._computing() as computing:
+            for row, decoded in self._decoded(rows, decoding):
                 if isinstance(decoded, UserError):
                     skipped.append(str(decoded))
                     self.count_skipped(1, decoded)
@@ -192,13 +215,15 @@ class Encoder:
                 if mode != ("L" if pixels.shape[2] == 1 else "RGB"):
                     converted[mode] += 1
                 if len(batch) == batch_size:
-                    moments.append(self._moments(np.stack(batch)))
+                    moments.append(computing.submit(self._moments, np.stack(batch)))
                     batch = []
-        if batch:
-            moments.append(self._moments(np.stack(batch)))
+                    if len(moments) > self.batches_at_once:  # images shall not pile up
+                        moments[-1 - self.batches_at_once].result()
+            if batch:
+                moments.append(computing.submit(self._moments, np.stack(batch)))
         shape = (0, 2, 2 * self.latent.channels, self.latent.size, self.latent.size)
         return shard_bytes(
-            np.concatenate(moments) if moments else np.empty(shape, np.float16),
+            np.concatenate([part.result() for part in moments]) if moments else np.empty(shape, np.float16),
             self.images.labels[kept],
             np.array(kept, dtype=np.int64),
             {"skipped": skipped, "converted": dict(sorted(converted.items()))},

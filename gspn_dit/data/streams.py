@@ -155,7 +155,7 @@ def open_stream(
             "write it with save_to_disk or push_to_hub, which record it"
         )
     if train.features is None:
-        raise UserError(f"the data set {path} does not declare its columns; an Image and a ClassLabel column are needed")
+        raise UserError(f"the data set {path} does not declare its columns; needed are an Image and a ClassLabel")
     held_out = None
     stream = standard_columns(train, Path(str(path)), decode=False)
     first = next(iter(stream), None)

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from gspn_dit import files
@@ -106,6 +108,31 @@ def test_manifest_says_what_was_encoded_and_how(place: Path) -> None:
 
 def test_two_encodings_are_bit_identical(place: Path) -> None:
     assert content_of(run(place, "again")) == content_of(place / "whole")
+
+
+def test_number_of_threads_does_not_matter(place: Path) -> None:
+    """A convolution that two threads share rounds otherwise than that of one; this autoencoder shows it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(32, 64, 64),
+            norm_num_groups=16,
+        ).save_pretrained(place / "wide")
+    threads, contents = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            out = run(place, f"threads-{number}", "--image-size", "32", vae="wide")
+            assert torch.get_num_threads() == number
+            contents.append(content_of(out))
+    finally:
+        torch.set_num_threads(threads)
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3, 5])

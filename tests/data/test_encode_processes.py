@@ -54,6 +54,14 @@ def start(place: Path, out: str, processes: int, *options: str) -> subprocess.Po
     )
 
 
+def kill(job: subprocess.Popen[str]) -> None:
+    """Kill a job and what it started: the launcher's processes have groups of their own, and would go on alone."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    for process in (job.pid, *map(int, children)):
+        os.kill(process, signal.SIGKILL)
+    job.communicate(timeout=60)
+
+
 def wait_for_shards(directory: Path, count: int) -> None:
     deadline = time.monotonic() + 240
     while len(list(directory.glob("shard-*"))) < count:
@@ -65,12 +73,11 @@ def wait_for_shards(directory: Path, count: int) -> None:
 def test_random_kills_change_nothing(place: Path, processes: int) -> None:
     out, chance = f"killed-{processes}", random.Random(processes)
     shards = -(-IMAGES // PER_SHARD)
-    for kill in range(KILLS):
+    for number in range(KILLS):
         job = start(place, out, processes, "--resume")
-        wait_for_shards(place / out, (kill + 1) * shards // (KILLS + 2))
+        wait_for_shards(place / out, (number + 1) * shards // (KILLS + 2))
         time.sleep(chance.uniform(0, 0.1))
-        os.killpg(job.pid, signal.SIGKILL)
-        job.communicate(timeout=60)
+        kill(job)
         assert not (place / out / MANIFEST).exists()
     job = start(place, out, processes, "--resume")
     assert job.wait(timeout=300) == 0, job.communicate()
