@@ -92,13 +92,6 @@ class Features:
     features: Tensor
     logits: Tensor
 
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, indices: np.ndarray) -> Features:
-        chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        return Features(self.features[chosen], self.logits[chosen])
-
 
 def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
     """The bundled net of that name, or one from a file that `python -m fid.train_features` wrote.
@@ -194,17 +187,13 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-@torch.no_grad()
 def extract(net: FeatureNet, pixels: np.ndarray, batch_size: int = 256, device: str = "cpu") -> Features:
-    """Features of uint8 images [n, H, W, C] that have the net's size and channels; no cache is involved."""
+    """Features of uint8 images [n, H, W, C] that have the net's size and channels; `extract_all` for one net alone."""
+    from fid.extraction import extract_all
+    from fid.images import LabelledImages
+
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
-    place = resolve_device(device)
-    extractor = net.extractor.to(place)
-    parts: list[list[Tensor]] = [[], []]
-    for start in range(0, len(pixels), batch_size):
-        batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size]))
-        found = extractor.convert_features_tuple_to_dict(extractor(batch.permute(0, 3, 1, 2).to(place)))
-        for part, layer in zip(parts, LAYERS):
-            part.append(found[layer].float().cpu())
-    return Features(torch.cat(parts[0]), torch.cat(parts[1]))
+    (found,), _ = extract_all(LabelledImages(pixels, "the images"), [net], batch_size=batch_size, device=device)
+    assert found.logits is not None, "a net with logits"
+    return Features(found.features, found.logits)
