@@ -11,12 +11,15 @@ from __future__ import annotations
 import base64
 import datetime
 import html
+import io
 import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from gspn_dit.files import write_atomically
 
@@ -25,6 +28,9 @@ REFRESH_SECONDS = 30
 MAX_POINTS = 400
 """Points of a curve; longer ones are averaged in as many intervals of steps."""
 MAX_GRIDS = 9
+MAX_PICTURE_BYTES = 300_000
+MAX_PICTURE_PIXELS = 1_200
+"""Height and width to which larger grids are reduced."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 240, 58, 30, 14, 26
 
 QUARTILES = {
@@ -172,14 +178,25 @@ def _evenly(items: Sequence[Path], count: int) -> list[Path]:
     return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
+def _embed(path: Path) -> str:
+    """Return a picture as an address that holds it: as it is, or a smaller JPEG of a large one."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > MAX_PICTURE_BYTES:
+        with Image.open(path) as picture:
+            picture.thumbnail((MAX_PICTURE_PIXELS, MAX_PICTURE_PIXELS))
+            memory, kind = io.BytesIO(), "jpeg"
+            picture.convert("RGB").save(memory, kind, quality=85)
+        content = memory.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def _grids(folder: Path) -> str:
     pictures = _evenly(sorted(folder.glob("step-*.png")), MAX_GRIDS)
     figures = []
     for path in reversed(pictures):  # the newest is what one looks for
         step = int(path.stem.removeprefix("step-"))
-        content = base64.b64encode(path.read_bytes()).decode()
         figures.append(
-            f'<figure><img alt="samples at step {step}" src="data:image/png;base64,{content}">'
+            f'<figure><img alt="samples at step {step}" src="{_embed(path)}">'
             f"<figcaption>step {step:,}</figcaption></figure>"
         )
     return f'<section class="wide"><h2>Samples</h2><div class="grids">{"".join(figures)}</div></section>'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -69,6 +72,16 @@ def test_grids_are_embedded_first_and_last_included_newest_first(tmp_path: Path)
         Image.new("L", (2, 2), step).save(tmp_path / "samples" / f"step-{step:08d}.png")
     shown = [int(step) for step in re.findall(r"<figcaption>step (\d+)</figcaption>", render(tmp_path))]
     assert len(shown) == MAX_GRIDS and shown[0] == 30 and shown[-1] == 1 and shown == sorted(shown, reverse=True)
+
+
+def test_large_grids_are_embedded_smaller(tmp_path: Path) -> None:
+    write_metrics(tmp_path, {"step": 1, "loss": 1.0})
+    (tmp_path / "samples").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 3000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "samples" / "step-00000001.png")
+    (content,) = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', render(tmp_path))
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        assert picture.size == (1200, 600)
 
 
 def test_page_needs_nothing_else_and_escapes_what_it_quotes(tmp_path: Path) -> None:
