@@ -337,7 +337,8 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
             axis.set_xticks([side**2 for side in SIDES], [f"{side**2:,}" for side in SIDES])
             axis.minorticks_off()
             axis.grid(True, alpha=0.3)
-    axes[0][0].legend()
+            if axis.lines:
+                axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
