@@ -10,14 +10,12 @@ the manifest is written last. `--resume` goes on, `--verify` checks what was wri
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import hashlib
 import json
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,6 @@ from gspn_dit.data.latent_shards import (
     Shard,
     find_damage,
     read_manifest,
-    shard_bytes,
     shard_name,
     to_json,
 )
@@ -40,6 +37,7 @@ from gspn_dit.files import is_temporary, write_atomically
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gspn_dit.data.encoder import Encoder
     from gspn_dit.data.images import ImageSet
     from gspn_dit.data.latents import KLLatent
 
@@ -151,7 +149,7 @@ def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
 
     now = json.loads(json.dumps(now))
     try:
-        refuse_other_vae(before["latent"], now["latent"])
+        refuse_other_vae(before.get("latent", {}), now["latent"])
     except UserError as error:
         raise UserError(f"--out {out} was begun with another VAE: {error}") from None
     places = ("source.name", "latent.vae")
@@ -165,113 +163,6 @@ def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
 
 
 # -- encoding --------------------------------------------------------------------------------------------------------
-
-
-class Encoder:
-    """Encodes shards in one process.
-
-    On a CPU a batch is computed by one thread, and several at once: how many threads share a sum decides its rounding.
-    """
-
-    def __init__(self, images: ImageSet, latent: KLLatent, options: argparse.Namespace) -> None:
-        self.images, self.latent, self.options = images, latent, options
-        self.skipped = 0
-        """Images that this process has left out."""
-        import torch
-
-        self.on_cpu = latent.vae.device.type == "cpu"
-        self.batches_at_once = torch.get_num_threads() if self.on_cpu else 1
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[ThreadPoolExecutor]:
-        """Yield the threads that run the autoencoder."""
-        import torch
-
-        threads = torch.get_num_threads()
-        start = functools.partial(torch.set_num_threads, 1) if self.on_cpu else None
-        try:
-            with ThreadPoolExecutor(self.batches_at_once, initializer=start) as pool:
-                yield pool
-        finally:
-            torch.set_num_threads(threads)
-
-    def encode(self, number: int) -> bytes:
-        """Return the content of a shard; raises LocalUserError for an image that cannot be read and is one too many."""
-        size, batch_size = self.options.shard_images, self.options.batch_size
-        rows = range(number * size, min((number + 1) * size, len(self.images)))
-        kept, skipped = [], []
-        converted: Counter[str] = Counter()
-        batch: list[np.ndarray] = []
-        moments: list[Future[np.ndarray]] = []
-        with ThreadPoolExecutor(self.options.workers) as decoding, self._computing() as computing:
-            for row, decoded in self._decoded(rows, decoding):
-                if isinstance(decoded, UserError):
-                    skipped.append(str(decoded))
-                    self.count_skipped(1, decoded)
-                    continue
-                pixels, mode = decoded
-                kept.append(row)
-                batch.append(pixels)
-                if mode != ("L" if pixels.shape[2] == 1 else "RGB"):
-                    converted[mode] += 1
-                if len(batch) == batch_size:
-                    moments.append(computing.submit(self._moments, np.stack(batch)))
-                    batch = []
-                    if len(moments) > self.batches_at_once:  # images shall not pile up
-                        moments[-1 - self.batches_at_once].result()
-            if batch:
-                moments.append(computing.submit(self._moments, np.stack(batch)))
-        shape = (0, 2, 2 * self.latent.channels, self.latent.size, self.latent.size)
-        return shard_bytes(
-            np.concatenate([part.result() for part in moments]) if moments else np.empty(shape, np.float16),
-            self.images.labels[kept],
-            np.array(kept, dtype=np.int64),
-            {"skipped": skipped, "converted": dict(sorted(converted.items()))},
-        )
-
-    def _decoded(
-        self, rows: range, pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, tuple[np.ndarray, str] | UserError]]:
-        """Yield each row and its pixels and mode, or what is wrong with it; threads decode the next ones meanwhile."""
-        waiting: deque[tuple[int, Future[tuple[np.ndarray, str] | UserError]]] = deque()
-        ahead = self.options.batch_size
-        for start in range(0, len(rows), ahead):
-            chunk = rows[start : start + ahead]
-            cells = self.images.cells(chunk)
-            waiting.extend((row, pool.submit(self._decode, cell, row)) for row, cell in zip(chunk, cells))
-            while len(waiting) > ahead:
-                row, future = waiting.popleft()
-                yield row, future.result()
-        for row, future in waiting:
-            yield row, future.result()
-
-    def _decode(self, cell: dict[str, Any] | None, row: int) -> tuple[np.ndarray, str] | UserError:
-        from gspn_dit.data.images import decode_cell
-
-        try:
-            return decode_cell(cell, row, self.images.image_size, self.images.channels, crop=True)
-        except UserError as error:
-            return error
-
-    def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """Encode images and their mirror images, float16 [n, 2, 2·C, h, w]."""
-        import torch
-
-        device = self.latent.vae.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            both = [self.latent.moments(side, len(pixels)).numpy() for side in (pixels, pixels[:, :, ::-1])]
-        with np.errstate(over="ignore"):
-            moments = np.stack(both, axis=1).astype(np.float16)
-        if not np.isfinite(moments).all():
-            raise LocalUserError(f"the VAE {self.latent.place} encodes images to values that float16 cannot hold")
-        return moments
-
-    def count_skipped(self, count: int, error: UserError | str) -> None:
-        """Count images that are left out; raises LocalUserError when there are more than --skip-bad."""
-        self.skipped += count
-        if self.skipped > self.options.skip_bad:
-            allowed = self.options.skip_bad
-            raise LocalUserError(f"{error} (unreadable images: {self.skipped}, --skip-bad allows {allowed})")
 
 
 def share_of_shards(out: Path, count: int, accelerator: Accelerator) -> list[int]:
@@ -353,6 +244,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from accelerate.utils import gather_object
 
+    from gspn_dit.data.encoder import Encoder
     from gspn_dit.data.latents import KLLatent, where
     from gspn_dit.data.vae import load_vae
 
@@ -408,7 +300,7 @@ def begin(options: argparse.Namespace, plan: dict[str, Any], accelerator: Accele
     out = Path(options.out)
     complete = (out / MANIFEST).exists()
     if complete or (out / PLAN).exists():
-        before = read_manifest(out) if complete else json.loads((out / PLAN).read_bytes())
+        before = read_manifest(out) if complete else read_plan(out)
         check_same_plan(before, plan, out)
         plan = {key: before[key] for key in plan}
         complete = complete and not any(find_damage(out, entry, thorough=False) for entry in before["shards"])
@@ -428,6 +320,14 @@ def begin(options: argparse.Namespace, plan: dict[str, Any], accelerator: Accele
             raise UserError(f"--out {out} cannot be written: {error}") from None
     accelerator.wait_for_everyone()
     return None if complete else plan
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """Return what an unfinished encoding was begun with; raises UserError if it cannot be read."""
+    try:
+        return json.loads((out / PLAN).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / PLAN} cannot be read: {error}; encode into another directory") from None
 
 
 # -- verification ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from PIL import Image
 from gspn_dit import files
 from gspn_dit.data import encode
 from gspn_dit.data.encode import parse_arguments
+from gspn_dit.data.encoder import Encoder
 from gspn_dit.data.images import load_images
 from gspn_dit.data.latent_shards import MANIFEST, PLAN, Shard, open_latents, read_manifest, shard_name
 from gspn_dit.data.latents import KLLatent
@@ -169,8 +170,8 @@ def test_resume_encodes_what_lacks_alone(place: Path, monkeypatch: pytest.Monkey
     content[-1] ^= 1
     damaged.write_bytes(content)
     encoded: list[int] = []
-    original = encode.Encoder.encode
-    monkeypatch.setattr(encode.Encoder, "encode", lambda self, number: encoded.append(number) or original(self, number))
+    original = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, number: encoded.append(number) or original(self, number))
     AcceleratorState._reset_state(reset_partial_state=True)
     run(place, "part", "--resume")
     assert sorted(encoded) == [1, 2]
@@ -187,6 +188,11 @@ def test_directory_in_use_is_not_overwritten(place: Path) -> None:
     (place / "begun" / PLAN).write_text("{}")
     with pytest.raises(UserError, match="holds an unfinished encoding; go on with --resume"):
         parse_arguments(arguments(place, "begun"))
+    with pytest.raises(UserError, match="was begun with format_version = None, now it is 1"):
+        run(place, "begun", "--resume")
+    (place / "begun" / PLAN).write_text('{"format')
+    with pytest.raises(UserError, match=r"plan\.json cannot be read"):
+        run(place, "begun", "--resume")
     with pytest.raises(UserError, match="is not empty and holds no latents"):
         parse_arguments(arguments(place, "images"))
     with pytest.raises(UserError, match="is a file; give a directory"):
