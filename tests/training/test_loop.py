@@ -337,3 +337,16 @@ def test_patch_that_does_not_divide_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(UserError, match="8×8 is not divisible by the patch size 3"):
         run_training(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_speed_and_memory_are_logged_in_units_that_compare(tmp_path: Path) -> None:
+    """Two operations per multiply-add and three passes; a process that runs torch holds more than 100 MB."""
+    from gspn_dit.models import create_model
+    from gspn_dit.models.flops import forward_multiply_adds
+
+    run_training(tiny_config(tmp_path, max_steps=1))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    model = create_model("GSPN-N/4", 10, 1, 8, hidden_size=16, depth=2)
+    operations = line["model_flops_per_second"] / line["images_per_second"]
+    assert operations == pytest.approx(6 * forward_multiply_adds(model, 8, 8))
+    assert 1e8 < line["peak_memory_bytes"] < 1e12
