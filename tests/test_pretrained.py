@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from diffusers.utils import hub_utils
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gspn_dit import model_card
-from gspn_dit.config import Config
+from gspn_dit.config import Config, LatentConfig
+from gspn_dit.data.latents import latent_from_spec
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.training.checkpoint import checkpoint_directory
-from tests.tiny import CLASS_NAMES, tiny_manifest, write_run
+from tests.tiny import CLASS_NAMES, SIZE, tiny_manifest, write_run
 
 DATA = {"name": "animals", "images": 1234, "fingerprint": "abc"}
 
@@ -28,6 +31,7 @@ DATA = {"name": "animals", "images": 1234, "fingerprint": "abc"}
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Config(output_dir="/home/someone/secret").to_dict()
     config["data"].update(name="imagefolder", path="/home/someone/images")
+    config["training"]["initialize_from"] = "/home/someone/secret"
     return write_run(tmp_path_factory.mktemp("run"), data=DATA, config=config)
 
 
@@ -81,6 +85,40 @@ def test_which_weights(run_directory: Path, pipeline: GSPNPipeline, tmp_path: Pa
     assert not np.array_equal(draw(live), draw(pipeline))
     pipeline.save_pretrained(tmp_path)
     assert "model.safetensors cannot be read" in refusal(tmp_path, weights="model")
+
+
+def test_an_autoencoder_travels_along(tmp_path: Path) -> None:
+    """Saved, moved and loaded again: the pipeline no longer needs the directory it was trained with."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).save_pretrained(tmp_path / "autoencoder")
+    latent = latent_from_spec({"name": "kl", "vae": str(tmp_path / "autoencoder"), "image_size": 2 * SIZE})
+    config = Config(latent=LatentConfig("kl", str(tmp_path / "autoencoder"))).to_dict()
+    before = GSPNPipeline.from_checkpoint(write_run(tmp_path / "run", channels=4, latent=latent.spec(), config=config))
+    images = draw(before)
+    assert images.shape == (3, 2 * SIZE, 2 * SIZE, 3) and images.std() > 0
+    wide = before(0, num_inference_steps=1, height=12, width=4 * SIZE, output_type="np").images
+    assert np.asarray(wide).shape == (1, 12, 4 * SIZE, 3)
+    with pytest.raises(ValueError, match="height is 6 pixels, but must be a positive multiple of 4"):
+        before(0, height=6)
+
+    before.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "autoencoder")
+    shutil.move(tmp_path / "saved", tmp_path / "moved")
+    after = GSPNPipeline.from_pretrained(tmp_path / "moved")
+    np.testing.assert_array_equal(draw(after), images)
+    after.save_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(draw(GSPNPipeline.from_pretrained(tmp_path / "again")), images)
+    text = "".join(path.read_text() for path in (tmp_path / "again").rglob("*.[jm]*"))
+    assert str(tmp_path) not in text
+    kinds = {path.suffix for path in (tmp_path / "again").rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors", ".md"}
 
 
 def test_places_on_the_machine_are_not_published(pipeline: GSPNPipeline, tmp_path: Path) -> None:
