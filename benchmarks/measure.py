@@ -18,6 +18,9 @@ import torch
 
 from gspn_dit.ops import cpu
 
+MEMORY_POLICY = ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+"""Environment variables that change what memory and waiting cost."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -86,7 +89,7 @@ class CpuDevice:
             "threads": torch.get_num_threads(),
             "load_average": [round(value, 2) for value in os.getloadavg()],
             "kernels": cpu.describe(),
-            "memory_policy": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_")},
+            "memory_policy": {name: os.environ.get(name) for name in MEMORY_POLICY},
         }
 
 
