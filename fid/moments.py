@@ -77,22 +77,29 @@ class Gaussian:
         return cls(moments.mean, moments.covariance)
 
     @cached_property
-    def root(self) -> Tensor:
-        """The symmetric square root of the covariance."""
+    def factor(self) -> Tensor:
+        """F of the covariance's numerical rank r, float64 [r, d], with FᵀF = Σ.
+
+        Directions without variance (a rank-deficient covariance has many) are left out: their eigenvalues are rounding
+        errors, and the root of a rounding error is not small.
+        """
         values, vectors = torch.linalg.eigh(_finite(self.covariance))
-        if float(values[0]) < -NEGATIVE * max(float(values[-1]), 1e-300):
+        largest = max(float(values[-1]), 0.0)
+        if float(values[0]) < -NEGATIVE * max(largest, 1e-300):
             raise UserError(
                 f"the Fréchet distance needs covariances without negative eigenvalues; the smallest is {values[0]:.3g}"
             )
-        return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        kept = values > len(values) * torch.finfo(values.dtype).eps * largest
+        return (vectors[:, kept] * values[kept].sqrt()).T
 
     def frechet_distance(self, other: Gaussian) -> float:
         """|μ₁-μ₂|² + tr(Σ₁ + Σ₂ - 2(Σ₁Σ₂)^½), arXiv 1706.08500 eq. 6; ≥ 0 and finite, or a UserError.
 
-        The trace of the root is the sum of the square roots of the eigenvalues of the symmetric matrix Σ₁^½ Σ₂ Σ₁^½,
-        which has those of Σ₁Σ₂ but a stable decomposition; eigenvalues that rounding made negative count as zero.
+        The trace of the root is the sum of the square roots of the eigenvalues of the symmetric matrix F Σ₂ Fᵀ with
+        Σ₁ = FᵀF: those of Σ₁Σ₂ that are not zero, but from a stable decomposition. Eigenvalues that rounding made
+        negative count as zero.
         """
-        product = self.root @ _finite(other.covariance) @ self.root
+        product = self.factor @ _finite(other.covariance) @ self.factor.T
         values = torch.linalg.eigvalsh(_finite(product + product.T) / 2)
         apart = self.mean - other.mean
         traces = self.covariance.trace() + other.covariance.trace()

@@ -124,7 +124,8 @@ def test_figures_are_torch_fidelity_s_own_on_inception_too(
         fid.images.read_samples(drawn), fid.images.read_reference(real, None), random_net, protocol=PROTOCOL
     )
     expected = peer(drawn, real, "inception-v3-compat", feature_extractor_weights_path=str(weights), batch_size=64)
-    assert_equal_figures(report, expected)
+    # with fewer images than features the peer sums the roots of 2,000 eigenvalues that are rounding errors
+    assert_equal_figures(report, expected, of_distance=1e-5)
 
 
 @pytest.mark.slow
