@@ -187,10 +187,9 @@ static GSPN_INLINE bool all_true(I32 mask) {
   return all != 0;
 #endif
 }
-static GSPN_INLINE bool all_true(I64 mask) { return all_true((I32)mask); }
 template <class U> static GSPN_INLINE bool all_below(Pair<U> v, decltype(U()[0] + 0) bound) {
   const U limit = U{} + bound;
-  return all_true((v.low <= limit) & (v.high <= limit));
+  return all_true((I32)((v.low <= limit) & (v.high <= limit)));
 }
 
 template <class U> static GSPN_INLINE auto lane_sum(Pair<U> v) {
