@@ -65,7 +65,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> 
     for name in old.keys() & new.keys():
         ratio = new[name].best_ms / old[name].best_ms
         rows.append((name, ratio, ratio > 1 + max(old[name].spread, new[name].spread) + tolerance))
-    return sorted(rows, key=lambda row: -row[1])
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
 def _read(path: str) -> dict[str, Any]:
