@@ -186,7 +186,7 @@ class Benchmark:
             for name in (self.backend, "reference")
         }
         times = self.device.time_together(runs, 1 if self.quick else 2)
-        if getattr(self.device, "needs_own_process", False):
+        if self.device.needs_own_process:
             peaks = {name: peak_in_own_process(name, shape) for name in runs}
         else:
             peaks = {name: self.device.peak_extra_bytes(run) for name, run in runs.items()}

@@ -29,6 +29,7 @@ class CudaDevice(CpuDevice):
     """Times work on the current GPU."""
 
     name = "cuda"
+    needs_own_process = False
 
     def time_together(self, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
         """Time several functions in turn between events; two warm-ups each, the first of which compiles.
