@@ -208,7 +208,7 @@ def _written_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
         ("", f"checkpoints: {kept} × {size} = {_gigabytes(kept * figures.checkpoint_bytes)}, and one more meanwhile"),
         ("", f"samples: {-(-settings.max_steps // settings.sample_every)} grids"),
     ]
-    snapshots = len(settings.ema_sigma_rel) * (settings.max_steps // settings.ema_snapshot_every)
+    snapshots = len(settings.ema_sigma_rel) * -(-settings.max_steps // settings.ema_snapshot_every)
     if snapshots:
         size = _gigabytes(figures.snapshot_bytes)
         rows.append(("", f"ema_snapshots: {snapshots} × {size} = {_gigabytes(snapshots * figures.snapshot_bytes)}"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
+from gspn_dit.models.presets import PRESETS, parse_name
 from gspn_dit.training.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.training.setup import Parts
 
@@ -30,6 +32,15 @@ def start_from(checkpoint: str, parts: Parts) -> None:
     before, now = manifest["latent"], parts.latent.spec()
     if before.get("name") != now["name"] or now["name"] == "kl":
         refuse_other_vae({**before, "image_size": now["image_size"]}, now)
+    unseen_before, unseen_now = (
+        _unseen_options(arguments) for arguments in (manifest["model"], parts.description["model"])
+    )
+    for key, value in unseen_before.items():
+        if value != unseen_now[key]:
+            raise UserError(
+                f"training.initialize_from {checkpoint} belongs to another model: {key} is {value} there "
+                f"and {unseen_now[key]} here"
+            )
     for name in sorted({*tensors, *own}):
         given, needed = tensors.get(name), own.get(name)
         rows = 1 if name == LABEL_TABLE else 0
@@ -42,6 +53,13 @@ def start_from(checkpoint: str, parts: Parts) -> None:
     names = parts.description["class_names"]
     tensors[LABEL_TABLE] = resize_label_table(tensors[LABEL_TABLE], manifest["class_names"], own[LABEL_TABLE], names)
     parts.model.load_state_dict(tensors)
+
+
+def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a model, given `create_model`'s arguments, that its weights need but do not show."""
+    family, size, _ = parse_name(arguments["name"])
+    options = {"timestep_endpoint": False, **vars(PRESETS[family][size]), **arguments}
+    return {key: options.get(key) for key in ("num_heads", "timestep_endpoint")}
 
 
 def resize_label_table(table: Tensor, names: list[str], fresh: Tensor, new_names: list[str]) -> Tensor:

@@ -29,7 +29,8 @@ WRITTEN = (
 MAY_DIFFER = (
     *("output_dir", "data.path", "latent.vae", "training.max_steps", "training.trackers", "training.num_processes"),
     *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
-    *("training.keep_last", "training.keep_every", "training.sharding", "training.repa_features"),
+    *("training.ema_snapshot_every", "training.keep_last", "training.keep_every"),
+    *("training.sharding", "training.repa_features"),
     *("training.fd_every", "training.fd_samples", "training.fd_features"),
 )
 """Config keys that a resumed run may change: length, intervals, retention, trackers, paths, processes, sharding."""
@@ -133,7 +134,13 @@ def _newest_to_resume(path: Path) -> Path | None:
 def _named_to_resume(path: Path, resume: str, filled: bool) -> Path:
     """Return the checkpoint that --resume names; raise UserError if output_dir holds another run, or goes beyond it."""
     checkpoint = resolve_checkpoint(resume)
-    step, complete = read_manifest(checkpoint)["step"], find_checkpoints(path)
+    manifest, complete = read_manifest(checkpoint), find_checkpoints(path)
+    step = manifest["step"]
+    if "losses_since_log" not in manifest or "model.safetensors" not in manifest["files"]:
+        raise UserError(
+            f"--resume {resume} has weights but no training state (it was converted, or averaged afterwards); "
+            "give it as training.initialize_from to start from its weights"
+        )
     if filled and checkpoint.resolve().parent.parent != path.resolve():
         raise UserError(f"--resume {resume} is not of the run in {path}, which is not empty; give another output_dir")
     if complete and max(complete) > step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from gspn_dit.errors import UserError
 from gspn_dit.training import loop
+from gspn_dit.training.checkpoint import save_checkpoint
 from gspn_dit.training.finetune import LABEL_TABLE, resize_label_table, start_from
 from gspn_dit.training.setup import build_parts
 from tests.training.conftest import changed, run_training, tiny_config
@@ -78,3 +80,17 @@ def test_checkpoint_of_another_model_is_refused(pretrained: Path, tmp_path: Path
     with pytest.raises(UserError, match="does not exist; give a run directory"):
         run_training(tiny_config(tmp_path / "run", initialize_from=str(tmp_path / "absent")))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("timestep_endpoint", True), ("num_heads", 2)])
+def test_option_that_no_shape_shows_is_compared(tmp_path: Path, key: str, value: Any) -> None:
+    model = {"name": "DiT-N/4", "hidden_size": 16, "depth": 1, "num_heads": 4}
+    parts = build_parts(changed(tiny_config(tmp_path), model=model))
+    for name, options in (("same", {}), ("other", {key: value})):
+        manifest = {**parts.description, "model": {**parts.description["model"], **options}}
+        saved = save_checkpoint(tmp_path / name, 1, {"ema": parts.model.state_dict()}, manifest)
+        if not options:
+            start_from(str(saved), parts)
+            continue
+        with pytest.raises(UserError, match=rf"belongs to another model: {key} is {value} there and"):
+            start_from(str(saved), parts)
