@@ -22,6 +22,7 @@ SAVED_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 SIDECAR = "generation.json"
 INDEX_AND_CLASS = re.compile(r"(\d+)-(\d+)\.png", re.IGNORECASE)
 HASH_CHUNK = 1024
+LARGEST_CLASS = 2**31 - 1
 
 
 def interleave(labels: np.ndarray | None, count: int) -> np.ndarray:
@@ -209,6 +210,8 @@ def _check_labels(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
         raise UserError(f"arr_1 of {path} has the shape {labels.shape} for {count} images; needed is ({count},)")
     if (labels < 0).any():
         raise UserError(f"arr_1 of {path} has negative class ids (smallest: {labels.min()})")
+    if (labels > LARGEST_CLASS).any():
+        raise UserError(f"arr_1 of {path} has class ids beyond {LARGEST_CLASS:,} (largest: {labels.max()})")
     return labels.astype(np.int64)
 
 

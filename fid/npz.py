@@ -99,6 +99,8 @@ def open_npz(path: Path) -> Iterator[Archive]:
         with content:
             yield Archive(path, content)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if not path.is_dir() and not zipfile.is_zipfile(path):  # numpy takes whatever it does not know for a pickle
+            raise UserError(f"{path} is no NPZ file (numpy.savez writes them), or a part of one") from error
         if "pickle" in str(error):
             raise UserError(f"{path} holds pickled objects, which are never loaded; save plain arrays") from error
         raise UserError(f"{path} cannot be read as NPZ: {error}") from error
