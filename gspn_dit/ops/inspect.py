@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -233,8 +233,15 @@ def _shape(text: str) -> tuple[int, ...]:
     return numbers
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"inspect: error: {message}\n")
+
+
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m gspn_dit.ops.inspect", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m gspn_dit.ops.inspect", description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", default="sm_90", choices=ARCHITECTURES, help="GPU architecture to compile for")
     parser.add_argument("--shape", default="32,16,16,1152,1152", help="B,H,W,C,G: x is [B, H, W, C], G divides C")
     names = [str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES]
@@ -245,7 +252,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         options.shape = _shape(options.shape)
     except ValueError:
-        parser.exit(2, f"inspect: error: --shape {options.shape}: give five positive numbers B,H,W,C,G; G divides C\n")
+        parser.error(f"--shape {options.shape}: give five positive numbers B,H,W,C,G; G divides C")
+    if not 0 < options.bandwidth_gbs < math.inf:
+        parser.error(f"--bandwidth-gbs is {options.bandwidth_gbs}, but must be a positive number")
     options.dtypes = [getattr(torch, name) for name in options.dtype or names]
     return options
 

@@ -93,6 +93,17 @@ def test_inspector_refuses_a_bad_shape(shape: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--bandwidth-gbs", "0"], ["--bandwidth-gbs", "nan"], ["--arch", "sm_91"], ["--arc", "sm_90"]]
+)
+def test_a_mistake_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        inspect.main(arguments)
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("inspect: error: ") and error.count("\n") == 1
+
+
 def test_occupancy() -> None:
     """The examples of NVIDIA's occupancy tables for 8.0: registers, shared memory and threads each bind once."""
     ampere = inspect.ARCHITECTURES["sm_80"]
