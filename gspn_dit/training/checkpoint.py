@@ -117,7 +117,8 @@ def finish_checkpoint(
             files[f"{stem}.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         complete = {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": files}
         _write_durably(partial / MANIFEST, json.dumps(complete, indent=2, allow_nan=False).encode())
-        _sync_directory(partial)
+        for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+            _sync_directory(directory)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
         _sync_directory(target.parent)
@@ -141,6 +142,8 @@ def _problem(directory: Path) -> str | None:
         return f"it has format_version {version}, this version reads {FORMAT_VERSION}"
     for name, facts in manifest["files"].items():
         path = directory / name
+        if not isinstance(facts, dict) or "bytes" not in facts:
+            return f"its {MANIFEST} is not a checkpoint's: it does not say how large {name} is"
         if not path.is_file():
             return f"its file {name} is missing"
         if path.stat().st_size != facts["bytes"]:

@@ -150,6 +150,12 @@ def remove_manifest(directory: Path) -> None:
     (directory / "config.json").unlink()
 
 
+def strip_sizes(directory: Path) -> None:
+    manifest = json.loads((directory / "config.json").read_text())
+    manifest["files"] = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+    (directory / "config.json").write_text(json.dumps(manifest))
+
+
 def later_format(directory: Path) -> None:
     manifest = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**manifest, "format_version": 2}))
@@ -162,6 +168,7 @@ def later_format(directory: Path) -> None:
         (remove_weights, r"its file ema\.safetensors is missing"),
         (cut_manifest, r"its config\.json cannot be read"),
         (remove_manifest, r"it has no config\.json"),
+        (strip_sizes, r"its config\.json is not a checkpoint's: it does not say how large \w+\.safetensors is"),
         (later_format, r"it has format_version 2, this version reads 1"),
     ],
 )
