@@ -10,6 +10,7 @@ FILE.npz.partial/          its chunks until all are there
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -168,6 +169,13 @@ class NpzFile(SampleSet):
         """Delete the chunks of an earlier run; the file itself stays until the new one takes its place."""
         if self.parts.is_dir():
             shutil.rmtree(self.parts)
+
+    def begin(self, settings: Mapping[str, Any], overwrite: bool) -> None:
+        super().begin(settings, overwrite)
+        for target in (self.path, self.path.with_suffix(".json")):  # as large as the whole set, if killed at the end
+            for left in self.path.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+                if is_temporary(left.name):
+                    left.unlink()
 
     def missing(self) -> list[int]:
         return [chunk for chunk in range(self.num_chunks) if not self._part(chunk).is_file()]

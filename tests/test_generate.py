@@ -354,6 +354,14 @@ def test_an_old_file_stays_until_the_new_one_is_complete(
     assert len(read_npz(out)[0]) == COUNT
 
 
+def test_what_a_kill_at_the_end_left_beside_the_file_is_removed(run_directory: Path, tmp_path: Path) -> None:
+    left, others = tmp_path / ".set.npz.4711.tmp", tmp_path / ".another.npz.4711.tmp"
+    for path in (left, others):
+        path.write_bytes(b"half")
+    make(run_directory, tmp_path / "set.npz", count=3)
+    assert not left.exists() and others.exists()
+
+
 def test_a_damaged_part_is_found(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         die_at(patch, 2)
