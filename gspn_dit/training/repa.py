@@ -35,6 +35,8 @@ def load_features(path: str, tokens: int, images: int | None = None) -> np.ndarr
         features = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"training.repa_features {path} cannot be read: {error}") from None
+    if not isinstance(features, np.ndarray) or features.dtype.kind != "f":
+        raise UserError(f"training.repa_features {path} holds no floating-point array; save one with numpy.save")
     images = features.shape[0] if images is None and features.ndim else images
     if features.ndim != 3 or features.shape[:2] != (images, tokens):
         raise UserError(

@@ -16,7 +16,10 @@ import torch
 from gspn_dit.errors import UserError
 from gspn_dit.training import checkpoint as module
 from gspn_dit.training.checkpoint import (
+    begin_checkpoint,
+    checkpoint_directory,
     find_checkpoints,
+    finish_checkpoint,
     load_tensors,
     read_manifest,
     remove_old_checkpoints,
@@ -99,6 +102,17 @@ def test_every_file_is_synced_before_the_directory_and_that_before_the_rename(
     files = ["model.safetensors", "ema.safetensors", "config.json"]
     expected = [f"{kind} {name}" for name in files for kind in ("open", "write", "fsync")]
     assert calls == [*expected, "fsync step-00000005.partial", "rename step-00000005", "fsync checkpoints"]
+
+
+def test_a_directory_that_others_filled_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = checkpoint_directory(tmp_path, 5)
+    partial = begin_checkpoint(target)
+    (partial / "sharded").mkdir()
+    (partial / "sharded" / "__0_0.distcp").write_bytes(b"shard")
+    calls = record_calls(monkeypatch, lambda kind, count: None)
+    finish_checkpoint(partial, target, 5, {}, {})
+    assert calls[-4:-1] == ["fsync sharded", "fsync step-00000005.partial", "rename step-00000005"]
+    assert read_manifest(target)["files"] == {"sharded/__0_0.distcp": {"bytes": 5}}
 
 
 @pytest.mark.parametrize("failing", range(12))

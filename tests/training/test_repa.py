@@ -12,7 +12,7 @@ from gspn_dit import rng
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
 from gspn_dit.training.checkpoint import find_checkpoints, load_tensors
-from gspn_dit.training.repa import Alignment
+from gspn_dit.training.repa import Alignment, load_features
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, tensors_of
 
@@ -86,3 +86,14 @@ def test_features_of_other_images_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "few.npy", np.zeros((5, TOKENS, DIMENSIONS)))
     with pytest.raises(UserError, match=r"has shape \[5, 4, 6\], but 1437 training images of 4 tokens need"):
         run_training(tiny_config(tmp_path / "run", repa_features=str(tmp_path / "few.npy"), repa_depth=2))
+
+
+@pytest.mark.parametrize("name", ["features.npz", "words.npy"])
+def test_files_that_hold_no_numbers_are_refused(tmp_path: Path, name: str) -> None:
+    features = np.zeros((IMAGES, TOKENS, DIMENSIONS), dtype=np.float16)
+    if name.endswith(".npz"):
+        np.savez(tmp_path / name, features=features)
+    else:
+        np.save(tmp_path / name, features.astype("U1"))
+    with pytest.raises(UserError, match=r"holds no floating-point array; save one with numpy\.save"):
+        load_features(str(tmp_path / name), TOKENS, IMAGES)
