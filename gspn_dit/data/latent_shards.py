@@ -217,7 +217,7 @@ class LatentSet:
 
     @cached_property
     def _maps(self) -> list[memoryview]:
-        return [memoryview(shard.moments.reshape(-1).view(np.uint8)) for shard in self.shards]
+        return [shard.moments.reshape(-1).view(np.uint8).data for shard in self.shards]
 
     @cached_property
     def _shape(self) -> tuple[int, ...]:
@@ -235,7 +235,7 @@ class LatentSet:
         size = int(np.prod(self._shape)) * out.itemsize
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         offsets = (2 * (rows - self._starts[shards]) + mirrored) * size
-        target = memoryview(out.reshape(-1).view(np.uint8))  # slices of it cost less than those of arrays
+        target = out.reshape(-1).view(np.uint8).data  # slices of it cost less than those of arrays
         for place, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist())):
             target[place * size : (place + 1) * size] = maps[shard][offset : offset + size]
         return out

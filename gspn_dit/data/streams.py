@@ -68,13 +68,17 @@ class ImageStream:
             options["max_buffer_input_shards"] = 1
         shuffled = self.dataset.shuffle(seed=int(rng.permutation(seed, epoch, 1 << 16)[0]) + (epoch << 16), **options)
         mine = split_dataset_by_node(shuffled, rank=rank, world_size=world)
-        yield from mine.skip(skip)
+        rows = iter(mine.skip(skip))
+        first = next(rows, None)
+        if first is None and (count := sum(1 for _ in mine)):  # the row lies in a later round
+            rows = iter(mine.skip(skip % count))
+            first = next(rows)
         while True:
-            again = iter(mine)
-            row = next(again, None)
-            if row is None:
+            if first is None:
                 raise UserError(f"the stream '{self.name}' has no images for process {rank} of {world}")
-            yield from itertools.chain([row], again)
+            yield from itertools.chain([first], rows)
+            rows = iter(mine)
+            first = next(rows, None)
 
 
 @dataclass

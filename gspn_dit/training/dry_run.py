@@ -16,6 +16,7 @@ from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds, scan_multiply_adds
 from gspn_dit.models.gspn import GSPNMixer
 from gspn_dit.training.memory import FLOAT32_BYTES, MemoryEstimate, estimate_memory
+from gspn_dit.training.setup import check_guided_channels
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 KL_CHANNELS, KL_FACTOR = 4, 8
@@ -111,6 +112,7 @@ def estimate(config: Config, processes: int) -> Estimate:
             f"{settings.gradient_accumulation_steps} accumulation steps"
         )
     facts = data_facts(config)
+    check_guided_channels(config, facts.channels)
     model = _model_without_memory(config, facts, objective.out_channels(facts.channels))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = (facts.size // model.patch_size) ** 2

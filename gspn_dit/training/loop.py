@@ -317,6 +317,7 @@ class Trainer:
         """Stop the run if too many steps in a row failed since the last look, which costs a wait for the device."""
         failed = int(self.longest_failure)
         if failed >= self.config.training.max_nonfinite_steps:
+            self._show(running=False)
             raise UserError(
                 f"{failed} steps in a row up to step {self.step} had a non-finite loss or gradient and were skipped; "
                 "the last checkpoint is untouched: look at the data, or start again in another output_dir with a lower "

@@ -67,6 +67,7 @@ class RunDirectory:
         step = read_manifest(self.checkpoint)["step"] if self.checkpoint else 0
         _cut_metrics(self.metrics, step)
         remove_snapshots_after(self.path, step)
+        _remove_grids_after(self.path, step)
         self._record_environment(step)
         for ignored, problem in self.ignored.items():
             print(f"checkpoint of step {ignored} is ignored: {problem}; going on from step {step}")
@@ -86,6 +87,14 @@ class RunDirectory:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.metrics, "a") as file:
             file.write(json.dumps(clean) + "\n")
+
+
+def _remove_grids_after(path: Path, step: int) -> None:
+    """Delete the sample grids of steps that the run will take again."""
+    for grid in path.glob("samples/step-*.png"):
+        number = grid.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            grid.unlink()
 
 
 def open_run_directory(config: Config, resume: str | None, overwrite: bool) -> RunDirectory:

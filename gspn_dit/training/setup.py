@@ -39,9 +39,7 @@ def build_parts(config: Config) -> Parts:
     objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
     data = build_data(config)
     latent, images = data.latent, data.training.images
-    guided = config.sampling.guidance_channels
-    if guided is not None and guided > latent.channels:
-        raise UserError(f"sampling.guidance_channels is {guided}, but the latent has {latent.channels} channels")
+    check_guided_channels(config, latent.channels)
     arguments = {
         "name": config.model.name,
         "num_classes": images.num_classes,
@@ -69,3 +67,10 @@ def build_parts(config: Config) -> Parts:
             "data": data.facts,
         },
     )
+
+
+def check_guided_channels(config: Config, latent_channels: int) -> None:
+    """Raise UserError where more channels shall be guided than a latent has."""
+    guided = config.sampling.guidance_channels
+    if guided is not None and guided > latent_channels:
+        raise UserError(f"sampling.guidance_channels is {guided}, but the latent has {latent_channels} channels")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -90,6 +92,24 @@ def test_resumed_run_reads_what_an_uninterrupted_one_reads(stream: ImageStream, 
         whole = read(make(stream, rank, world, flip=True), 0, 20, 3)
         for step in (1, 2, 5, 9, 13, 19):
             assert read(make(stream, rank, world, flip=True), step, 20, 3) == whole[3 * step :]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_resume_finds_its_row_in_a_later_round_of_a_short_piece(rank: int) -> None:
+    """Pieces of 20 and 4 images shared out to two processes: one of them reads its 4 again and again."""
+
+    def piece(sizes: list[int]) -> Iterator[dict[str, Any]]:
+        for size in sizes:
+            yield from dataset_of(size).cast_column("image", datasets.Image(decode=False))
+
+    features = dataset_of(1).features.copy()
+    features["image"] = datasets.Image(decode=False)
+    pieces = datasets.IterableDataset.from_generator(piece, features=features, gen_kwargs={"sizes": [20, 4]})
+    stream = ImageStream(pieces, "pieces", COUNT, 4, 1, False)
+    whole = read(make(stream, rank, 2, block=4), 0, 6, 2)
+    assert [read(make(stream, rank, 2, block=4), batch, batch + 1, 2) for batch in range(6)] == [
+        whole[2 * batch : 2 * batch + 2] for batch in range(6)
+    ]
 
 
 def test_size_of_the_batch_does_not_matter_in_one_process(stream: ImageStream) -> None:

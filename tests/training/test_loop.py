@@ -83,9 +83,13 @@ def test_metrics_after_the_checkpoint_are_cut_and_written_again(
         run_training(tiny_config(killed))
     assert [line["step"] for line in metrics_of(killed)] == [1, 2, 3]
     monkeypatch.undo()
+    later = killed / "samples" / "step-00000003.png"  # of a step that is taken again, and draws no grid now
+    later.parent.mkdir(exist_ok=True)
+    later.write_bytes(b"old")
     run_training(tiny_config(killed), resume="auto")
     assert metrics_of(whole) == metrics_of(killed)
     assert_same_tensors(tensors_of(whole, 4), tensors_of(killed, 4))
+    assert not later.exists()
 
 
 def test_accumulation_changes_the_order_of_sums_alone(tmp_path: Path) -> None:
