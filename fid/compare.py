@@ -47,13 +47,15 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"no report at {path}: there is no {file}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"the report {file} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not {"scores", "settings", "names"} <= set(found):
+    if not isinstance(found, dict) or not {"scores", "intervals", "settings", "names"} <= set(found):
         raise UserError(f"{file} is no report that python -m fid wrote")
     if found.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format_version {found.get('format_version')}, this version reads {FORMAT_VERSION}; "
             "evaluate the samples again"
         )
+    if not isinstance(found["settings"], dict) or not {"protocol", "generation"} <= set(found["settings"]):
+        raise UserError(f"{file} is no report that python -m fid wrote: it does not say how it came about")
     return found
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gspn_dit.files import write_atomically
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont, ImageFont
@@ -70,12 +72,7 @@ def save_png(image: Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG through a temporary file beside it, so that `path` is complete whenever it exists."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, lambda file: image.save(file, format="PNG"))
 
 
 def _check(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +148,7 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
     import numpy as np
     from PIL import Image
 
+    from gspn_dit.files import write_atomically
     from gspn_dit.grid import class_grid, save_png
 
     for file in filter(None, (options.out, options.save_npz)):
@@ -164,11 +164,6 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
             save_png(Image.fromarray(pixels), folder / f"{index:06d}-{label}.png")
         print(f"{len(images)} images: {folder}")
     if options.save_npz:
-        partial = Path(f"{options.save_npz}.partial")
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
-            os.replace(partial, options.save_npz)
-        finally:
-            partial.unlink(missing_ok=True)
+        ids = np.asarray(labels, dtype=np.int64)
+        write_atomically(options.save_npz, lambda file: np.savez(file, arr_0=images, arr_1=ids))
         print(f"{len(images)} images: {options.save_npz}")

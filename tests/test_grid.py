@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -108,8 +109,8 @@ def test_a_png_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with Image.open(path) as stored:
         assert stored.size == (3, 2) and stored.getpixel((0, 0)) == (1, 2, 3)
 
-    def fail(_: Image.Image, target: Path, **__: str) -> None:
-        Path(target).write_bytes(b"half")
+    def fail(_: Image.Image, target: BinaryIO, **__: str) -> None:
+        target.write(b"half")
         raise OSError("disk full")
 
     before = path.read_bytes()

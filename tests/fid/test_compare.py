@@ -97,6 +97,7 @@ def test_what_is_no_report_is_refused(store: Callable[..., Path], tmp_path: Path
         (tmp_path / "none", "no report at .*none"),
         (tmp_path / "text", "cannot be read"),
         (tmp_path / "list", "is no report that python -m fid wrote"),
+        (store("half", "settings", {}), "is no report that python -m fid wrote: it does not say how"),
         (old, "has format_version 1, this version reads 2; evaluate the samples again"),
     ):
         with pytest.raises(UserError, match=message):
