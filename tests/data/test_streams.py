@@ -96,7 +96,7 @@ def test_resumed_run_reads_what_an_uninterrupted_one_reads(stream: ImageStream, 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_resume_finds_its_row_in_a_later_round_of_a_short_piece(rank: int) -> None:
-    """Pieces of 20 and 4 images shared out to two processes: one of them reads its 4 again and again."""
+    """Pieces of 18 and 6 images shared out to two processes: one of them reads its 6 again and again."""
 
     def piece(sizes: list[int]) -> Iterator[dict[str, Any]]:
         for size in sizes:
@@ -104,7 +104,7 @@ def test_resume_finds_its_row_in_a_later_round_of_a_short_piece(rank: int) -> No
 
     features = dataset_of(1).features.copy()
     features["image"] = datasets.Image(decode=False)
-    pieces = datasets.IterableDataset.from_generator(piece, features=features, gen_kwargs={"sizes": [20, 4]})
+    pieces = datasets.IterableDataset.from_generator(piece, features=features, gen_kwargs={"sizes": [18, 6]})
     stream = ImageStream(pieces, "pieces", COUNT, 4, 1, False)
     whole = read(make(stream, rank, 2, block=4), 0, 6, 2)
     assert [read(make(stream, rank, 2, block=4), batch, batch + 1, 2) for batch in range(6)] == [
