@@ -10,12 +10,13 @@ made it and however often they were killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,7 @@ from gspn_dit.sample import choose_device, parse_classes, parse_guidance_channel
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
+    from torch import Tensor
 
     from gspn_dit.pipeline import GSPNPipeline
     from gspn_dit.sample_sets import SampleSet
@@ -283,7 +285,7 @@ def _require_all(output: SampleSet) -> None:
 def _generate(
     options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet, missing: list[int], state: PartialState
 ) -> None:
-    """Make this process's share of the missing chunks; each is written while the next one is computed."""
+    """Make this process's share of the missing chunks; each is decoded and written while the next one is computed."""
     rounds = [missing[start : start + state.num_processes] for start in range(0, len(missing), state.num_processes)]
     sizes = [sum(len(output.indices(chunk)) for chunk in chunks) for chunks in rounds]
     progress = Progress(len(output.labels), sum(sizes), state)
@@ -292,20 +294,20 @@ def _generate(
         for chunks, size in zip(rounds, sizes, strict=True):
             if state.process_index < len(chunks):
                 chunk = chunks[state.process_index]
-                images = _make(options, pipeline, output, chunk)
+                latents = _make(options, pipeline, output, chunk)
                 if len(waiting) == QUEUE:
                     waiting.popleft().result()
-                waiting.append(writer.submit(output.write, chunk, images))
+                waiting.append(writer.submit(_decode_and_write, pipeline, output, chunk, latents))
             progress.advance(size)
         for written in waiting:
             written.result()
 
 
-def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet, chunk: int) -> np.ndarray:
-    """Compute the images of a chunk, uint8 [n, H, W, C]."""
+def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet, chunk: int) -> Tensor:
+    """Compute the latents of a chunk, [n, C, h, w]."""
     indices = output.indices(chunk)
-    try:
-        images = pipeline(
+    with _images_named(indices):
+        latents = pipeline(
             output.labels[indices.start : indices.stop].tolist(),
             num_inference_steps=options.steps,
             guidance_scale=options.guidance_scale,
@@ -314,11 +316,25 @@ def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet
             sampler=options.sampler,
             seed=options.seed,
             first_index=indices.start,
-            output_type="np",
+            output_type="latent",
         ).images
+    assert not isinstance(latents, (list, np.ndarray))
+    return latents
+
+
+def _decode_and_write(pipeline: GSPNPipeline, output: SampleSet, chunk: int, latents: Tensor) -> None:
+    with _images_named(output.indices(chunk)):
+        images = pipeline.decode(latents)
+    output.write(chunk, images)
+
+
+@contextlib.contextmanager
+def _images_named(indices: range) -> Iterator[None]:
+    """Tell which images a mistake is about; one process alone meets it."""
+    try:
+        yield
     except UserError as error:
         raise LocalUserError(f"images {indices.start}-{indices.stop - 1}: {error}") from None
-    return np.asarray(images)
 
 
 class Progress:

@@ -15,6 +15,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
+from torch import Tensor
 
 from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
@@ -29,9 +30,9 @@ from gspn_dit.training.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors,
 
 @dataclass
 class GSPNPipelineOutput(BaseOutput):
-    """Images, one per label: PIL images, or a uint8 array [n, H, W, C] with `output_type="np"`."""
+    """Images, one per label: PIL images; a uint8 array [n, H, W, C] with `output_type="np"`, latents with "latent"."""
 
-    images: list[Image.Image] | np.ndarray
+    images: list[Image.Image] | np.ndarray | Tensor
 
 
 class GSPNPipeline(DiffusionPipeline):
@@ -257,7 +258,7 @@ class GSPNPipeline(DiffusionPipeline):
             sampler: one of the objective's; None for its default.
             seed: image i depends on (seed, first_index + i); None for 0, or what `generator` draws.
             first_index: index of the first image; a multiple of the chunk size continues a set bit by bit.
-            output_type: "pil" or "np".
+            output_type: "pil", "np", or "latent" for latents [n, C, h, w] that `decode` turns into images.
             on_chunk: called with the number of images done after each chunk.
             generator: draws the seed, so that one call after another gives other images.
             height: of the images in pixels; None for what the model was trained on.
@@ -272,8 +273,8 @@ class GSPNPipeline(DiffusionPipeline):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}, but must be at least 1")
         sampler = self.objective.resolve_sampler(sampler, num_inference_steps)
-        if output_type not in ("pil", "np"):
-            raise ValueError(f"output_type is '{output_type}', but must be 'pil' or 'np'")
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type is '{output_type}', but must be 'pil', 'np' or 'latent'")
         guidance, shape = (
             Guidance(guidance_scale, guidance_interval, guidance_channels),
             self._latent_shape(height, width),
@@ -281,17 +282,20 @@ class GSPNPipeline(DiffusionPipeline):
         seed = _choose_seed(seed, generator)
         starts = range(0, len(ids), CHUNK)
         calls = len(self.objective.make_scheduler(sampler, num_inference_steps).timesteps)
-        chunks = []
+        chunks: list[Any] = []
         with self.progress_bar(total=len(starts) * calls) as bar:
             for start in starts:
                 chunk = ids[start : start + CHUNK]
-                images = self._chunk(
+                latents = self._chunk(
                     chunk, first_index + start, shape, num_inference_steps, guidance, sampler, seed, bar.update
                 )
-                chunks.append(images[: len(chunk)])
+                whole = latents if output_type == "latent" else self.latent.decode(latents)
+                chunks.append(whole[: len(chunk)])
                 if on_chunk is not None:
                     on_chunk(start + len(chunk))
-        images = np.concatenate(chunks) if chunks else self._empty(shape)
+        if output_type == "latent":
+            return GSPNPipelineOutput(torch.cat([self._no_latents(shape), *chunks]))
+        images = np.concatenate(chunks) if chunks else self.latent.decode(self._no_latents(shape))
         return GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -315,11 +319,11 @@ class GSPNPipeline(DiffusionPipeline):
         sampler: str,
         seed: int,
         on_step: Callable[[], Any],
-    ) -> np.ndarray:
-        """Generate CHUNK images from index `first` on; labels are padded with the last one."""
+    ) -> Tensor:
+        """Generate the latents of CHUNK images from index `first` on; labels are padded with the last one."""
         labels, indices = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids))), range(first, first + CHUNK)
         noise = draw_noise(seed, indices, shape)
-        latents = sample_latents(
+        return sample_latents(
             self.model,
             self.objective,
             noise.to(self.device),
@@ -333,10 +337,25 @@ class GSPNPipeline(DiffusionPipeline):
             indices,
             self.guide,
         )
-        return self.latent.decode(latents)
 
-    def _empty(self, shape: tuple[int, int, int]) -> np.ndarray:
-        return self.latent.decode(torch.zeros(0, *shape, device=self.device))
+    def _no_latents(self, shape: tuple[int, int, int]) -> Tensor:
+        return torch.zeros(0, *shape, device=self.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Turn latents [n, C, h, w] of `output_type="latent"` into the same uint8 images [n, H, W, C] as "np".
+
+        They are decoded in whole chunks, padded with the last latent: the size of a batch can change its rounding.
+
+        Raises:
+            UserError: samples that are not finite.
+        """
+        chunks = [self.latent.decode(latents[:0])]
+        for start in range(0, len(latents), CHUNK):
+            part = latents[start : start + CHUNK]
+            padded = torch.cat([part, part[-1:].expand(CHUNK - len(part), *part.shape[1:])])
+            chunks.append(self.latent.decode(padded)[: len(part)])
+        return np.concatenate(chunks)
 
 
 def _geometry(latent: Latent) -> tuple[str, int, int]:

@@ -255,8 +255,16 @@ def test_the_progress_bar_counts_model_calls(pipeline: GSPNPipeline, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_latents_decode_to_the_same_images(pipeline: GSPNPipeline) -> None:
+    labels = [0, 1] * 35  # a whole chunk and a part of one
+    latents = draw(pipeline, labels, output_type="latent")
+    assert latents.shape == (70, pipeline.latent.channels, pipeline.latent.size, pipeline.latent.size)
+    np.testing.assert_array_equal(pipeline.decode(latents), draw(pipeline, labels))
+    assert len(draw(pipeline, [], output_type="latent")) == len(pipeline.decode(latents[:0])) == 0
+
+
 def test_an_unknown_output_type(pipeline: GSPNPipeline) -> None:
-    with pytest.raises(ValueError, match="output_type is 'jpeg', but must be 'pil' or 'np'"):
+    with pytest.raises(ValueError, match="output_type is 'jpeg', but must be 'pil', 'np' or 'latent'"):
         draw(pipeline, [0], output_type="jpeg")
 
 
