@@ -58,8 +58,8 @@ class DataSet:
 FASHION_NET = "runs/fashion/features.safetensors"
 DATA_SETS = {
     "digits": DataSet("configs/demo.yaml", 2, "digits", ("digits", None)),
-    "fashion": DataSet("configs/fashion_pixels.yaml", 4, FASHION_NET, ("hf", "data/fashion")),
-    "fashion-latents": DataSet("configs/fashion_latents.yaml", 1, FASHION_NET, ("hf", "data/fashion")),
+    "fashion": DataSet("configs/fashion_pixels.yaml", 4, FASHION_NET, ("hf", "runs/fashion/data")),
+    "fashion-latents": DataSet("configs/fashion_gspn.yaml", 1, FASHION_NET, ("hf", "runs/fashion/data")),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "gspn": {"model.name": "GSPN-{size}/{patch}"},
