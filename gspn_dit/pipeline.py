@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ class GSPNPipeline(DiffusionPipeline):
             UserError: an unknown class or sampler, or samples that are not finite.
             ValueError: guidance, steps or size out of range.
         """
-        ids = self.class_ids([class_labels] if isinstance(class_labels, (int, str)) else class_labels)
+        ids = self.class_ids([class_labels] if isinstance(class_labels, (int, str, Integral)) else class_labels)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}, but must be at least 1")
         sampler = self.objective.resolve_sampler(sampler, num_inference_steps)
@@ -379,6 +380,8 @@ def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
             raise UserError(f"class '{label}' is ambiguous: {', '.join(map(str, owners))} have that name; give the id")
         names = ", ".join(class_names[:20]) + (", …" if last >= 20 else "")
         raise UserError(f"unknown class '{label}'{nearest(label, class_names)}; classes are 0-{last}: {names}")
+    if not isinstance(label, (Integral, str)):
+        raise UserError(f"class {label!r} is neither an id nor a name; the model has classes 0-{last}")
     if not 0 <= int(label) <= last:
         raise UserError(f"class {label} is out of range; the model has classes 0-{last}")
     return int(label)

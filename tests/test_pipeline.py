@@ -255,6 +255,12 @@ def test_the_progress_bar_counts_model_calls(pipeline: GSPNPipeline, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_labels_may_be_integers_of_numpy_but_no_fractions(pipeline: GSPNPipeline) -> None:
+    np.testing.assert_array_equal(draw(pipeline, np.int64(1)), draw(pipeline, [1]))
+    with pytest.raises(UserError, match=r"class 0\.7 is neither an id nor a name"):
+        draw(pipeline, [0.7])
+
+
 def test_latents_decode_to_the_same_images(pipeline: GSPNPipeline) -> None:
     labels = [0, 1] * 35  # a whole chunk and a part of one
     latents = draw(pipeline, labels, output_type="latent")
