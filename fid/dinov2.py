@@ -21,6 +21,7 @@ from torch_fidelity import registry
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.utils import create_feature_extractor
 
+from fid.extractor import LayeredExtractor
 from gspn_dit.errors import UserError
 
 EXTRACTOR_NAME = "gspn-dit-dinov2"
@@ -104,30 +105,16 @@ class VisionTransformer(nn.Module):
         return self.norm(tokens)[:, 0]
 
 
-class DINOv2Extractor(FeatureExtractorBase):
+class DINOv2Extractor(LayeredExtractor):
     """A ViT as a torch-fidelity extractor: "features" of uint8 [B, 3, H, W], resized bicubically with antialiasing."""
+
+    layers = LAYERS
 
     def __init__(self, name: str, features_list: list[str], net: VisionTransformer, **_: Any) -> None:
         super().__init__(name, features_list)
         self.net = net
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        raise NotImplementedError("this extractor is not compiled")
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         size = IMAGE_SIZE // self.net.config.patch_size * self.net.config.patch_size

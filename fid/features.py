@@ -16,6 +16,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.utils import create_feature_extractor
 
 from fid.classifier import Classifier, load_classifier
+from fid.extractor import LayeredExtractor
 from gspn_dit.errors import UserError, nearest
 
 BUNDLED = {"digits": Path(__file__).with_name("weights") / "digits.safetensors"}
@@ -23,28 +24,14 @@ LAYERS = ("features", "logits")
 EXTRACTOR_NAME = "gspn-dit-classifier"
 
 
-class ClassifierExtractor(FeatureExtractorBase):
+class ClassifierExtractor(LayeredExtractor):
     """A `Classifier` as a torch-fidelity extractor: standardised "features" and "logits" of uint8 [B, C, H, W]."""
+
+    layers = LAYERS
 
     def __init__(self, name: str, features_list: list[str], classifier: Classifier, **_: Any) -> None:
         super().__init__(name, features_list)
         self.classifier = classifier
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        raise NotImplementedError("this extractor is not compiled")
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found = dict(zip(LAYERS, self.classifier(images.float() / 255.0)))

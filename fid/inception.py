@@ -19,6 +19,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
+from fid.extractor import LayeredExtractor
 from gspn_dit.errors import UserError
 
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -30,13 +31,15 @@ SPATIAL_CHANNELS = 7
 SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 
-class InceptionExtractor(FeatureExtractorBase):
+class InceptionExtractor(LayeredExtractor):
     """torch-fidelity's Inception net with one more layer, that of sFID (arXiv 2103.03841).
 
     "features" are the 2048 pooled values, "logits" the 1008 without bias that the Inception score is defined on, and
     "spatial" the first 7 channels of mixed_6/conv (here `Mixed_6d.branch1x1`) at 17×17 places, channels last as
     TensorFlow flattens them: 2023 values.
     """
+
+    layers = LAYERS
 
     def __init__(self, name: str, features_list: list[str], state: dict[str, Tensor], **_: Any) -> None:
         super().__init__(name, features_list)
@@ -55,22 +58,6 @@ class InceptionExtractor(FeatureExtractorBase):
 
     def _keep(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return LAYERS
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        raise NotImplementedError("this extractor is not compiled")
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features, logits = self.net(images)
