@@ -30,6 +30,10 @@ def _require_interval(name: str, interval: tuple[float, float]) -> None:
     _require(0 <= low <= high <= 1, f"{name} is {list(interval)}, but must be [low, high] with 0 ≤ low ≤ high ≤ 1")
 
 
+SCAN_DIRECTIONS = ("right", "left", "down", "up")
+"""`gspn_dit.ops.DIRECTIONS`, which would load torch."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network; a value of null keeps the preset's."""
@@ -48,6 +52,13 @@ class ModelConfig:
     """What mixes the tokens of a DiT model; null: attention."""
     num_heads: int | None = None
     """Heads of attention; DiT models alone."""
+    scan_directions: list[str] | None = None
+    """Directions of the scan, of right, left, down and up; null: all four."""
+    long_skips: bool | None = None
+    """Join each encoder block to its mirror in the decoder; GSPN models alone; null: true."""
+    conditioning: Literal["additive", "adaln-zero"] | None = None
+    """How timestep and class act: added once to the tokens (additive, what null means), or by modulating every block;
+    GSPN models alone."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window"):
@@ -55,9 +66,20 @@ class ModelConfig:
             _require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         rate = self.drop_path_rate
         _require(rate is None or 0 <= rate < 1, f"model.drop_path_rate is {rate}, but must lie in [0, 1)")
-        for name in ("mixer", "num_heads"):
-            refused = self.name.startswith("GSPN-") and getattr(self, name) is not None
-            _require(not refused, f"model.{name} is for DiT models, but model.name is {self.name}; leave it out")
+        given = self.scan_directions
+        _require(
+            given is None or (0 < len(given) == len(set(given)) and set(given) <= set(SCAN_DIRECTIONS)),
+            f"model.scan_directions is {given}, but must hold different ones of {', '.join(SCAN_DIRECTIONS)}",
+        )
+        for family, other, names in (
+            ("DiT", "GSPN-", ("mixer", "num_heads")),
+            ("GSPN", "DiT-", ("long_skips", "conditioning")),
+        ):
+            for name in names:
+                refused = self.name.startswith(other) and getattr(self, name) is not None
+                _require(
+                    not refused, f"model.{name} is for {family} models, but model.name is {self.name}; leave it out"
+                )
 
     def overrides(self) -> dict[str, Any]:
         """Return the options that were set, for `create_model`."""

@@ -32,6 +32,7 @@ from gspn_dit.config import (
 from gspn_dit.diffusion import create_objective
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
+from gspn_dit.ops import DIRECTIONS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -264,6 +265,25 @@ def test_options_of_dit_are_refused_for_another_family(option: tuple[str, Any]) 
     )
 
 
+@pytest.mark.parametrize("option", [("long_skips", False), ("conditioning", "adaln-zero")])
+def test_options_of_gspn_are_refused_for_another_family(option: tuple[str, Any]) -> None:
+    key, value = option
+    assert ModelConfig("GSPN-S/2", **{key: value}).overrides() == {key: value}
+    assert refusal("--model.name", "DiT-N/2", f"--model.{key}", str(value).lower()) == (
+        f"model.{key} is for GSPN models, but model.name is DiT-N/2; leave it out"
+    )
+
+
+@pytest.mark.parametrize("given", [["right", "right"], ["rigth"], []])
+def test_scan_directions_are_some_of_the_four_and_each_once(given: list[str]) -> None:
+    assert refusal("--model.scan_directions", json.dumps(given)) == (
+        f"model.scan_directions is {given}, but must hold different ones of {', '.join(DIRECTIONS)}"
+    )
+    assert parse("--model.scan_directions", '["up", "left"]').config.model.overrides() == {
+        "scan_directions": ["up", "left"]
+    }
+
+
 OUT_OF_RANGE = [
     (Config, "seed", -1),
     (Config, "seed", 2**63),
@@ -384,7 +404,7 @@ def no_default() -> Config:
     return Config(
         output_dir="other",
         seed=2**63 - 1,
-        model=ModelConfig("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2),
+        model=ModelConfig("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2, ["down", "right"]),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77),
         latent=LatentConfig("kl", "some/vae"),
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),
@@ -406,11 +426,14 @@ def no_default() -> Config:
 
 def test_the_example_of_round_trips_leaves_no_default() -> None:
     defaults = dict(flatten(Config().to_dict()))
-    same = [key for key, value in flatten(no_default().to_dict()) if value == defaults[key]]
-    assert not same
+    same = {key for key, value in flatten(no_default().to_dict()) if value == defaults[key]}
+    assert same == {"model.long_skips", "model.conditioning"}  # which a DiT has not
 
 
-@pytest.mark.parametrize("config", [Config(), no_default()], ids=["defaults", "no defaults"])
+GSPN_OPTIONS = Config(model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero"))
+
+
+@pytest.mark.parametrize("config", [Config(), no_default(), GSPN_OPTIONS], ids=["defaults", "no defaults", "gspn"])
 def test_round_trips_through_a_file_and_a_dict(tmp_path: Path, config: Config) -> None:
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config

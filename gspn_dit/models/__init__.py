@@ -22,9 +22,9 @@ _HOMES = {
     "DiffusionModel": "gspn_dit.models.base",
     "GSPNTransformer": "gspn_dit.models.gspn",
 }
-_OF_BOTH = ("hidden_size", "depth", "weight_groups", "scan_window", "drop_path_rate")
+_OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "scan_directions", "scan_window", "weight_groups")
 _OPTIONS = {
-    "GSPN": _OF_BOTH,
+    "GSPN": (*_OF_BOTH, "long_skips", "conditioning"),
     "DiT": (*_OF_BOTH, "num_heads", "mixer", "interpolate_positions", "mlp_norm_epsilon", "timestep_endpoint"),
 }
 
@@ -51,7 +51,8 @@ def create_model(
         latent_channels: channels of the latent.
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
-        overrides: `hidden_size`, `depth`, `weight_groups`, `scan_window`, `drop_path_rate`; for DiT also `mixer`
+        overrides: `hidden_size`, `depth`, `weight_groups`, `scan_window`, `scan_directions`, `drop_path_rate`; for GSPN
+            also `long_skips` and `conditioning` ("additive", the default, or "adaln-zero"); for DiT also `mixer`
             ("attention", the default, or "gspn"), `num_heads` and the rest of `DiT`'s. None keeps the preset's.
 
     Raises:
@@ -66,9 +67,10 @@ def create_model(
         )
     given = {key: value for key, value in overrides.items() if value is not None}
     if unknown := sorted(set(given) - set(_OPTIONS[family])):
-        if unknown[0] in _OPTIONS["DiT"]:
-            raise ValueError(f"{unknown[0]} is an option of DiT models, but the model is {name}; leave it out")
-        raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(sorted(_OPTIONS[family]))}")
+        other = next((other for other, options in _OPTIONS.items() if unknown[0] in options), None)
+        if other:
+            raise ValueError(f"{unknown[0]} is an option of {other} models, but the model is {name}; leave it out")
+        raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(_OPTIONS[family])}")
     options: dict[str, Any] = {**vars(PRESETS[family][size]), **given, "patch_size": patch_size}
     if family == "GSPN":
         from gspn_dit.models.gspn import GSPNTransformer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from gspn_dit.models.base import DiffusionModel
 from gspn_dit.models.embeddings import Modulation, modulated_norm, sincos_positions
 from gspn_dit.models.gspn import GSPNMixer
+from gspn_dit.ops import DIRECTIONS
 
 MIXERS = ("attention", "gspn")
 MLP_RATIO = 4
@@ -33,12 +36,18 @@ class AttentionMixer(nn.Module):
 
 
 class ScanMixer(nn.Module):
-    """What stands in for attention: a linear map, the scan in four directions, a linear map."""
+    """What stands in for attention: a linear map, the scan in each direction, a linear map."""
 
-    def __init__(self, channels: int, weight_groups: int | None = None, window: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        weight_groups: int | None = None,
+        window: int | None = None,
+        directions: Sequence[str] = DIRECTIONS,
+    ) -> None:
         super().__init__()
         self.in_proj = nn.Linear(channels, channels)
-        self.scan = GSPNMixer(channels, weight_groups, window)
+        self.scan = GSPNMixer(channels, weight_groups, window, directions)
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ class DiT(DiffusionModel):
         mixer: "attention" or "gspn".
         grid: rows and columns of patches of a training latent.
         interpolate_positions: squeeze the coordinates of any other grid into the training grid's range.
-        weight_groups, scan_window: as in `GSPNTransformer`; for mixer "gspn" alone.
+        weight_groups, scan_window, scan_directions: as in `GSPNTransformer`; for mixer "gspn" alone.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         mlp_norm_epsilon: added to the variance in the norm before the MLP (diffusers' default there is 1e-5).
         timestep_endpoint: see `TimestepEmbedding`.
@@ -104,6 +113,7 @@ class DiT(DiffusionModel):
         drop_path_rate: float = 0.0,
         mlp_norm_epsilon: float = 1e-6,
         timestep_endpoint: bool = False,
+        scan_directions: Sequence[str] | None = None,
     ) -> None:
         super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size, timestep_endpoint)
         if mixer not in MIXERS:
@@ -112,14 +122,17 @@ class DiT(DiffusionModel):
             raise ValueError(f"depth is {depth}, but must be at least 1")
         if mixer == "attention" and hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by 4, which the positions need")
-        if mixer == "attention" and (weight_groups is not None or scan_window is not None):
-            raise ValueError("weight_groups and scan_window are options of scans; give mixer gspn or leave them out")
+        if mixer == "attention" and (weight_groups, scan_window, scan_directions) != (None, None, None):
+            raise ValueError(
+                "scan_directions, weight_groups and scan_window are options of scans; give mixer gspn or leave them out"
+            )
         self.mixer, self.grid, self.interpolate_positions = mixer, grid, interpolate_positions
 
         def new_mixer() -> nn.Module:
             if mixer == "attention":
                 return AttentionMixer(hidden_size, num_heads)
-            return ScanMixer(hidden_size, weight_groups, scan_window)
+            directions = DIRECTIONS if scan_directions is None else scan_directions
+            return ScanMixer(hidden_size, weight_groups, scan_window, directions)
 
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, new_mixer(), mlp_norm_epsilon) for _ in range(depth))
         self._finish(drop_path_rate)

@@ -52,5 +52,5 @@ def forward_multiply_adds(model: DiffusionModel, latent_height: int, latent_widt
         elif isinstance(module, AttentionMixer):
             total += attention_multiply_adds(tokens, module.proj.in_features)
         elif isinstance(module, GSPNMixer):
-            total += scan_multiply_adds(tokens, module.to_proxy.in_features)
+            total += scan_multiply_adds(tokens, module.to_proxy.in_features, len(module.directions))
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from gspn_dit.models import GSPN_PRESETS, GSPNTransformer, create_model
 from gspn_dit.models.gspn import GSPNBlock, GSPNMixer
-from gspn_dit.ops import gspn_scan
+from gspn_dit.ops import DIRECTIONS, gspn_scan
+from tests.models.conftest import lively
 
 Build = Callable[..., GSPNTransformer]
+
+ABLATED = {"conditioning": "adaln-zero", "long_skips": False, "scan_directions": ["right", "down"]}
 
 EXACT = {"S": 19_304_676, "B": 137_764_956, "L": 444_708_260, "XL": 691_704_260}
 PUBLISHED_MILLIONS = {"B": 137, "L": 443, "XL": 690}
@@ -118,9 +122,13 @@ def test_size_that_the_patch_does_not_divide(latent_size: int | tuple[int, int])
         ({"weight_groups": 5}, "weight_groups 5 does not divide the 96 channels"),
         ({"weight_groups": 0}, "weight_groups 0 does not divide"),
         ({"hidden_size": 15}, "hidden_size 15 is below the 16 channels"),
+        ({"scan_directions": ["right", "rigth"]}, "unknown direction 'rigth'; allowed are right, left, down, up"),
+        ({"scan_directions": ["up", "up"]}, "a direction is given twice in"),
+        ({"scan_directions": []}, "directions is empty; give at least one of right, left, down, up"),
+        ({"conditioning": "adaln"}, "unknown conditioning 'adaln'; allowed are additive, adaln-zero"),
     ],
 )
-def test_impossible_option(options: dict[str, int], message: str) -> None:
+def test_impossible_option(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_meta("GSPN-N/2", **options)
 
@@ -203,8 +211,9 @@ def test_samples_of_a_batch_do_not_touch(build: Build) -> None:
         torch.testing.assert_close(together[one], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_every_parameter_has_a_gradient(build: Build) -> None:
-    model = build()
+@pytest.mark.parametrize("options", [{}, ABLATED], ids=["default", "ablated"])
+def test_every_parameter_has_a_gradient(build: Build, options: dict[str, Any]) -> None:
+    model = build(**options)
     # A channel whose gate is shut everywhere has no gradient, so the whole tensor is looked at.
     model(*inputs(4)).square().sum().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
@@ -320,6 +329,103 @@ def test_window_and_groups_reach_every_block(build: Build) -> None:
     torch.testing.assert_close(wide(*inputs()), plain(*inputs()), rtol=1e-12, atol=1e-12)
 
 
+# -- directions, skips, conditioning ---------------------------------------------------------------------------------
+
+
+def test_two_directions_take_half_of_the_logits_gates_and_merge_weights() -> None:
+    channels, proxy, groups = 48, 3, 16
+    both, all_four = (GSPNMixer(channels, groups, None, directions) for directions in (["right", "down"], DIRECTIONS))
+    assert count(all_four) - count(both) == proxy * 2 * (3 * groups + 2 * channels) + 2
+
+
+def test_a_mixer_of_some_directions_is_the_scan_in_those_alone() -> None:
+    """Against the mixer of all four whose left and up have no weight in the merge."""
+    torch.manual_seed(0)
+    some, every = GSPNMixer(32, directions=["down", "right"]).double(), GSPNMixer(32).double()
+    state = some.state_dict()
+    state["merge_weight"] = torch.tensor([0.7, 0.0, 0.3, 0.0], dtype=torch.float64)
+    some.merge_weight.data.copy_(state["merge_weight"][[2, 0]])
+    for name in ("to_logits", "to_input_gate", "to_output_gate"):
+        down, right = state[f"{name}.weight"].chunk(2)
+        state[f"{name}.weight"] = torch.cat([right, right, down, down])
+    every.load_state_dict(state)
+    tokens = torch.randn(2, 4, 5, 32, dtype=torch.float64)
+    torch.testing.assert_close(some(tokens), every(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_directions_reach_every_block_and_bound_what_a_token_sees(build: Build) -> None:
+    model = build(scan_directions=["right", "down"])
+    assert {block.mixer.directions for block in model.blocks} == {("right", "down")}
+    mixer, tokens = model.blocks[0].mixer, torch.randn(1, 4, 4, 16, dtype=torch.float64)
+    changed = tokens.clone()
+    changed[:, 2, 2] += 1
+    difference = (mixer(changed) - mixer(tokens)).abs().amax(-1)[0]
+    reached = torch.zeros(4, 4, dtype=torch.bool)
+    reached[2, 2] = True
+    reached[1:, 3] = True  # the column to the right, and in it the three neighbours
+    reached[3, 1:] = True  # the row below
+    assert torch.equal(difference > 0, reached)
+
+
+def test_long_skips_are_one_map_from_2c_to_c_for_each_decoder_block(build: Build) -> None:
+    with_skips, without = build(), build(long_skips=False)
+    assert count(with_skips) - count(without) == 2 * (2 * 16 * 16 + 16)
+    assert len(without.skips) == 0
+    model = on_meta("GSPN-N/2", long_skips=None)
+    assert len(model.skips) == 3
+
+
+def test_without_long_skips_the_blocks_are_a_plain_stack(build: Build) -> None:
+    model = build(long_skips=False)
+    outputs = branches(model, None)
+    for (_, before), (after, _) in itertools.pairwise(outputs):
+        assert torch.equal(before, after)
+
+
+def test_modulated_blocks_have_three_parts_each_and_no_affine_norm() -> None:
+    channels = 32
+    more = count(GSPNBlock(channels, modulated=True)) - count(GSPNBlock(channels))
+    assert more == 3 * channels * (channels + 1) - 2 * channels
+
+
+def test_a_modulated_block_is_the_identity_at_first_and_its_gate_learns() -> None:
+    torch.manual_seed(0)
+    block = GSPNBlock(16, modulated=True)
+    tokens, conditioning = torch.randn(2, 3, 4, 16), torch.randn(2, 16)
+    output = block(tokens, None, conditioning)
+    assert torch.equal(output, tokens)
+    (output * torch.randn(output.shape)).sum().backward()
+    assert block.modulation is not None
+    shift, scale, gate = block.modulation.weight.grad.chunk(3)  # type: ignore[union-attr]
+    assert bool(gate.any())
+    assert not bool(shift.any()) and not bool(scale.any())  # behind the shut gate
+
+
+def test_a_modulated_block_is_the_plain_one_with_its_norm_and_branch_scaled() -> None:
+    """At constant modulation (weight 0): shift and 1 + scale are the affine norm's, the gate multiplies the branch."""
+    torch.manual_seed(0)
+    plain, modulated = GSPNBlock(16).double(), GSPNBlock(16, modulated=True).double()
+    lively(plain)
+    state = plain.state_dict()
+    gate = torch.randn(16, dtype=torch.float64)
+    state["modulation.weight"] = torch.zeros(48, 16, dtype=torch.float64)
+    state["modulation.bias"] = torch.cat([state.pop("norm.bias"), state.pop("norm.weight") - 1, gate])
+    modulated.load_state_dict(state)
+    tokens, scale = torch.randn(2, 3, 4, 16, dtype=torch.float64), torch.tensor([0.0, 1.25])
+    expected = tokens + gate * (plain(tokens, scale) - tokens)
+    output = modulated(tokens, scale, torch.randn(2, 16, dtype=torch.float64))
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_adaln_zero_conditions_every_block_and_not_the_tokens(build: Build) -> None:
+    model, (latents, timesteps, labels) = build(conditioning="adaln-zero"), inputs(1)
+    first, other = (branches(model, None, (latents, timesteps, label)) for label in (labels, labels + 1))
+    assert torch.equal(first[0][0], other[0][0])  # the patches, as they were embedded
+    assert not torch.allclose(first[0][1], other[0][1])
+    changed = [block.modulation(torch.ones(1, 16, dtype=torch.float64)).any() for block in model.blocks]
+    assert all(changed) and len(changed) == 5
+
+
 # -- stochastic depth ------------------------------------------------------------------------------------------------
 
 
@@ -328,14 +434,16 @@ def test_rates_rise_linearly_from_zero(build: Build) -> None:
     assert on_meta("GSPN-B/2").drop_path_rates[-1] == 0.1
 
 
-def branches(model: GSPNTransformer, keep_mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def branches(
+    model: GSPNTransformer, keep_mask: Tensor | None, arguments: tuple[Tensor, Tensor, Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Input and output of every block."""
     seen: list[tuple[Tensor, Tensor]] = []
     hooks = [
         block.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
         for block in model.blocks
     ]
-    model(*inputs(2), keep_mask)
+    model(*(arguments or inputs(2)), keep_mask)
     for hook in hooks:
         hook.remove()
     return seen
@@ -448,9 +556,12 @@ def test_bfloat16_autocast_stays_near_float32(build: Build) -> None:
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("mask", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compiled_in_one_graph_equals_eager(build: Build, mask: bool) -> None:
-    model, arguments = build(depth=2, drop_path_rate=0.5), list(inputs())
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [pytest.param(False, {}, marks=pytest.mark.slow), (True, {}), pytest.param(True, ABLATED, marks=pytest.mark.slow)],
+)
+def test_compiled_in_one_graph_equals_eager(build: Build, mask: bool, options: dict[str, Any]) -> None:
+    model, arguments = build(depth=2, drop_path_rate=0.5, **options), list(inputs())
     if mask:
         arguments.append(torch.tensor([[True, False], [True, True], [False, True]]))
     parameters = list(model.parameters())
