@@ -68,6 +68,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dit-block": {"model.name": "DiT-{size}/{patch}", "model.mixer": "gspn"},
     "window-2": {"model.name": "GSPN-{size}/{patch}", "model.scan_window": 2},
     "shared-weights": {"model.name": "GSPN-{size}/{patch}", "model.weight_groups": 6},
+    "two-directions": {"model.name": "GSPN-{size}/{patch}", "model.scan_directions": ["right", "down"]},
+    "no-long-skips": {"model.name": "GSPN-{size}/{patch}", "model.long_skips": False},
+    "adaln-zero": {"model.name": "GSPN-{size}/{patch}", "model.conditioning": "adaln-zero"},
 }
 
 
