@@ -1,17 +1,19 @@
-"""What a model trained at one size draws at two and four times that size, unchanged: pictures, and FD of crops.
+"""What a model trained at one size draws at two and four times that size, unchanged: pictures, FD of crops, classes.
 
     python -m benchmarks.resolution --runs gspn=runs/a/run attention=runs/b/run --data digits \\
         --picture docs/resolution.png --out benchmarks/results/resolution.json
 
 A GSPN has no positions, so nothing changes but the grid. Attention with sine and cosine positions is drawn twice: with
-positions that go on beyond the training grid, and with positions squeezed into its range. At k times the size two sets
-are scored against the training images: one crop of the training size per image, at a place that is a function of the
-image's number, and the whole image shrunk by averaging k×k pixels.
+positions that continue beyond the training grid, and with positions squeezed into its range. Every size is scored
+twice. Crops of the training size, as many at every size and at places drawn once, are compared with the training
+images: is the picture made of the right parts? Whole images, shrunk by averaging k×k pixels, are classified by the
+feature net: does the picture show what was asked for? Images of the validation split say how good either can get.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +22,22 @@ import numpy as np
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
+    from fid.features import FeatureNet
     from gspn_dit.pipeline import GSPNPipeline
 
 SCALES = (1, 2, 4)
-SAMPLING_STEPS = 30
-GUIDANCE_SCALE = 1.2
-PICTURED = 10
+PICTURED = 8
 """Images of each model and size in the picture, one per class."""
+GREYS = 16
+"""Levels in the picture, to keep its file small."""
+REAL = "validation images"
 
 
-def crops(images: np.ndarray, size: int) -> np.ndarray:
-    """Return one crop [n, size, size, C] per image [n, H, W, C], at a place drawn from the image's number."""
-    height, width = images.shape[1:3]
-    places = np.random.default_rng(0).integers(0, (height - size + 1, width - size + 1), (len(images), 2))
-    return np.stack([image[y : y + size, x : x + size] for image, (y, x) in zip(images, places, strict=True)])
+def crops(images: np.ndarray, size: int, count: int) -> np.ndarray:
+    """Return crops [count, size, size, C] of images [n, H, W, C] in turn, at places drawn with a fixed seed."""
+    limits = (images.shape[1] - size + 1, images.shape[2] - size + 1)
+    places = np.random.default_rng(0).integers(0, limits, (count, 2))
+    return np.stack([images[i % len(images), y : y + size, x : x + size] for i, (y, x) in enumerate(places)])
 
 
 def shrunk(images: np.ndarray, size: int) -> np.ndarray:
@@ -44,75 +48,112 @@ def shrunk(images: np.ndarray, size: int) -> np.ndarray:
     return np.floor(means + 0.5).astype(np.uint8)
 
 
-def variants(name: str, run: str) -> dict[str, GSPNPipeline]:
-    """Load a run; a model with positions comes twice, with its grid continued and with it interpolated."""
+def image_count(scale: int, samples: int) -> int:
+    """Return how many images are drawn: the same number of pixels at every size, but no less than a chunk of images."""
+    from gspn_dit.diffusion import CHUNK
+
+    return max(samples // scale**2, min(samples, CHUNK))
+
+
+def variants(name: str, pipeline: GSPNPipeline) -> Iterator[str]:
+    """Yield the name of each way to draw larger images, having set the model to it."""
     from gspn_dit.models import DiT
+
+    if not isinstance(pipeline.model, DiT) or pipeline.model.mixer != "attention":
+        yield name
+        return
+    for interpolate in (False, True):
+        pipeline.model.interpolate_positions = interpolate
+        yield f"{name}, positions {'interpolated' if interpolate else 'continued'}"
+
+
+def draw_all(runs: dict[str, str], size: int, options: Any) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
+    """Yield (name, scale, images, labels) of every model at every size."""
     from gspn_dit.pipeline import GSPNPipeline
 
-    plain = GSPNPipeline.from_checkpoint(run)
-    if not isinstance(plain.model, DiT) or plain.model.mixer != "attention":
-        return {name: plain}
-    squeezed = GSPNPipeline.from_checkpoint(run)
-    assert isinstance(squeezed.model, DiT)
-    squeezed.model.interpolate_positions = True
-    return {f"{name}, continued": plain, f"{name}, interpolated": squeezed}
+    for run_name, run in runs.items():
+        pipeline = GSPNPipeline.from_checkpoint(run)
+        pipeline.set_progress_bar_config(disable=True)
+        for scale in SCALES:
+            labels = np.arange(image_count(scale, options.samples)) % len(pipeline.class_names)
+            images = None
+            for name in variants(run_name, pipeline):
+                if scale > 1 or images is None:  # on the training grid all positions are the same
+                    images = pipeline(
+                        labels.tolist(),
+                        num_inference_steps=options.steps,
+                        guidance_scale=options.guidance_scale,
+                        seed=0,
+                        height=scale * size,
+                        width=scale * size,
+                        output_type="np",
+                    ).images
+                    assert isinstance(images, np.ndarray)
+                yield name, scale, images, labels
 
 
-def measure(runs: dict[str, str], data: str, samples: int, picture: str | None) -> dict[str, Any]:
+def figures(
+    images: np.ndarray, labels: np.ndarray, size: int, samples: int, real: Any, net: FeatureNet
+) -> dict[str, Any]:
+    """Return the Fréchet distance of crops to real features, and how often the shrunk images show their class."""
+    from fid.features import extract
+    from fid.metrics import class_agreement, frechet_distance
+
+    return {
+        "images": len(images),
+        "crop_fd": frechet_distance(extract(net, crops(images, size, samples)).features, real),
+        "class_agreement": class_agreement(extract(net, shrunk(images, size)).logits, labels),
+    }
+
+
+def measure(runs: dict[str, str], options: Any) -> dict[str, Any]:
     """Draw every model at every size and score it."""
     from benchmarks.measure import CpuDevice, software
     from benchmarks.quality import DATA_SETS
-    from fid.evaluation import score
-    from fid.features import load_feature_net
-    from fid.images import LabelledImages, Reference
+    from fid.features import extract, load_feature_net
 
-    net = load_feature_net(DATA_SETS[data].features)
-    real = DATA_SETS[data].load("train")
-    reference = Reference(LabelledImages(real.pixels(), "training images", real.labels))
-    size, rows, pictures = real.image_size, [], {}
-    for name, pipeline in (pair for item in runs.items() for pair in variants(*item).items()):
-        labels = np.arange(samples) % len(pipeline.class_names)
-        for scale in SCALES:
-            images = pipeline(
-                labels.tolist(),
-                num_inference_steps=SAMPLING_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                seed=0,
-                height=scale * size,
-                width=scale * size,
-                output_type="np",
-            ).images
-            assert isinstance(images, np.ndarray)
-            pictures[f"{name} {scale}x"] = images[:PICTURED]
-            for kind, view in (("crops", crops(images, size)), ("shrunk", shrunk(images, size))):
-                scores = score(LabelledImages(view, kind, labels), reference, net)["scores"]
-                rows.append({"model": name, "scale": scale, "what": kind, "fd": scores[f"FD-{net.score_suffix}"]})
-    if picture:
-        draw(pictures, picture)
+    net = load_feature_net(DATA_SETS[options.data].features)
+    training, validation = (DATA_SETS[options.data].load(split) for split in ("train", "validation"))
+    size, real = training.image_size, extract(net, training.pixels()).features
+    some = np.random.default_rng(0).permutation(len(validation))[: options.samples]
+    held_out = validation.pixels(some), validation.labels[some]
+    rows = [{"model": REAL, "scale": 1, **figures(*held_out, size, options.samples, real, net)}]
+    pictures = {}
+    for name, scale, images, labels in draw_all(runs, size, options):
+        pictures[f"{name}, {scale}×"] = images[:PICTURED]
+        rows.append({"model": name, "scale": scale, **figures(images, labels, size, options.samples, real, net)})
+        print(rows[-1], flush=True)
+    if options.picture:
+        save_picture(pictures, options.picture)
     return {
-        "data": data,
-        "setting": {"samples": samples, "steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE},
+        "data": options.data,
+        "size": size,
+        "setting": {"crops": options.samples, "steps": options.steps, "guidance_scale": options.guidance_scale},
         "rows": rows,
         "machine": CpuDevice().describe(),
         "software": software(),
     }
 
 
-def draw(pictures: dict[str, np.ndarray], file: str) -> None:
-    """Write a picture with a row of images per model and size, all shown equally large."""
+def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
+    """Write a PNG with a row of images per model and size, all shown equally large."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
-    figure, axes = pyplot.subplots(len(pictures), PICTURED, figsize=(PICTURED, 1.1 * len(pictures)), squeeze=False)
+    figure, axes = pyplot.subplots(len(pictures), PICTURED, figsize=(PICTURED, 1.16 * len(pictures)), squeeze=False)
     for line, (name, images) in zip(axes, pictures.items(), strict=True):
         for axis in line:
             axis.axis("off")
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        line[0].set_title(name, loc="left", fontsize=8)
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+        line[0].set_title(name, loc="left", fontsize=8, pad=3)
+    figure.subplots_adjust(0, 0, 1, 0.985, wspace=0.05, hspace=0.2)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
+    Image.fromarray(pixels).convert("L").quantize(GREYS).save(file, optimize=True)
     pyplot.close(figure)
 
 
@@ -121,14 +162,16 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.resolution", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=DIR", help="trained runs")
     parser.add_argument("--data", default="digits", help="a data set of benchmarks.quality")
-    parser.add_argument("--samples", type=int, default=500, help="images of each model and size")
+    parser.add_argument("--samples", type=int, default=512, help="crops at each size, and images of the training size")
+    parser.add_argument("--steps", type=int, default=15, help="of the sampler")
+    parser.add_argument("--guidance-scale", type=float, default=1.2)
     parser.add_argument("--picture", help="write this PNG")
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
     runs = dict(item.partition("=")[::2] for item in options.runs)
     if not all(runs.values()):
         raise UserError("--runs takes NAME=DIR, such as gspn=runs/demo")
-    text = json.dumps(measure(runs, options.data, options.samples, options.picture), indent=2)
+    text = json.dumps(measure(runs, options), indent=2)
     print(text)
     if options.out:
         Path(options.out).write_text(text + "\n")

@@ -1,0 +1,94 @@
+"""Drawing beyond the training size: what is cut out, what is shrunk, how many, and the whole study on tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import resolution
+from gspn_dit.config import Config
+from gspn_dit.errors import UserError
+from gspn_dit.models import create_model
+from gspn_dit.training.checkpoint import save_checkpoint
+from tests.models.conftest import lively
+
+
+def numbered(count: int, side: int) -> np.ndarray:
+    """Images whose three channels say which image, row and column a pixel is."""
+    return np.stack(np.meshgrid(np.arange(count), np.arange(side), np.arange(side), indexing="ij"), axis=-1)
+
+
+def test_crops_are_connected_squares_of_the_images_in_turn() -> None:
+    cut = resolution.crops(numbered(3, 8), 4, 7)
+    assert cut.shape == (7, 4, 4, 3)
+    assert cut[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert np.array_equal(cut - cut[:, :1, :1], np.broadcast_to(numbered(1, 4), cut.shape))
+    assert len({tuple(crop[0, 0]) for crop in cut}) == 7  # at different places
+    assert np.array_equal(cut, resolution.crops(numbered(3, 8), 4, 7))
+
+
+def test_crops_reach_every_border_and_are_the_image_where_it_is_no_larger() -> None:
+    places = resolution.crops(numbered(1, 6), 4, 200)[:, 0, 0, 1:]
+    assert {tuple(place) for place in places} == {(y, x) for y in range(3) for x in range(3)}
+    assert np.array_equal(resolution.crops(numbered(2, 4), 4, 2), numbered(2, 4))
+
+
+def test_shrinking_averages_and_rounds_half_up() -> None:
+    image = np.array([[0, 1, 10, 10], [1, 0, 10, 10], [255, 255, 0, 0], [255, 254, 0, 1]], dtype=np.uint8)
+    expected = np.array([[1, 10], [255, 0]])  # 0.5, 10, 254.75, 0.25
+    assert resolution.shrunk(image[None, :, :, None], 2)[0, :, :, 0].tolist() == expected.tolist()
+
+
+def test_as_many_pixels_at_every_size_but_at_least_a_chunk() -> None:
+    assert [resolution.image_count(scale, 512) for scale in (1, 2, 4)] == [512, 128, 64]
+    assert [resolution.image_count(scale, 32) for scale in (1, 2)] == [32, 32]
+
+
+def save_run(directory: Path, name: str) -> str:
+    """Write a checkpoint of an untrained model of digits, small and with a life of its own."""
+    arguments = {"name": name, "num_classes": 10, "latent_channels": 1, "latent_size": 8, "hidden_size": 16, "depth": 2}
+    model = create_model(**arguments)  # type: ignore[arg-type]
+    lively(model)
+    manifest = {
+        "model": arguments,
+        "latent": {"name": "identity", "image_size": 8, "image_channels": 1},
+        "class_names": [str(digit) for digit in range(10)],
+        "config": Config().to_dict(),
+    }
+    save_checkpoint(directory, 1, {"ema": model.state_dict()}, manifest)
+    return str(directory)
+
+
+def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resolution, "SCALES", (1, 2))
+    runs = [f"{name}={save_run(tmp_path / name, f'{family}-N/2')}" for name, family in (("a", "GSPN"), ("b", "DiT"))]
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    words = ["--runs", *runs, "--samples", "80", "--steps", "1", "--out", str(out), "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["resolution", *words])
+    resolution.main()
+    rows = {(row["model"], row["scale"]): row for row in json.loads(out.read_text())["rows"]}
+    continued, interpolated = "b, positions continued", "b, positions interpolated"
+    models = (resolution.REAL, "a", continued, interpolated)
+    assert {name: [scale for model, scale in rows if model == name] for name in models} == {
+        resolution.REAL: [1],
+        **{name: [1, 2] for name in models[1:]},
+    }
+    assert [rows["a", scale]["images"] for scale in (1, 2)] == [80, 64]
+    assert rows[continued, 1]["crop_fd"] == rows[interpolated, 1]["crop_fd"]
+    assert rows[continued, 2]["crop_fd"] != rows[interpolated, 2]["crop_fd"]
+    assert rows[resolution.REAL, 1]["class_agreement"] > 0.9
+    assert all(
+        row["crop_fd"] > 10 * rows[resolution.REAL, 1]["crop_fd"] for row in rows.values() if "b" in row["model"]
+    )
+    assert Image.open(picture).mode == "P"
+
+
+def test_a_run_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["resolution", "--runs", "runs/demo"])
+    with pytest.raises(UserError, match="--runs takes NAME=DIR, such as gspn=runs/demo"):
+        resolution.main()
