@@ -1,0 +1,288 @@
+"""Tables and plots of docs/evidence.md, made from the results that are committed.
+
+    python -m benchmarks.evidence
+
+Rewrites what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in docs/evidence.md from
+benchmarks/results/NAME.json, prints it, and draws docs/evidence_NAME.png. No figure there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+RATIO = "paired_ratio_to_"
+METRICS = {
+    "fd": "FD",
+    "is": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "class_agreement": "class agreement",
+    "val_loss": "validation loss",
+}
+NOT_MEASURED = "Not measured yet.\n"
+
+Result = dict[str, Any]
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Write a number with so many significant digits, but never fewer than those before the point.
+
+    >>> [short(value) for value in (0.04567, 1.0, 98.76, 12345.6)]
+    ['0.0457', '1.00', '98.8', '12,346']
+    """
+    after = digits - 1 - math.floor(math.log10(abs(value))) if value else digits - 1
+    return f"{value:,.{max(after, 0)}f}"
+
+
+def mean_and_interval(found: dict[str, float]) -> str:
+    """Write a mean and half of its 95% interval, which is symmetric; the mean alone where one seed has none."""
+    half = found["high"] - found["mean"]
+    return short(found["mean"]) if math.isnan(half) else f"{short(found['mean'])} ± {short(half, 2)}"
+
+
+def ratio_and_interval(found: dict[str, float]) -> str:
+    """Write a ratio and its 95% interval."""
+    if math.isnan(found["low"]):
+        return f"{found['mean']:.3f}"
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def provenance(result: Result) -> str:
+    """Say where the figures come from: processor, threads, software and commit."""
+    machine, software = result.get("machine") or result["device"], result["software"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['kernels']}; torch {software['torch']}, "
+        f"commit {software['commit']}."
+    )
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def baseline_of(summary: Result) -> str:
+    """Return the variant that a budget's ratios divide by."""
+    return next(key for key in summary if key.startswith(RATIO)).removeprefix(RATIO)
+
+
+def quality_table(result: Result) -> str:
+    """Tabulate a study of `benchmarks.quality`: every variant under every budget."""
+    rows = []
+    for budget, summary in result["budgets"].items():
+        baseline = baseline_of(summary)
+        for variant, means in summary["means"].items():
+            cells = [cell for cell in result["cells"] if (cell["budget"], cell["variant"]) == (budget, variant)]
+            ratios = summary[RATIO + baseline].get(variant)
+            rows.append(
+                [
+                    budget,
+                    variant,
+                    f"{cells[0]['parameters']:,}",
+                    f"{cells[0]['steps']:,}",
+                    short(statistics.fmean(cell["training_seconds"] for cell in cells)),
+                    *(ratio_and_interval(ratios[metric]) if ratios else "1" for metric in ("fd", "val_loss")),
+                    *(mean_and_interval(means[metric]) for metric in METRICS),
+                ]
+            )
+    head = ["budget", "model", "parameters", "steps", "seconds", f"FD ÷ {baseline}", f"loss ÷ {baseline}"]
+    seeds, setting = len({cell["seed"] for cell in result["cells"]}), result["setting"]
+    return (
+        table([*head, *METRICS.values()], rows)
+        + f"\n{seeds} paired seeds, {setting['samples']:,} samples each, {setting['steps']} steps, guidance "
+        + f"{setting['guidance_scale']}, {setting['jobs']} at a time on one thread each. {provenance(result)}\n"
+    )
+
+
+def mixers_table(result: Result) -> str:
+    """Tabulate `benchmarks.mixers`: what was to be shown, then exponents and times against attention."""
+    verdict = {True: "yes", False: "no", None: "not measured"}
+    shown = [
+        [row["target"], row["bound"], "" if row["value"] is None else short(row["value"]), verdict[row["met"]]]
+        for row in result["targets"]
+    ]
+    names = result["times_faster_than_attention"]
+    tokens = list(next(iter(names.values())))
+    rows = [
+        [name, variant, f"{slope:.3f}", *(_times(names[name][count].get(variant)) for count in tokens)]
+        for name, exponents in result["exponents"].items()
+        for variant, slope in exponents.items()
+    ]
+    return (
+        table(["to be shown", "bound", "measured", "met"], shown)
+        + "\n"
+        + table(["forward + backward", "mixer", "exponent", *(f"{int(count):,} tokens" for count in tokens)], rows)
+        + f"\nTimes as fast as attention, by number of tokens. {provenance(result)}\n"
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{short(ratio)}×"
+
+
+def resolution_table(result: Result) -> str:
+    """Tabulate `benchmarks.resolution`: every model at every size."""
+    rows = [
+        [row["model"], f"{row['scale']}×", str(row["images"]), short(row["crop_fd"]), f"{row['class_agreement']:.2f}"]
+        for row in result["rows"]
+    ]
+    setting = result["setting"]
+    return (
+        table(["model", "size", "images", "FD of crops", "class agreement"], rows)
+        + f"\n{setting['crops']} crops of {result['size']}² pixels at each size, {setting['steps']} steps, guidance "
+        + f"{setting['guidance_scale']}. {provenance(result)}\n"
+    )
+
+
+# -- plots -----------------------------------------------------------------------------------------------------------
+
+
+def plot_quality(result: Result, figure: Any) -> None:
+    """Draw FDs, of each seed and with intervals, and the paired ratios, with a line where models are equal."""
+    axes = dict(zip(("mean", "fd", "val_loss"), figure.subplots(1, 3, sharey=True), strict=True))
+    variants = list(dict.fromkeys(cell["variant"] for cell in result["cells"]))
+    for number, (budget, summary) in enumerate(result["budgets"].items()):
+        ratios, colour = summary[RATIO + baseline_of(summary)], f"C{number}"
+        places = {variant: place + 0.2 * number for place, variant in enumerate(variants)}
+        own = [cell for cell in result["cells"] if cell["budget"] == budget]
+        axes["mean"].plot(
+            [cell["fd"] for cell in own], [places[cell["variant"]] for cell in own], ".", c=colour, alpha=0.3
+        )
+        _points(axes["mean"], {name: found["fd"] for name, found in summary["means"].items()}, places, colour, budget)
+        for metric in ("fd", "val_loss"):
+            _points(axes[metric], {name: found[metric] for name, found in ratios.items()}, places, colour, budget)
+    for metric in ("fd", "val_loss"):
+        axes[metric].axvline(1, color="black", linewidth=0.8)
+        axes[metric].set(xlabel=f"{METRICS[metric]} ÷ {baseline_of(summary)}, 95%", title="left of 1 is better")
+    axes["mean"].set(xlabel="FD, mean and 95%", title=f"{result['data']}, size {result['size']}")
+    axes["mean"].set_yticks(range(len(variants)), variants)
+    axes["mean"].invert_yaxis()
+    axes["mean"].legend(fontsize="small")
+    for axis in axes.values():
+        axis.grid(True, axis="x", alpha=0.3)
+
+
+def _points(axis: Any, found: dict[str, Any], places: dict[str, float], colour: str, label: str) -> None:
+    """Draw means with their 95% intervals."""
+    means = [interval["mean"] for interval in found.values()]
+    errors = [[abs(interval["mean"] - interval[end]) for interval in found.values()] for end in ("low", "high")]
+    axis.errorbar(means, [places[name] for name in found], xerr=errors, fmt="o", c=colour, capsize=3, label=label)
+
+
+def plot_mixers(result: Result, figure: Any) -> None:
+    """Draw how many times as fast as attention the scans are, by tokens."""
+    names = result["times_faster_than_attention"]
+    for axis, (name, sizes) in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names.items()):
+        for variant in next(iter(sizes.values())):
+            line = {int(tokens): ratios[variant] for tokens, ratios in sizes.items() if variant in ratios}
+            axis.loglog(list(line), list(line.values()), marker="o", label=variant)
+        axis.set(xlabel="tokens", title=name)
+        axis.grid(True, alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.axes[0].set(ylabel="times as fast as attention")
+
+
+def plot_resolution(result: Result, figure: Any) -> None:
+    """Draw both figures against the size."""
+    for axis, key, label in zip(
+        figure.subplots(1, 2), ("crop_fd", "class_agreement"), ("FD of crops", "class agreement"), strict=True
+    ):
+        models: dict[str, dict[int, float]] = {}
+        for row in result["rows"]:
+            models.setdefault(row["model"], {})[row["scale"]] = row[key]
+        for model, line in models.items():
+            if len(line) == 1:
+                axis.axhline(*line.values(), color="black", linewidth=0.8, linestyle="--", label=model)
+            else:
+                axis.plot(list(line), list(line.values()), marker="o", label=model)
+        axis.set(xlabel="times the training size", ylabel=label, xscale="log", xticks=list(line))
+        axis.set_xticks(list(line), [f"{scale}×" for scale in line], minor=False)
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.3)
+    axis.legend(fontsize="small")
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+Writer = Callable[[Result], str]
+Plotter = Callable[[Result, Any], None]
+STUDIES: dict[str, tuple[Writer, Plotter]] = {
+    "mixers": (mixers_table, plot_mixers),
+    **dict.fromkeys(
+        ("quality_digits", "quality_fashion", "quality_fashion_latents", "ablations"), (quality_table, plot_quality)
+    ),
+    "resolution": (resolution_table, plot_resolution),
+}
+
+
+def read_results(directory: Path) -> dict[str, Result]:
+    """Read the results of the studies that have been run."""
+    files = {name: directory / f"{name}.json" for name in STUDIES}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def rewritten(page: str, results: dict[str, Result]) -> str:
+    """Return the page with what stands between its markers made anew; raises UserError for a study without a place."""
+    places = [name for _, name, _ in BLOCK.findall(page)]
+    if sorted(places) != sorted(STUDIES):
+        raise UserError(
+            f"{PAGE.name} must have one place <!-- begin NAME --> … <!-- end NAME --> each for {', '.join(STUDIES)}"
+        )
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[2]
+        return found[1] + (STUDIES[name][0](results[name]) if name in results else NOT_MEASURED) + found[3]
+
+    return BLOCK.sub(fill, page)
+
+
+def draw(results: dict[str, Result], directory: Path) -> None:
+    """Write evidence_NAME.png of every result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for name, result in results.items():
+        variants = {cell.get("variant") for cell in result.get("cells", [])}
+        height = 1.6 + 0.45 * len(variants) if STUDIES[name][1] is plot_quality else 3.6
+        figure = pyplot.figure(figsize=(10, height), layout="constrained")
+        STUDIES[name][1](result, figure)
+        figure.savefig(directory / f"evidence_{name}.png", dpi=90)
+        pyplot.close(figure)
+
+
+def main() -> None:
+    """Rewrite the page, print its tables, draw its plots."""
+    parser = ArgumentParser(prog="benchmarks.evidence", description=__doc__.split("\n")[0])
+    parser.add_argument("--no-plots", action="store_true", help="only the tables")
+    options = parser.parse_args()
+    results = read_results(RESULTS)
+    page = rewritten(PAGE.read_text(), results)
+    PAGE.write_text(page)
+    for found in BLOCK.finditer(page):
+        print(found[0])
+    if not options.no_plots:
+        draw(results, PAGE.parent)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,140 @@
+"""The page of evidence says what the committed results say, and how figures are written."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import evidence
+from benchmarks.quality import METRICS, summary
+from gspn_dit.errors import UserError
+
+MACHINE = {"processor": "a chip", "cores": 2, "kernels": "kernels (AVX2)"}
+SOFTWARE = {"torch": "2.0", "commit": "abc"}
+
+
+def study(seeds: int = 3) -> dict[str, Any]:
+    """A study whose gspn is 0, 10 and 21% worse than attention in FD, by seed."""
+    cells = []
+    for seed in range(seeds):
+        for variant, factor in (("attention", 1.0), ("gspn", (1.0, 1.1, 1.21)[seed])):
+            row = dict.fromkeys(METRICS, 0.5) | {"fd": (10.0 + seed) * factor, "training_seconds": 100.0 + seed}
+            cells.append({**row, "variant": variant, "seed": seed, "steps": 1234, "budget": "60 s", "parameters": 5678})
+    return {
+        "data": "digits",
+        "size": "N",
+        "setting": {"samples": 1000, "steps": 30, "guidance_scale": 1.2, "jobs": 2},
+        "cells": cells,
+        "budgets": {"60 s": summary(cells, "attention")},
+        "machine": MACHINE,
+        "software": SOFTWARE,
+    }
+
+
+MIXERS = {
+    "targets": [
+        {"target": "a", "bound": "<= 1.1", "value": 1.0567, "met": True},
+        {"target": "b", "bound": ">= 3", "value": None, "met": None},
+    ],
+    "exponents": {"mixer C=384": {"attention": 1.81, "gspn": 1.0}},
+    "times_faster_than_attention": {
+        "mixer C=384": {"256": {"attention": 1.0, "gspn": 0.5}, "16384": {"attention": 1.0}}
+    },
+    "device": MACHINE,
+    "software": SOFTWARE,
+}
+RESOLUTION = {
+    "size": 8,
+    "setting": {"crops": 512, "steps": 15, "guidance_scale": 1.2},
+    "rows": [
+        {"model": "real", "scale": 1, "images": 360, "crop_fd": 0.321, "class_agreement": 0.98},
+        *(
+            {"model": "gspn", "scale": scale, "images": 64, "crop_fd": 12.34 * scale, "class_agreement": 1 / scale}
+            for scale in (1, 2, 4)
+        ),
+    ],
+    "machine": MACHINE,
+    "software": SOFTWARE,
+}
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of every line of the tables in a text."""
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_committed_page_is_what_the_committed_results_say() -> None:
+    page = evidence.PAGE.read_text()
+    assert page == evidence.rewritten(page, evidence.read_results(evidence.RESULTS))
+
+
+def test_every_picture_on_the_page_of_a_study_that_was_run_is_there() -> None:
+    measured = evidence.read_results(evidence.RESULTS)
+    for picture in re.findall(r"\]\((\w+\.png)\)", evidence.PAGE.read_text()):
+        name = picture.removesuffix(".png").removeprefix("evidence_")
+        assert name not in measured or (evidence.PAGE.parent / picture).exists(), picture
+
+
+def test_numbers_have_three_digits_and_intervals_half_their_width() -> None:
+    assert [evidence.short(x) for x in (0, 0.04567, -1.0, 9.999, 98.76, 12345.6)] == [
+        *("0.00", "0.0457", "-1.00", "10.00", "98.8", "12,346")
+    ]
+    assert evidence.mean_and_interval({"mean": 9.87, "low": 9.0, "high": 10.74}) == "9.87 ± 0.87"
+    assert evidence.mean_and_interval({"mean": 9.87, "low": math.nan, "high": math.nan}) == "9.87"
+    assert evidence.ratio_and_interval({"mean": 1.1, "low": 0.9, "high": 1.3444}) == "1.100 [0.900, 1.344]"
+
+
+def test_a_study_of_quality_by_hand() -> None:
+    """Logs of the ratios are 0, a, 2a with a = log 1.1: mean a, standard error a/√3, and t(0.975, 2) is 4.303."""
+    head, _, attention, gspn = rows(evidence.quality_table(study()))
+    assert (attention[:7], head[5]) == (["60 s", "attention", "5,678", "1,234", "101", "1", "1"], "FD ÷ attention")
+    low, high = (1.1 ** (1 + sign * 4.3027 / 3**0.5) for sign in (-1, 1))
+    assert gspn[5:7] == [f"1.100 [{low:.3f}, {high:.3f}]", "1.000 [1.000, 1.000]"]
+    assert attention[7].startswith("11.0 ± 2.5")  # FD 10, 11, 12: 4.303 / √3
+    assert "3 paired seeds, 1,000 samples each, 30 steps, guidance 1.2, 2 at a time" in evidence.quality_table(study())
+    assert "a chip, 2 cores, kernels (AVX2); torch 2.0, commit abc." in evidence.quality_table(study())
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert rows(evidence.quality_table(study(seeds=1)))[-1][5:8] == ["1.000", "1.000", "10.0"]
+
+
+def test_mixers_and_resolution() -> None:
+    text = evidence.mixers_table(MIXERS)
+    assert ["a", "<= 1.1", "1.06", "yes"] in rows(text)
+    assert rows(text)[3][-1] == "not measured"
+    assert [cell for cell in rows(text)[-1] if cell] == ["mixer C=384", "gspn", "1.000", "0.500×"]
+    assert ["gspn", "2×", "64", "24.7", "0.50"] in rows(evidence.resolution_table(RESOLUTION))
+
+
+def page_of(*names: str) -> str:
+    return "".join(f"before {name}\n<!-- begin {name} -->\nold\n<!-- end {name} -->\nafter\n" for name in names)
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    old = page_of(*evidence.STUDIES)
+    new = evidence.rewritten(old, {"resolution": RESOLUTION})
+    assert evidence.BLOCK.sub("", new) == evidence.BLOCK.sub("", old)
+    blocks = {
+        name: content for _, name, content, _ in re.findall(r"(<!-- begin (\w+) -->\n)(.*?)(<!-- end)", new, re.S)
+    }
+    assert blocks.pop("resolution") == evidence.resolution_table(RESOLUTION)
+    assert set(blocks.values()) == {evidence.NOT_MEASURED}
+    assert evidence.rewritten(new, {"resolution": RESOLUTION}) == new
+
+
+@pytest.mark.parametrize("names", [[], [*evidence.STUDIES][1:], [*evidence.STUDIES, "resolution"], ["mixers", "other"]])
+def test_every_study_has_one_place(names: list[str]) -> None:
+    with pytest.raises(UserError, match=r"must have one place <!-- begin NAME --> .* each for mixers, quality_digits"):
+        evidence.rewritten(page_of(*names), {})
+
+
+def test_plots(tmp_path: Path) -> None:
+    evidence.draw({"mixers": MIXERS, "quality_digits": study(), "resolution": RESOLUTION}, tmp_path)
+    drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(drawn) == {f"evidence_{name}.png" for name in ("mixers", "quality_digits", "resolution")}
+    assert all(10_000 < size < 150_000 for size in drawn.values())
