@@ -18,7 +18,7 @@ import torch
 
 from gspn_dit.ops import cpu
 
-MEMORY_POLICY = ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+MEMORY_POLICY = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 """Environment variables that change what memory and waiting cost."""
 
 

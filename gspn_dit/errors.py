@@ -61,6 +61,8 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     # Read when torch is loaded, which `main` does: threads that spin while they wait slow whoever shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read at torch's first allocation: large tensors come in huge pages, also where the system leaves them to madvise.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         main()
     except UserError as error:

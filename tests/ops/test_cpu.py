@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gspn_dit.errors import run_cli
 from gspn_dit.ops import DIRECTIONS, cpu, gspn_scan
 from tests.ops.scan_cases import DTYPES, Inputs, check_against_reference, make_inputs, scan_and_gradients
 
@@ -276,3 +277,15 @@ def test_the_slowest_instruction_set_is_right_too() -> None:
     result = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "baseline" in result.stdout
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_commands_ask_for_huge_pages_unless_told_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    found: list[str | None] = []
+    run_cli(lambda: found.append(os.environ.get("THP_MEM_ALLOC_ENABLE")))
+    assert found == [expected]
