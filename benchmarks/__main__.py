@@ -20,10 +20,20 @@ from typing import Any
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RESULTS = Path(__file__).parent / "results"
+QUALITY = ["benchmarks.quality", "--seconds", "120", "--jobs", "2"]
+ABLATIONS = ["window-2", "shared-weights", "two-directions", "no-long-skips", "adaln-zero", "dit-block"]
 COMMANDS: dict[str, list[str]] = {
+    "ablations": [*QUALITY, "--data", "digits", "--variants", "gspn", *ABLATIONS, "--baseline", "gspn", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--out"],
+    "quality_digits": [*QUALITY, "--data", "digits", "--out"],
+    "quality_fashion": [*QUALITY, "--data", "fashion", "--out"],
+    "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--out"],
+    "resolution": [
+        *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json", "--guidance-scale", "1.5"),
+        *("--picture", "docs/resolution.png", "--out"),
+    ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],
 }

@@ -1,7 +1,9 @@
 """What a model trained at one size draws at two and four times that size, unchanged: pictures, FD of crops, classes.
 
-    python -m benchmarks.resolution --runs gspn=runs/a/run attention=runs/b/run --data digits \\
+    python -m benchmarks.resolution --study benchmarks/results/quality_fashion.json \\
         --picture docs/resolution.png --out benchmarks/results/resolution.json
+
+The models are those that a study of `benchmarks.quality` trained with its first seed, or those that --runs names.
 
 A GSPN has no positions, so nothing changes but the grid. Attention with sine and cosine positions is drawn twice: with
 positions that continue beyond the training grid, and with positions squeezed into its range. Every size is scored
@@ -157,18 +159,37 @@ def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
     pyplot.close(figure)
 
 
+def runs_of_study(file: Path, work: Path) -> tuple[str, dict[str, str]]:
+    """Return a study's data set, and the run of every variant with its first seed, for its first budget."""
+    from benchmarks.quality import Cell
+
+    try:
+        study = json.loads(file.read_text())
+        rows = [row for row in study["cells"] if (row["seed"], row["budget"]) == (0, next(iter(study["budgets"])))]
+        cells = [Cell(study["data"], row["variant"], study["size"], row["seed"], row["steps"]) for row in rows]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read as a study of benchmarks.quality: {error}") from None
+    return study["data"], {cell.variant: str(cell.directory(work) / "run") for cell in cells}
+
+
 def main() -> None:
     """Measure and write the JSON and the picture."""
     parser = ArgumentParser(prog="benchmarks.resolution", description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=DIR", help="trained runs")
-    parser.add_argument("--data", default="digits", help="a data set of benchmarks.quality")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--study", metavar="FILE", help="result of benchmarks.quality, whose runs are still there")
+    source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
+    parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.quality")
+    parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
     parser.add_argument("--samples", type=int, default=512, help="crops at each size, and images of the training size")
     parser.add_argument("--steps", type=int, default=15, help="of the sampler")
     parser.add_argument("--guidance-scale", type=float, default=1.2)
     parser.add_argument("--picture", help="write this PNG")
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
-    runs = dict(item.partition("=")[::2] for item in options.runs)
+    if options.study:
+        options.data, runs = runs_of_study(Path(options.study), Path(options.work))
+    else:
+        runs = dict(item.partition("=")[::2] for item in options.runs)
     if not all(runs.values()):
         raise UserError("--runs takes NAME=DIR, such as gspn=runs/demo")
     text = json.dumps(measure(runs, options), indent=2)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import resolution
+from benchmarks.quality import Cell
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
@@ -86,6 +87,27 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
         row["crop_fd"] > 10 * rows[resolution.REAL, 1]["crop_fd"] for row in rows.values() if "b" in row["model"]
     )
     assert Image.open(picture).mode == "P"
+
+
+def test_a_study_says_which_runs(tmp_path: Path) -> None:
+    """The first seed's, for the first budget; the file of a study that is none is refused."""
+    cells = [
+        {"variant": variant, "seed": seed, "budget": budget, "steps": steps}
+        for budget, seed, steps in (("9 s", 1, 70), ("9 s", 0, 70), ("80 steps", 0, 80))
+        for variant in ("gspn", "attention")
+    ]
+    file = tmp_path / "study.json"
+    file.write_text(
+        json.dumps({"data": "fashion", "size": "N", "cells": cells, "budgets": {"9 s": {}, "80 steps": {}}})
+    )
+    data, runs = resolution.runs_of_study(file, tmp_path)
+    assert data == "fashion"
+    assert runs == {
+        name: str(Cell("fashion", name, "N", 0, 70).directory(tmp_path) / "run") for name in ("gspn", "attention")
+    }
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"study.json cannot be read as a study of benchmarks.quality: 'cells'"):
+        resolution.runs_of_study(file, tmp_path)
 
 
 def test_a_run_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
