@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspn_dit.config import SCAN_DIRECTIONS
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
 from gspn_dit.models.presets import PRESETS, parse_name
@@ -58,8 +59,9 @@ def start_from(checkpoint: str, parts: Parts) -> None:
 def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a model, given `create_model`'s arguments, that its weights need but do not show."""
     family, size, _ = parse_name(arguments["name"])
-    options = {"timestep_endpoint": False, **vars(PRESETS[family][size]), **arguments}
-    return {key: options.get(key) for key in ("num_heads", "timestep_endpoint")}
+    defaults = {"timestep_endpoint": False, "scan_directions": list(SCAN_DIRECTIONS)}
+    options = {**defaults, **vars(PRESETS[family][size]), **arguments}
+    return {key: options.get(key) for key in ("num_heads", "timestep_endpoint", "scan_directions")}
 
 
 def resize_label_table(table: Tensor, names: list[str], fresh: Tensor, new_names: list[str]) -> Tensor:
