@@ -1,13 +1,13 @@
 """Does GSPN earn its place? Cells of (data set × model × seed × budget), trained and scored in one way, side by side.
 
-    python -m benchmarks.quality --data digits --variants gspn attention --seeds 5 --seconds 120 --jobs 2 \\
+    python -m benchmarks.quality --data digits --seconds 120 --jobs 2 \\
         --out benchmarks/results/quality_digits.json
 
 Every cell is a run of `train.py` on one thread, then samples with guidance and seed fixed beforehand, then
 `fid`. A budget is a number of optimiser steps, or of seconds: those are turned into steps by timing all variants in
 turn, once, before the first cell, so that a busy neighbour hits every model alike and each learning rate schedule ends
 with its budget. Cells of one seed share data order, noise, times and labels: the comparison is paired. A cell that is
-done is not run again; one that was interrupted goes on from its last checkpoint.
+done is not run again, whatever study asks for it; one that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -80,13 +80,12 @@ class Cell:
 
     data: str
     variant: str
+    size: str
     seed: int
-    budget: str
-    """"1000steps" or "120s"."""
     steps: int
 
     def directory(self, work: Path) -> Path:
-        return work / self.data / self.budget / self.variant / f"seed-{self.seed}"
+        return work / self.data / f"{self.variant}-{self.size}" / f"{self.steps}-steps" / f"seed-{self.seed}"
 
 
 def train_arguments(data: str, variant: str, size: str, seed: int, steps: int, run: Path) -> list[str]:
@@ -145,13 +144,13 @@ def calibrated(data: str, variants: list[str], size: str, work: Path) -> dict[st
     return known
 
 
-def run_cell(cell: Cell, size: str, work: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     """Train and score a cell in processes of their own, unless its result is there already."""
     directory = cell.directory(work)
     result = directory / "result.json"
     if not result.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        train = train_arguments(cell.data, cell.variant, size, cell.seed, cell.steps, directory / "run")
+        train = train_arguments(cell.data, cell.variant, cell.size, cell.seed, cell.steps, directory / "run")
         _call(["train.py", *train, "--resume", "auto"], directory / "log.txt")
         _call(["-m", "benchmarks.quality", "--score", str(directory), "--data", cell.data], directory / "log.txt")
         print(f"{directory}: {json.loads(result.read_text())}", flush=True)
@@ -240,24 +239,37 @@ def summary(rows: list[dict[str, Any]], baseline: str) -> dict[str, Any]:
     return {"means": means, f"paired_ratio_to_{baseline}": ratios}
 
 
+def budgets_of(options: Any, milliseconds: dict[str, float]) -> dict[str, dict[str, int]]:
+    """Return the steps of every variant under each budget.
+
+    Seconds come in two ways, of which the first variant's cells are the same: all variants for as long, and all for as
+    many steps as that one takes in the time.
+    """
+    budgets, equal = {}, [options.steps] if options.steps else []
+    if options.seconds:
+        steps = {name: max(int(1e3 * options.seconds / milliseconds[name]), 1) for name in options.variants}
+        budgets[f"{options.seconds} s"] = steps
+        equal.append(steps[options.variants[0]])
+    return budgets | {f"{count} steps": dict.fromkeys(options.variants, count) for count in equal}
+
+
 def study(options: Any) -> dict[str, Any]:
     """Run every cell that is not there yet, seed by seed, and return figures and intervals."""
     from benchmarks.measure import CpuDevice, software
 
     work = Path(options.work)
     times = calibrated(options.data, options.variants, options.size, work) if options.seconds else {}
-    budgets = [(f"{options.steps}steps", dict.fromkeys(options.variants, options.steps))] if options.steps else []
-    if options.seconds:
-        steps = {variant: max(int(1e3 * options.seconds / times[variant]), 1) for variant in options.variants}
-        budgets.append((f"{options.seconds}s", steps))
+    budgets = budgets_of(options, times)
     cells = [
-        Cell(options.data, variant, seed, budget, steps[variant])
+        (budget, Cell(options.data, variant, options.size, seed, steps[variant]))
         for seed in range(options.seeds)
-        for budget, steps in budgets
+        for budget, steps in budgets.items()
         for variant in options.variants
     ]
+    once = list(dict.fromkeys(cell for _, cell in cells))
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda cell: {**run_cell(cell, options.size, work), "budget": cell.budget}, cells))
+        results = dict(zip(once, pool.map(lambda cell: run_cell(cell, work), once), strict=True))
+    rows = [{**results[cell], "budget": budget} for budget, cell in cells]
     return {
         "data": options.data,
         "size": options.size,
@@ -270,7 +282,7 @@ def study(options: Any) -> dict[str, Any]:
         "milliseconds_per_step": times,
         "cells": rows,
         "budgets": {
-            budget: summary([row for row in rows if row["budget"] == budget], options.baseline) for budget, _ in budgets
+            budget: summary([row for row in rows if row["budget"] == budget], options.baseline) for budget in budgets
         },
         "machine": CpuDevice().describe(),
         "software": software(),
@@ -286,7 +298,9 @@ def main() -> None:
     parser.add_argument("--size", default="N", help="preset size of all models")
     parser.add_argument("--seeds", type=int, default=5, help="paired seeds, from 0 on")
     parser.add_argument("--steps", type=int, help="equal steps: this many")
-    parser.add_argument("--seconds", type=int, help="equal wall-clock: this much on one idle core")
+    parser.add_argument(
+        "--seconds", type=int, help="equal time: this much on one idle core, and the first variant's steps for all"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
     parser.add_argument("--work", default="runs/quality", help="where the cells live")
     parser.add_argument("--out", help="write the JSON here as well")
