@@ -190,13 +190,19 @@ def _points(axis: Any, found: dict[str, Any], places: dict[str, float], colour: 
 def plot_mixers(result: Result, figure: Any) -> None:
     """Draw how many times as fast as attention the scans are, by tokens."""
     names = result["times_faster_than_attention"]
-    for axis, (name, sizes) in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names.items()):
-        for variant in next(iter(sizes.values())):
+    variants = dict.fromkeys(key for sizes in names.values() for ratios in sizes.values() for key in ratios)
+    rows = math.ceil(len(names) / 3)
+    figure.set_figheight(3.2 * rows)
+    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
+    for axis, (name, sizes) in zip(axes, names.items(), strict=False):
+        for number, variant in enumerate(variants):
             line = {int(tokens): ratios[variant] for tokens, ratios in sizes.items() if variant in ratios}
-            axis.loglog(list(line), list(line.values()), marker="o", label=variant)
+            axis.loglog(list(line), list(line.values()), f"C{number}", marker="o", label=variant)
         axis.set(xlabel="tokens", title=name)
+        axis.set_xticks([int(tokens) for tokens in sizes], [f"{int(tokens):,}" for tokens in sizes])
+        axis.minorticks_off()
         axis.grid(True, alpha=0.3)
-    axis.legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     figure.axes[0].set(ylabel="times as fast as attention")
 
 
