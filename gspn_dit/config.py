@@ -188,8 +188,9 @@ class TrainingConfig:
     """Weight of the alignment in the loss (arXiv 2410.06940)."""
     repa_depth: int = 8
     """Block whose output is aligned; the first is 1."""
-    sharding: Literal["none", "fsdp"] = "none"
-    """fsdp: split weights, gradients, averages and optimiser state over the processes."""
+    sharding: Literal["none", "fsdp", "zero1", "zero2"] = "none"
+    """What is split over the processes. fsdp: weights, gradients, averages and optimiser state; zero1: the optimiser
+    state alone, by DeepSpeed; zero2: the gradients, too."""
     max_nonfinite_steps: int = 10
     """Stop after this many non-finite steps in a row; each one is skipped."""
     log_every: int = 50

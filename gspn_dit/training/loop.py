@@ -25,7 +25,7 @@ from gspn_dit.training.optimizer import create_optimizer, learning_rate, optimiz
 from gspn_dit.training.parallel import (
     create_accelerator,
     peak_memory_bytes,
-    prepare_forward,
+    prepare_training,
     prepare_weights,
     training_flops,
 )
@@ -34,7 +34,7 @@ from gspn_dit.training.quick_fd import QuickFD, ScorerLoader, create_quick_fd
 from gspn_dit.training.repa import Alignment, check_alignment
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
 from gspn_dit.training.setup import Parts, build_parts
-from gspn_dit.training.sharding import gathered, no_gradient_exchange, whole_tensors
+from gspn_dit.training.sharding import backward, gathered, no_gradient_exchange, whole_tensors
 from gspn_dit.training.state import restore_tensors, save_state
 from gspn_dit.training.stop import StopSignal
 from gspn_dit.training.trackers import start_trackers
@@ -141,9 +141,11 @@ class Trainer:
         self.dtype = next(self.model.parameters()).dtype
         self.flops_per_image = training_flops(self.model, parts.latent.size)
         self.ema = EMA(self.model, config.training.ema_decay)
-        self.sharded = prepare_weights(self.model, self.ema.model, config.training, accelerator)
+        self.sharding = prepare_weights(self.model, self.ema.model, config.training, accelerator)
         self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in config.training.ema_sigma_rel]
-        self.optimizer = create_optimizer(self.model, config.training)
+        self.forward_model, self.optimizer = prepare_training(
+            self.model, create_optimizer(self.model, config.training), self.sharding, config.training, accelerator
+        )
         self.alignment: Alignment | None = None
         if config.training.repa_features is not None:
             self.alignment = Alignment(config, self.model, parts.latent.size, accelerator)
@@ -155,7 +157,6 @@ class Trainer:
         """This process's losses since the last line of metrics, 0-d."""
         if directory.checkpoint is not None:
             self._restore(directory)
-        self.forward_model = prepare_forward(self.model, self.sharded, accelerator)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +236,8 @@ class Trainer:
                 loss = self.micro_loss(self.sample_numbers(self.step, micro_step))
                 # A loss that is not finite makes every gradient so, in all processes: the step will be skipped.
                 poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-                self.accelerator.backward(loss * poison / settings.gradient_accumulation_steps)
+                scaled = loss * poison / settings.gradient_accumulation_steps
+                backward(self.forward_model, scaled, self.accelerator)
             total += loss.detach() / settings.gradient_accumulation_steps
         rate = learning_rate(settings, self.step)
         norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)

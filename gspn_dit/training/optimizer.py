@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
 from gspn_dit.training.sharding import whole
+from gspn_dit.training.zero import ZeroAdamW
 
 
 def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -34,13 +35,15 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, max_grad_norm: float
+    optimizer: torch.optim.AdamW | ZeroAdamW, model: nn.Module, rate: float, max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Clip the gradients, step unless they are not finite, and clear them; never waits for the device.
+    """Clip the gradients, step unless they are not finite, and clear them; only DeepSpeed waits for the device.
 
     Returns:
         The gradients' norm before clipping, and 1.0 if the step was taken, 0.0 if skipped; 0-d tensors.
     """
+    if isinstance(optimizer, ZeroAdamW):
+        return optimizer.step(rate)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     took_step = torch.isfinite(norm).to(torch.float32)
     for group in optimizer.param_groups:

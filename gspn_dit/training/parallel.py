@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, patch_environment
 from torch import nn
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
 from gspn_dit.models.flops import forward_multiply_adds
-from gspn_dit.training.sharding import shard, wants_sharding
+from gspn_dit.training.sharding import chosen_sharding, shard
 from gspn_dit.training.trackers import FOLDER, check_trackers
+from gspn_dit.training.zero import STAGES, ZeroAdamW
 
 
 def create_accelerator(config: Config) -> Accelerator:
     """Return the Accelerator of a config; raises UserError where the batch cannot be shared out."""
     settings = config.training
     check_trackers(settings.trackers)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise UserError(
-            "the launch file asks for DeepSpeed, which this trainer does not drive; configs/accelerate/fsdp.yaml "
-            "splits weights, gradients and optimiser state in the same way (ZeRO stage 3)"
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # its engine is this project's matter, see zero.py
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(settings.trackers) or None,
+            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / FOLDER)),
         )
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        cpu=not torch.accelerator.is_available(),
-        log_with=list(settings.trackers) or None,
-        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / FOLDER)),
-    )
     # The loop divides by the config's accumulation steps; a launcher's own setting shall not divide once more.
     accelerator.gradient_accumulation_steps = 1
     processes = accelerator.num_processes
@@ -48,7 +44,7 @@ def create_accelerator(config: Config) -> Accelerator:
             f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
             f"{settings.gradient_accumulation_steps} accumulation steps"
         )
-    wants_sharding(settings, accelerator)  # refuses what it cannot do before anything is written
+    chosen_sharding(settings, accelerator)  # refuses what it cannot do before anything is written
     _choose_precision(settings)
     return accelerator
 
@@ -61,23 +57,33 @@ def _choose_precision(settings: TrainingConfig) -> None:
 
 def prepare_weights(
     model: DiffusionModel, average: DiffusionModel, settings: TrainingConfig, accelerator: Accelerator
-) -> bool:
-    """Set how the blocks run, and split model and average over the processes if that is asked for; return whether."""
+) -> str:
+    """Set how the blocks run, and let FSDP split model and average if that is asked for; return `chosen_sharding`."""
     model.gradient_checkpointing = settings.activation_checkpointing
     if settings.compile:
         for block in model.blocks:  # compiled once for all blocks of a kind, and gathered one by one under FSDP
             block.compile(fullgraph=True)
-    if not wants_sharding(settings, accelerator):
-        return False
-    for part in (model, average):
-        shard(part, accelerator.device)
-    return True
+    sharding = chosen_sharding(settings, accelerator)
+    if sharding == "fsdp":
+        for part in (model, average):
+            shard(part, accelerator.device)
+    return sharding
 
 
-def prepare_forward(model: DiffusionModel, sharded: bool, accelerator: Accelerator) -> nn.Module:
-    """Return what training calls: the model under autocast, and under DDP unless it is sharded."""
-    alone = sharded or accelerator.num_processes == 1  # accelerate wraps nothing then, and casts all the same
-    return accelerator.prepare_model(model, evaluation_mode=alone)
+def prepare_training(
+    model: DiffusionModel,
+    optimizer: torch.optim.AdamW,
+    sharding: str,
+    settings: TrainingConfig,
+    accelerator: Accelerator,
+) -> tuple[nn.Module, torch.optim.AdamW | ZeroAdamW]:
+    """Return what training calls, and what steps: the model under autocast, replicated by DDP unless it is sharded."""
+    alone = sharding != "none" or accelerator.num_processes == 1  # then accelerate casts, and wraps nothing
+    forward = accelerator.prepare_model(model, evaluation_mode=alone)
+    if sharding not in STAGES:
+        return forward, optimizer
+    zero = ZeroAdamW(model, optimizer, settings, STAGES[sharding])
+    return zero.engine, zero
 
 
 def training_flops(model: DiffusionModel, latent_size: int) -> int:

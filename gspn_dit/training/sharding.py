@@ -2,6 +2,7 @@
 
 Everything here is the identity for a model that is not sharded, so the loop has one path. A weight is sharded where it
 is a `DTensor`; the project's files hold whole tensors, but for the optimiser's state, which each process writes itself.
+What DeepSpeed splits is in `gspn_dit.training.zero`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,34 @@ from torch import Tensor, nn
 from gspn_dit.config import TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
+from gspn_dit.training.zero import STAGES, check_installed, launched_zero
 
 FOLDER = "sharded"
 """Directory of a checkpoint with the optimiser's state in torch's distributed format."""
 
 
-def wants_sharding(settings: TrainingConfig, accelerator: Accelerator) -> bool:
-    """Tell whether the config, or an FSDP launch file of accelerate, asks for it; one process has nothing to split."""
-    launched = accelerator.distributed_type == DistributedType.FSDP
-    if launched and not accelerator.is_fsdp2:
-        raise UserError("the launch file asks for FSDP 1; set fsdp_config: {fsdp_version: 2} in it")
-    return (launched or settings.sharding == "fsdp") and accelerator.num_processes > 1
+def chosen_sharding(settings: TrainingConfig, accelerator: Accelerator) -> str:
+    """Return what the config, or the launch file, asks for, as `training.sharding` names it; alone there is "none".
+
+    Raises UserError for what cannot be had, or where launch file and config contradict each other.
+    """
+    launched = launched_zero()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UserError("the launch file asks for FSDP 1; set fsdp_config: {fsdp_version: 2} in it")
+        launched = "fsdp"
+    if launched is not None and settings.sharding not in ("none", launched):
+        raise UserError(
+            f"the launch file asks for {launched}, training.sharding for {settings.sharding}; leave one out"
+        )
+    chosen = launched or settings.sharding
+    if chosen != "none" and settings.repa_features is not None:
+        raise UserError(f"training.repa_features does not go with sharding ({chosen}); leave one of them out")
+    if accelerator.num_processes == 1:
+        return "none"
+    if chosen in STAGES:
+        check_installed()
+    return chosen
 
 
 def shard(model: DiffusionModel, device: torch.device) -> None:
@@ -61,17 +79,23 @@ def gathered(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def no_gradient_exchange(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Let a backward pass add up gradients in this process alone, for all but the last micro-step."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if not isinstance(model, FSDPModule):
+    switch = getattr(model, "set_requires_gradient_sync", None)  # FSDP's
+    switch = switch or getattr(model, "set_gradient_accumulation_boundary", None)  # DeepSpeed's
+    if switch is None:
         with accelerator.no_sync(model):
             yield
         return
-    model.set_requires_gradient_sync(False)
+    switch(False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        switch(True)
+
+
+def backward(model: nn.Module, loss: Tensor, accelerator: Accelerator) -> None:
+    """Add the gradients of a loss; `model` is what gave it, and DeepSpeed's engine must see it pass."""
+    runs_backward = hasattr(model, "set_gradient_accumulation_boundary")
+    (model if runs_backward else accelerator).backward(loss)  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:

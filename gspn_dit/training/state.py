@@ -23,6 +23,7 @@ from gspn_dit.training.ema import EMA, PowerEMA
 from gspn_dit.training.optimizer import empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.sharding import FOLDER, load_shards, placed_like, save_shards, whole_tensors
+from gspn_dit.training.zero import ZeroAdamW
 
 if TYPE_CHECKING:
     from gspn_dit.training.loop import Trainer
@@ -44,11 +45,12 @@ def save_state(trainer: Trainer, manifest: Mapping[str, Any], progress: Progress
         }
         if trainer.alignment is not None:
             named["repa"] = trainer.alignment.state()
-        optimizer = optimizer_tensors(trainer.optimizer, trainer.model)
-        if trainer.sharded:
-            save_shards(partial_directory(target), optimizer)
+        if isinstance(trainer.optimizer, ZeroAdamW):
+            named["optimizer"] = trainer.optimizer.tensors(keep=main)
+        elif trainer.sharding == "fsdp":
+            save_shards(partial_directory(target), optimizer_tensors(trainer.optimizer, trainer.model))
         else:
-            named["optimizer"] = optimizer
+            named["optimizer"] = optimizer_tensors(trainer.optimizer, trainer.model)
         tensors = {stem: whole_tensors(of_stem, keep=main) for stem, of_stem in named.items()}
         if main:
             finish_checkpoint(partial_directory(target), target, trainer.step, tensors, manifest)
@@ -62,7 +64,11 @@ def save_state(trainer: Trainer, manifest: Mapping[str, Any], progress: Progress
 
 
 def restore_tensors(
-    checkpoint: Path, model: nn.Module, ema: EMA[Any], power_emas: Sequence[PowerEMA], optimizer: torch.optim.Optimizer
+    checkpoint: Path,
+    model: nn.Module,
+    ema: EMA[Any],
+    power_emas: Sequence[PowerEMA],
+    optimizer: torch.optim.AdamW | ZeroAdamW,
 ) -> None:
     """Load what `save_state` wrote, by any number of processes, into tensors that are whole or split."""
     for stem, module in (("model", model), ("ema", ema.model)):
@@ -76,4 +82,7 @@ def restore_tensors(
         load_shards(checkpoint, state)
     else:
         state = placed_like(load_tensors(checkpoint, "optimizer"), state)
-    load_optimizer_tensors(optimizer, model, state)
+    if isinstance(optimizer, ZeroAdamW):
+        optimizer.load(state)
+    else:
+        load_optimizer_tensors(optimizer, model, state)

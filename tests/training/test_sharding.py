@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from gspn_dit.config import TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.training.checkpoint import find_checkpoints
 from gspn_dit.training.post_hoc_ema import find_snapshots, write_reconstruction
-from gspn_dit.training.sharding import wants_sharding
+from gspn_dit.training.sharding import chosen_sharding
 from tests.training.conftest import run_training, tiny_config
+from tests.training.test_loop import metrics_of
 from tests.training.test_multiprocess import ENVIRONMENT, ROOT, train
 
 WHOLE = ("model", "ema", "ema-0.050", "ema-0.100")
 
 
-def exports(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every whole tensor of a checkpoint, by file and name."""
+def exports(run: Path, step: int, *stems: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint, by file and name: weights and averages, or what is named."""
     directory = find_checkpoints(run)[step]
     return {
         f"{stem}/{name}": tensor
-        for stem in WHOLE
+        for stem in stems or WHOLE
         for name, tensor in load_file(directory / f"{stem}.safetensors").items()
     }
 
@@ -37,6 +42,33 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], t
     for name, tensor in one.items():
         difference = (tensor - other[name]).double().norm()
         assert difference <= tolerance * other[name].double().norm().clamp_min(1e-12), name
+
+
+def assert_same_metrics(one: Path, other: Path) -> None:
+    """Compare the logged lines of two runs, but for speed and memory."""
+    lines, expected = (
+        [{key: math.nan if value is None else value for key, value in line.items()} for line in metrics_of(run)]
+        for run in (one, other)
+    )
+    for line, as_before in zip(lines, expected, strict=True):
+        assert line == pytest.approx(as_before, rel=1e-5, nan_ok=True)
+
+
+def train_in_turn(folder: Path, *runs: dict[str, Any], poison: bool = False) -> None:
+    """Train tiny configs, one after another, in the same two processes; a run's keys are those of `training`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [*launcher, "-m", "tests.training.train_in_turn", str(folder), json.dumps(runs), *["poison"] * poison]
+    done = subprocess.run(script, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+def sharded_state(run: Path, step: int) -> Path:
+    """Write the optimiser's state of a sharded checkpoint as one file of whole tensors, beside the run."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    file = run.parent / f"{run.name}-optimizer.pt"
+    dcp_to_torch_save(find_checkpoints(run)[step] / "sharded", file)
+    return file
 
 
 def options(steps: int, sharding: str, *more: str) -> list[str]:
@@ -62,13 +94,7 @@ def test_sharded_training_saves_resumes_and_exports_as_replicated_training_does(
     directory = find_checkpoints(tmp_path / "sharded")[12]
     assert not (directory / "optimizer.safetensors").exists()
     assert len(list((directory / "sharded").glob("*.distcp"))) == 2  # each process wrote its own
-    lines = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("replicated", "sharded")
-    ]
-    for one, other in zip(*lines, strict=True):
-        for key in {"step", "loss", "grad_norm", "val_loss", "val_loss_q3"} & {*one, *other}:
-            assert one[key] == pytest.approx(other[key], rel=1e-5), key
+    assert_same_metrics(tmp_path / "sharded", tmp_path / "replicated")
     assert len(find_snapshots(tmp_path / "sharded")) == 4
     assert write_reconstruction(tmp_path / "sharded", 0.1, None, None)[1] < 1e-6
 
@@ -81,6 +107,41 @@ def test_sharded_training_saves_resumes_and_exports_as_replicated_training_does(
         run(name, 2, *options(6, first))
         run(name, processes, *options(12, then, "--resume", "auto"))
         assert_close(exports(tmp_path / name, 12), replicated, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training three ways; in one process of the two steps 2 and 4 are not finite."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    runs = {"none": {}, "fsdp": {"sharding": "fsdp"}, "compiled": {"sharding": "fsdp", "compile": True}}
+    train_in_turn(folder, *({"name": name, "max_steps": 6, **keys} for name, keys in runs.items()), poison=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(poisoned: Path) -> None:
+    """The processes themselves have compared their weights, averages and counts."""
+    replicated = exports(poisoned / "none", 6)
+    assert_close(exports(poisoned / "fsdp", 6), replicated, 1e-6)
+    assert all(torch.isfinite(tensor).all() for tensor in replicated.values())
+    assert_same_metrics(poisoned / "fsdp", poisoned / "none")
+    lines = [line for line in metrics_of(poisoned / "fsdp") if "loss" in line]
+    assert [line["nonfinite_steps"] for line in lines] == [0, 1, 1, 2, 2, 2]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False, True, False, False]
+    assert [line["loss"] is None for line in lines] == [False, True, False, False, False, False]
+    optimizer = torch.load(sharded_state(poisoned / "fsdp", 6), weights_only=True)
+    for name, tensor in exports(poisoned / "none", 6, "optimizer").items():
+        difference = (optimizer[name.removeprefix("optimizer/")] - tensor).double().norm()
+        assert difference <= 1e-5 * tensor.double().norm().clamp_min(1e-12), name
+        assert not name.endswith(".step") or tensor == 4
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_compiled_blocks_train_sharded_as_eager_ones_do(poisoned: Path) -> None:
+    assert_close(exports(poisoned / "compiled", 6), exports(poisoned / "fsdp", 6), 1e-5)
+    assert_same_metrics(poisoned / "compiled", poisoned / "fsdp")
 
 
 @pytest.mark.slow
@@ -118,25 +179,28 @@ def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
     assert (find_checkpoints(tmp_path)[2] / "optimizer.safetensors").exists()
 
 
-def test_fsdp_1_of_a_launch_file_is_refused() -> None:
-    from accelerate.utils import DistributedType
+class Launched:
+    """What `chosen_sharding` asks of an accelerator."""
 
-    from gspn_dit.config import TrainingConfig
+    def __init__(self, kind: DistributedType = DistributedType.MULTI_GPU, processes: int = 2, fsdp: int = 2) -> None:
+        self.distributed_type, self.num_processes, self.is_fsdp2 = kind, processes, fsdp == 2
 
-    class Launched:
-        distributed_type, is_fsdp2, num_processes = DistributedType.FSDP, False, 2
 
+def choose(sharding: str = "none", launched: Launched | None = None, **training: Any) -> str:
+    return chosen_sharding(TrainingConfig(sharding=sharding, **training), launched or Launched())  # type: ignore[arg-type]
+
+
+def test_launch_file_or_config_choose_what_is_split() -> None:
+    fsdp = Launched(DistributedType.FSDP)
+    assert choose() == "none"
+    assert choose("fsdp") == choose("none", fsdp) == choose("fsdp", fsdp) == "fsdp"
+    assert choose("fsdp", Launched(processes=1)) == choose("zero2", Launched(processes=1)) == "none"
     with pytest.raises(UserError, match="asks for FSDP 1; set fsdp_config"):
-        wants_sharding(TrainingConfig(), Launched())  # type: ignore[arg-type]
-    Launched.is_fsdp2 = True
-    assert wants_sharding(TrainingConfig(), Launched())  # type: ignore[arg-type]
-
-
-def test_deepspeed_is_refused_with_what_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match=r"asks for DeepSpeed.*configs/accelerate/fsdp\.yaml"):
-        run_training(tiny_config(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+        choose("none", Launched(DistributedType.FSDP, fsdp=1))
+    with pytest.raises(UserError, match=r"the launch file asks for fsdp, training\.sharding for zero2"):
+        choose("zero2", fsdp)
+    with pytest.raises(UserError, match="repa_features does not go with sharding"):
+        choose("none", fsdp, repa_features="features.npy")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
