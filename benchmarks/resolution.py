@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.quality")
     parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
     parser.add_argument("--samples", type=int, default=512, help="crops at each size, and images of the training size")
-    parser.add_argument("--steps", type=int, default=15, help="of the sampler")
+    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     parser.add_argument("--guidance-scale", type=float, default=1.2)
     parser.add_argument("--picture", help="write this PNG")
     parser.add_argument("--out", help="write the JSON here as well")
