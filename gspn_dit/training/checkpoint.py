@@ -196,14 +196,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
-    """Read one file of a complete checkpoint; nothing is unpickled. Raises UserError if it is damaged."""
+    """Read one file of a complete checkpoint; nothing is unpickled. Raises UserError if it is damaged, or not of it."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = directory / f"{stem}.safetensors"
     try:
         content = path.read_bytes()
-        if zlib.crc32(content) != read_manifest(directory)["files"][path.name]["crc32"]:
+        facts = read_manifest(directory)["files"].get(path.name, {})
+        if "crc32" not in facts:
+            raise UserError(f"{path} is not of this checkpoint, whose {MANIFEST} does not list it with a checksum")
+        if zlib.crc32(content) != facts["crc32"]:
             raise UserError(f"{path} is damaged (checksum); move {directory} away to go on from an earlier one")
         return load(content)
     except (OSError, SafetensorError) as error:

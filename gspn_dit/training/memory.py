@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gspn_dit.config import TrainingConfig
 from gspn_dit.models import DiffusionModel
 from gspn_dit.models.gspn import GSPNMixer
+from gspn_dit.training.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
 
@@ -22,11 +23,11 @@ class MemoryEstimate:
     weights: int
     """Float32."""
     gradients: int
-    """Float32; under DDP twice, since the gradients are copied to buckets that are exchanged."""
+    """Float32; under DDP twice, since they are copied to buckets that are exchanged, under ZeRO with one bucket."""
     averages: int
     """The exponential moving average, and one more for each of training.ema_sigma_rel; float32."""
     optimizer: int
-    """AdamW's two moments, float32."""
+    """AdamW's two moments, float32; under ZeRO with a copy of the weights they belong to."""
     copies: int
     """What is kept once, whatever the batch: under autocast the weights in bfloat16."""
     activations: int
@@ -44,8 +45,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of a training step on each GPU.
 
-    State takes 4 bytes per parameter and copy: weights, gradients, averages and two moments; FSDP divides it by the
-    processes. Activations are what autograd saves, counted storage by storage.
+    State takes 4 bytes per parameter and copy: weights, gradients, averages and two moments; FSDP divides all of it by
+    the processes, ZeRO 1 the moments and ZeRO 2 the gradients, too. Activations are what autograd saves, counted storage
+    by storage.
 
     Args:
         model: on the meta device.
@@ -54,8 +56,16 @@ def estimate_memory(
         settings: precision, checkpointing, averages and sharding.
         processes: GPUs.
     """
-    sharded = settings.sharding == "fsdp" and processes > 1
-    copy = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters()) // (processes if sharded else 1)
+    sharding = settings.sharding if processes > 1 else "none"
+    whole = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    part, bucket = whole // processes, FLOAT32_BYTES * bucket_elements(model)
+    copy = part if sharding == "fsdp" else whole
+    gradients = {
+        "none": whole * (2 if processes > 1 else 1),
+        "fsdp": part,
+        "zero1": whole + part + bucket,
+        "zero2": part + bucket,
+    }
     once, per_image = _saved_bytes(model, latent_size, settings.mixed_precision, checkpointing=False)
     activations = micro_batch * per_image
     if settings.activation_checkpointing:
@@ -63,9 +73,9 @@ def estimate_memory(
         activations = micro_batch * (kept_per_image + per_image // len(model.blocks))
     return MemoryEstimate(
         weights=copy,
-        gradients=copy * (2 if processes > 1 and not sharded else 1),
+        gradients=gradients[sharding],
         averages=copy * (1 + len(settings.ema_sigma_rel)),
-        optimizer=2 * copy,
+        optimizer=3 * part if sharding in STAGES else 2 * copy,
         copies=once,
         activations=activations,
         working=micro_batch * _scan_bytes(model, latent_size, 2 if settings.mixed_precision == "bf16" else 4),

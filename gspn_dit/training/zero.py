@@ -20,7 +20,7 @@ from gspn_dit.errors import UserError
 
 STAGES = {"zero1": 1, "zero2": 2}
 BUCKET_ELEMENTS = 50_000_000
-"""Gradients or weights that are exchanged at once; DeepSpeed's own 500 million would take 2 GB for each buffer."""
+"""At most so many are exchanged at once; DeepSpeed's own 500 million would take 2 GB of each GPU."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NOT_DRIVEN = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
 """What a launch file can ask for, too, by accelerate's environment variables."""
@@ -47,6 +47,11 @@ def launched_zero() -> str | None:
             "configs/accelerate/fsdp.yaml splits the weights, too, as stage 3 does"
         )
     return name
+
+
+def bucket_elements(model: nn.Module) -> int:
+    """Return how many gradients or weights are exchanged at once; DeepSpeed keeps a buffer for them."""
+    return min(BUCKET_ELEMENTS, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def check_installed() -> None:
@@ -84,8 +89,8 @@ class ZeroAdamW:
                 "steps_per_print": sys.maxsize,
                 "zero_optimization": {
                     "stage": stage,
-                    "reduce_bucket_size": BUCKET_ELEMENTS,
-                    "allgather_bucket_size": BUCKET_ELEMENTS,
+                    "reduce_bucket_size": bucket_elements(model),
+                    "allgather_bucket_size": bucket_elements(model),
                 },
             },
             dist_init_required=False,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from fid.extraction import extract_all
 from fid.images import LabelledImages, Reference, read_reference
 from fid.page import page
 from fid.report import TILE_SIZE, write_report
+from tests.browser import chromium
 from tests.fid.conftest import noise_images, tiny_net
 from tests.fid.test_protocols import SMALL_ADM, adm_reference, drawn_images
 
@@ -42,17 +41,6 @@ addEventListener("load", () => {
 });
 </script>
 """
-
-
-def chromium() -> str:
-    """The browser; a test that needs it is skipped without it, but fails in CI, where it is installed."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        message = "chromium is not installed (apt-get install chromium)"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
 
 
 def opened(path: Path, profile: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_flipped_bit_is_noticed_when_the_file_is_read(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"is damaged .* move .* away to go on from an earlier one"):
         load_tensors(directory, "model")
+
+
+def test_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> None:
+    directory = save(tmp_path, 1)
+    shutil.copy(directory / "ema.safetensors", directory / "ema-0.100.safetensors")
+    with pytest.raises(UserError, match=r"ema-0\.100\.safetensors is not of this checkpoint, whose config\.json"):
+        load_tensors(directory, "ema-0.100")
+    with pytest.raises(UserError, match=r"repa\.safetensors cannot be read"):
+        load_tensors(directory, "repa")
 
 
 def test_saving_a_step_again_leaves_its_checkpoint_alone_and_clears_remains(tmp_path: Path) -> None:

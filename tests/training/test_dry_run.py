@@ -69,6 +69,12 @@ def test_state_is_four_bytes_for_each_parameter_and_copy() -> None:
     assert estimate_memory(model, 8, 2, TrainingConfig(), 4).gradients == 2 * copy  # and DDP's buckets
     sharded = estimate_memory(model, 8, 2, TrainingConfig(sharding="fsdp"), 4)
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (copy // 4, copy // 4, 2 * (copy // 4))
+    # ZeRO keeps weights and averages whole; a model this small fits into one bucket.
+    one, two = (estimate_memory(model, 8, 2, TrainingConfig(sharding=f"zero{stage}"), 4) for stage in (1, 2))
+    assert (one.weights, one.averages, one.optimizer) == (two.weights, two.averages, two.optimizer)
+    assert (two.weights, two.averages, two.optimizer) == (copy, copy, 3 * (copy // 4))
+    assert (one.gradients, two.gradients) == (2 * copy + copy // 4, copy + copy // 4)
+    assert estimate_memory(model, 8, 2, TrainingConfig(sharding="zero2"), 1) == alone
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -188,3 +189,10 @@ def test_it_may_be_turned_on_and_off_on_resume(tmp_path: Path) -> None:
     assert {"training.fd_every", "training.fd_samples", "training.fd_features"} <= set(MAY_DIFFER)
     with pytest.raises(UserError, match=r"training\.fd_every is 0, but must be null or at least 1"):
         changed(tiny_config(tmp_path, fd_every=0))
+
+
+def test_stream_without_held_out_images_is_refused_before_a_net_is_looked_for(tmp_path: Path) -> None:
+    parts = dataclasses.replace(build_parts(tiny_config(tmp_path)), validation=None)
+    config = changed(tiny_config(tmp_path, fd_every=2), data={"name": "hf", "path": "somewhere", "streaming": True})
+    with pytest.raises(UserError, match="a stream without a validation split has no images to compare with"):
+        QuickFD(config, parts, Accelerator(cpu=True), load_scorer)

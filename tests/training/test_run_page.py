@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from PIL import Image
 
 from gspn_dit.errors import UserError
 from gspn_dit.training.run_page import MAX_GRIDS, main, read_metrics, render, thin, ticks, write_run_page
+from tests.browser import chromium
 from tests.training.conftest import run_training, tiny_config
 
 
@@ -105,15 +104,6 @@ def test_a_directory_without_metrics_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("sys.argv", ["run_page", str(tmp_path)])
     with pytest.raises(UserError, match="is no run directory"):
         main()
-
-
-def chromium() -> str:
-    """The browser; without one a user's test is skipped and CI fails."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        assert os.environ.get("CI") != "true", "CI needs chromium"
-        pytest.skip("needs chromium")
-    return found
 
 
 def test_browser_shows_the_page_of_a_training(tmp_path: Path) -> None:

@@ -160,18 +160,24 @@ def test_gradients_are_exchanged_once_a_step_whatever_the_accumulation(tmp_path:
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_accelerates_fsdp_launch_file_trains_as_one_process_does(tmp_path: Path) -> None:
-    count = min(2, torch.cuda.device_count())
-    if count < 2:
-        pytest.skip("needs two GPUs")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("launch_file", ["fsdp.yaml", "deepspeed.yaml"])
+def test_launch_files_train_on_gpus_as_one_process_does(tmp_path: Path, launch_file: str, processes: int) -> None:
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs GPUs: {processes}")
+    if launch_file == "deepspeed.yaml":
+        pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install 'gspn-dit[deepspeed]'")
     common = ["--config", "configs/demo.yaml", "--model.hidden_size", "32", "--model.depth", "2"]
     common += options(12, "none", "--training.trackers", "[]", "--training.batch_size", "64")
-    launch = ["accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp.yaml", "--num_processes", "2"]
-    for name, start in (("one", ["train.py"]), ("two", ["-m", *launch, "train.py"])):
+    launch = ["accelerate.commands.launch", "--config_file", f"configs/accelerate/{launch_file}"]
+    launch += ["--num_processes", str(processes)]
+    for name, start in (("plain", ["train.py"]), ("launched", ["-m", *launch, "train.py"])):
         command = [sys.executable, *start, *common, "--output_dir", str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-    assert_close(exports(tmp_path / "two", 12), exports(tmp_path / "one", 12), 1e-4)
+    assert_close(exports(tmp_path / "launched", 12), exports(tmp_path / "plain", 12), 1e-4)
+    sharded = (find_checkpoints(tmp_path / "launched")[12] / "sharded").is_dir()
+    assert sharded == (launch_file == "fsdp.yaml" and processes == 2)  # one process has nothing to split
 
 
 def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
