@@ -46,8 +46,8 @@ def estimate_memory(
     """Estimate the memory of a training step on each GPU.
 
     State takes 4 bytes per parameter and copy: weights, gradients, averages and two moments; FSDP divides all of it by
-    the processes, ZeRO 1 the moments and ZeRO 2 the gradients, too. Activations are what autograd saves, counted storage
-    by storage.
+    the processes, ZeRO 1 the moments and ZeRO 2 the gradients, too. Activations are what autograd saves, counted
+    storage by storage.
 
     Args:
         model: on the meta device.
