@@ -1,8 +1,9 @@
-"""Output memory of the CPU kernels, used again from call to call.
+"""Memory for the scan's large tensors on a CPU, used again from call to call.
 
 Every fresh page costs a page fault, and glibc gives large tensors back to the system as soon as they are freed: a
-backward would spend more time in page faults than in its kernel. Large outputs therefore come from blocks that return
-here when the last tensor that uses them is gone. Idle blocks never hold more than the outputs of one call.
+backward would spend more time in page faults than in its kernel. Large outputs, and the logits and gates that the scan
+reads, therefore come from blocks that return here when the last tensor that uses them is gone. Blocks in use and idle
+ones together never hold more than was once in use at the same time.
 """
 
 from __future__ import annotations
@@ -30,16 +31,14 @@ class OutputMemory:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a tensor may be freed by the garbage collector while the lock is held
         self._idle: list[mmap.mmap] = []
-        self._limit_bytes = 0
+        self._lent_bytes = self._most_lent_bytes = 0
 
     def empty(self, shapes: list[torch.Size], dtype: torch.dtype) -> list[Tensor]:
-        """Return uninitialised contiguous CPU tensors, the outputs of one call."""
-        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-        with self._lock:
-            self._limit_bytes = max(self._limit_bytes, sum(-(-size // _ROUNDING) * _ROUNDING for size in sizes))
-        return [self._one(shape, dtype, size) for shape, size in zip(shapes, sizes)]
+        """Return uninitialised contiguous CPU tensors."""
+        return [self._one(shape, dtype) for shape in shapes]
 
-    def _one(self, shape: torch.Size, dtype: torch.dtype, size: int) -> Tensor:
+    def _one(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST_BYTES:
             return torch.empty(shape, dtype=dtype)
         block = self._take(size)
@@ -53,6 +52,14 @@ class OutputMemory:
         return tensor
 
     def _take(self, size: int) -> mmap.mmap:
+        block = self._find(size)
+        with self._lock:
+            self._lent_bytes += len(block)
+            self._most_lent_bytes = max(self._most_lent_bytes, self._lent_bytes)
+            self._drop_idle()
+        return block
+
+    def _find(self, size: int) -> mmap.mmap:
         with self._lock:
             fitting = [block for block in self._idle if size <= len(block) <= size * _WASTE + _ROUNDING]
             if fitting:
@@ -67,9 +74,13 @@ class OutputMemory:
 
     def _give_back(self, block: mmap.mmap) -> None:
         with self._lock:
+            self._lent_bytes -= len(block)
             self._idle.append(block)
-            while sum(len(idle) for idle in self._idle) > self._limit_bytes:
-                del self._idle[0]
+            self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        while self._idle and self._lent_bytes + self.idle_bytes() > self._most_lent_bytes:
+            del self._idle[0]
 
     def idle_bytes(self) -> int:
         """Return the bytes held for the next call."""
@@ -80,4 +91,4 @@ class OutputMemory:
         """Give all idle memory back to the system."""
         with self._lock:
             self._idle.clear()
-            self._limit_bytes = 0
+            self._most_lent_bytes = self._lent_bytes

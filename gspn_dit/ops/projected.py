@@ -13,12 +13,22 @@ from torch.utils.checkpoint import checkpoint
 from gspn_dit.ops import operator
 from gspn_dit.ops.backends import resolve_backend
 from gspn_dit.ops.contract import DIRECTIONS, autocast_dtype, check_arguments, direction_codes, without_autocast
+from gspn_dit.ops.cpu import output_memory
 from gspn_dit.ops.scan import gspn_scan
+
+
+def _linear(proxy: Tensor, weight: Tensor) -> Tensor:
+    """Map the proxy; on a CPU into memory that is used again, where fresh pages would cost more than the product."""
+    if proxy.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(proxy, weight)
+    shape = torch.Size([*proxy.shape[:-1], len(weight)])
+    (result,) = output_memory.empty([shape], proxy.dtype)
+    return torch.mm(proxy.flatten(0, -2), weight.T, out=result.view(-1, len(weight))).view(shape)
 
 
 def _project(proxy: Tensor, weights: Sequence[Tensor], directions: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits [..., D, 3, G] and the two gates [..., D, C] as contiguous linear maps of the proxy."""
-    logits, input_gate, output_gate = (F.linear(proxy, weight) for weight in weights)
+    logits, input_gate, output_gate = (_linear(proxy, weight) for weight in weights)
     return (
         logits.unflatten(-1, (directions, 3, logits.shape[-1] // (3 * directions))),
         input_gate.unflatten(-1, (directions, channels)),
