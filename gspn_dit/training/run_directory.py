@@ -34,7 +34,10 @@ MAY_DIFFER = (
     *("training.fd_every", "training.fd_samples", "training.fd_features"),
 )
 """Config keys that a resumed run may change: length, intervals, retention, trackers, paths, processes, sharding."""
-_PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "datasets", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+_PACKAGES = (
+    *("torch", "numpy", "accelerate", "diffusers", "datasets", "safetensors", "deepspeed"),
+    *("cupy-cuda12x", "cupy-cuda13x"),
+)
 
 
 @dataclass(frozen=True)
