@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import platform
 import statistics
@@ -20,6 +21,8 @@ from gspn_dit.ops import cpu
 
 MEMORY_POLICY = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 """Environment variables that change what memory and waiting cost."""
+
+FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,19 @@ class CpuDevice:
     needs_own_process = True
     """Memory is measured best in a fresh process: what earlier runs left behind hides what a run takes."""
 
+    def __init__(self, seconds_in_turn: float = math.inf) -> None:
+        """`time_together` starts no round after that time, once it has had `FEWEST_ROUNDS`."""
+        self.seconds_in_turn = seconds_in_turn
+
     def time_together(self, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
         """Time several functions in turn, so that a busy neighbour hits all of them alike; one warm-up each."""
         for run in runs.values():
             run()
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(repeats):
+        end = time.perf_counter() + self.seconds_in_turn
+        for done in range(repeats):
+            if done >= FEWEST_ROUNDS and time.perf_counter() > end:
+                break
             for name, run in runs.items():
                 start, cpu_start = time.perf_counter(), time.process_time()
                 run()

@@ -42,6 +42,8 @@ DIRECTION_SETS = (DIRECTIONS, ("right", "left"), ("down", "up"))
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 COPY_ELEMENTS = 64 << 20
+SECONDS_PER_ROW = 10.0
+"""A row of the table ends its last round after this time."""
 SCALING_TOKENS, SCALING_CHANNELS = 512 * 512, 64
 ATTENTION_QUERIES = 2048
 """At more tokens than this, attention is timed for as many queries and multiplied."""
@@ -172,10 +174,41 @@ class Benchmark:
             "shape": list(shape),
             "directions": list(directions),
             "dtype": str(dtype).removeprefix("torch."),
+            "rounds": len(times["copy"].seconds),
             "copy_gb_per_second": round(self.copy_bytes / times["copy"].best / 1e9, 2),
             "forward": self._share(times["forward"], times["copy"], moved[0]),
             "backward": self._share(times["backward"], times["copy"], moved[1]),
         }
+
+    def reads(self, shape: Sequence[int]) -> dict[str, Any]:
+        """Time reading alone of what one of four directions reads: per token one run of logits and one of a gate.
+
+        Rows go into a buffer that stays in a cache, by `copy_`, from where they lie and from runs of the same length
+        that lie 64 bytes apart, which cost `copy_` the same. What is lost here no arithmetic can win back.
+        """
+        batch, height, width, channels = shape
+        rows, report = batch * height, {}
+        for name, run in (("logits", 3 * channels), ("gate", channels)):
+            values = torch.ones(rows, width, len(DIRECTIONS), run, device=self.device.name)
+            ordered = torch.ones(rows, width, run + 16, device=self.device.name)[..., :run]
+            buffer = torch.empty(width, run, device=self.device.name)
+
+            def read(source: Tensor, buffer: Tensor = buffer) -> None:
+                for row in source.unbind():
+                    buffer.copy_(row)
+
+            runs: dict[str, Callable[[], object]] = {
+                "in_order": lambda: read(ordered),  # noqa: B023
+                "in_runs": lambda: read(values[:, :, 0]),  # noqa: B023
+            }
+            times = self.device.time_together(runs, self.repeats)
+            rates = {how: rows * buffer.nbytes / timing.best / 1e9 for how, timing in times.items()}
+            report[name] = {
+                "run_bytes": run * values.itemsize,
+                **{f"{how}_gb_per_second": round(rate, 2) for how, rate in rates.items()},
+                "in_runs_over_in_order": round(rates["in_runs"] / rates["in_order"], 3),
+            }
+        return {"shape": list(shape), **report}
 
     def reference(self, shape: Sequence[int]) -> dict[str, Any]:
         """Compare forward + backward, float32, four directions, with the reference: time and peak extra memory."""
@@ -260,7 +293,7 @@ def run(
     device_name: str, quick: bool, repeats: int, shapes: Sequence[tuple[int, int, int, int]] | None = None
 ) -> dict[str, Any]:
     """Run everything and return the report; raises SystemExit if the kernels are wrong."""
-    device = DEVICES[device_name]()
+    device = DEVICES[device_name](SECONDS_PER_ROW)
     benchmark = Benchmark(device, repeats, quick)
     problem = correctness_error(device.name, benchmark.backend)
     if problem:
@@ -275,6 +308,8 @@ def run(
                 report["shapes"].append(row)
                 shares = " ".join(f"{name} {row[name]['share_of_copy']:.2f}" for name in ("forward", "backward"))
                 say(f"{row['shape']} {'+'.join(directions)} {row['dtype']}: share of copy: {shares}")
+    report["reads"] = [benchmark.reads(shape) for shape in shapes]
+    say(f"reading alone: {report['reads']}")
     for name, measure in (("reference", benchmark.reference), ("attention", benchmark.attention)):
         report[name] = []
         for shape in shapes:
@@ -291,7 +326,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds")
-    parser.add_argument("--repeats", type=int, default=None, help="runs per figure; default 15, 3 with --quick")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=None,
+        help="runs per figure; default 15 (fewer, but 5 or more, where they take long), 3 with --quick",
+    )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the report to FILE, or to standard output"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import scan
-from benchmarks.measure import CpuDevice, Timing
+from benchmarks.measure import FEWEST_ROUNDS, CpuDevice, Timing
 from gspn_dit.ops import DIRECTIONS, cpu
 
 
@@ -34,7 +34,17 @@ def test_report_of_a_tiny_shape() -> None:
     reference = benchmark.reference((1, 4, 4, 16))
     assert reference["times_faster"] > 0
     assert reference["returned_bytes"] == 22 * 4 * 4 * 4 * 16
+    reads = benchmark.reads((1, 4, 4, 16))
+    assert [reads[name]["run_bytes"] for name in ("logits", "gate")] == [3 * 16 * 4, 16 * 4]
+    assert reads["logits"]["in_runs_over_in_order"] > 0
     assert benchmark.attention((1, 4, 4, 64))["attention_is_extrapolated_from_queries"] is None
+
+
+def test_rounds_end_with_the_time() -> None:
+    calls: list[int] = []
+    times = CpuDevice(0.0).time_together({"a": lambda: calls.append(1)}, repeats=20)
+    assert len(times["a"].seconds) == FEWEST_ROUNDS == len(calls) - 1  # and the warm-up
+    assert len(CpuDevice(0.0).time_together({"a": lambda: None}, repeats=2)["a"].seconds) == 2
 
 
 def test_memory_beyond_the_results() -> None:

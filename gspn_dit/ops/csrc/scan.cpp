@@ -129,9 +129,9 @@ int run(Job& job) {
   return job.out_of_memory ? 1 : 0;
 }
 
-// Channels per task. Memory wants long runs of channels: a core that reads 16 GB/s in runs of 4.6 KiB reads 13.5 in runs of
-// 2.3 KiB, 9 at 768 bytes and 5 at 256. So there are as few blocks as keep the threads busy, and a single image shares out
-// its directions first, unless its rows are long enough to be cut.
+// Channels per task. Memory wants long runs of channels (`reads` in the report of benchmarks/scan.py), so there are as few
+// blocks as keep the threads busy, and a single image shares out its directions first, unless its rows are long enough to be
+// cut.
 // What a plan leaves open is decided by the shape alone where it changes the order of a sum.
 int64_t item_bytes(const Scan& scan) { return scan.dtype == kFloat64 ? 8 : scan.dtype == kFloat32 ? 4 : 2; }
 
