@@ -31,7 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "quality_fashion": [*QUALITY, "--data", "fashion", "--out"],
     "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--out"],
     "resolution": [
-        *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json", "--guidance-scale", "1.5"),
+        *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),
         *("--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],

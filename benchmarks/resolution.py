@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.quality import DATA_SETS, GUIDANCE_SCALE, SAMPLING_STEPS, Cell
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 SCALES = (1, 2, 4)
 PICTURED = 8
 """Images of each model and size in the picture, one per class."""
-GREYS = 16
+GREYS = 8
 """Levels in the picture, to keep its file small."""
 REAL = "validation images"
+REFERENCE = 10_000
+"""Training images that crops are compared with, at most."""
 
 
 def crops(images: np.ndarray, size: int, count: int) -> np.ndarray:
@@ -111,27 +114,29 @@ def figures(
 def measure(runs: dict[str, str], options: Any) -> dict[str, Any]:
     """Draw every model at every size and score it."""
     from benchmarks.measure import CpuDevice, software
-    from benchmarks.quality import DATA_SETS
     from fid.features import extract, load_feature_net
 
     net = load_feature_net(DATA_SETS[options.data].features)
     training, validation = (DATA_SETS[options.data].load(split) for split in ("train", "validation"))
-    size, real = training.image_size, extract(net, training.pixels()).features
+    rows = np.random.default_rng(0).permutation(len(training))[:REFERENCE]
+    size, real = training.image_size, extract(net, training.pixels(rows)).features
     some = np.random.default_rng(0).permutation(len(validation))[: options.samples]
     held_out = validation.pixels(some), validation.labels[some]
-    rows = [{"model": REAL, "scale": 1, **figures(*held_out, size, options.samples, real, net)}]
-    pictures = {}
+    table = [{"model": REAL, "scale": 1, **figures(*held_out, size, options.samples, real, net)}]
+    pictures, last = {}, None
     for name, scale, images, labels in draw_all(runs, size, options):
-        pictures[f"{name}, {scale}×"] = images[:PICTURED]
-        rows.append({"model": name, "scale": scale, **figures(images, labels, size, options.samples, real, net)})
-        print(rows[-1], flush=True)
+        if images is not last:
+            pictures[f"{name}, {scale}×"] = images[:PICTURED]
+        last = images
+        table.append({"model": name, "scale": scale, **figures(images, labels, size, options.samples, real, net)})
+        print(table[-1], flush=True)
     if options.picture:
         save_picture(pictures, options.picture)
     return {
         "data": options.data,
         "size": size,
         "setting": {"crops": options.samples, "steps": options.steps, "guidance_scale": options.guidance_scale},
-        "rows": rows,
+        "rows": table,
         "machine": CpuDevice().describe(),
         "software": software(),
     }
@@ -161,8 +166,6 @@ def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
 
 def runs_of_study(file: Path, work: Path) -> tuple[str, dict[str, str]]:
     """Return a study's data set, and the run of every variant with its first seed, for its first budget."""
-    from benchmarks.quality import Cell
-
     try:
         study = json.loads(file.read_text())
         rows = [row for row in study["cells"] if (row["seed"], row["budget"]) == (0, next(iter(study["budgets"])))]
@@ -181,8 +184,8 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.quality")
     parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
     parser.add_argument("--samples", type=int, default=512, help="crops at each size, and images of the training size")
-    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
-    parser.add_argument("--guidance-scale", type=float, default=1.2)
+    parser.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="of the sampler")
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--picture", help="write this PNG")
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
