@@ -21,9 +21,21 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RESULTS = Path(__file__).parent / "results"
 QUALITY = ["benchmarks.quality", "--seconds", "120", "--jobs", "2"]
-ABLATIONS = ["window-2", "shared-weights", "two-directions", "no-long-skips", "adaln-zero", "dit-block"]
+ABLATIONS = ["no-positions", "own-weights", "window-2", "two-directions"]
+BLOCKS = ["gspn-block", "gspn-block-adaln-zero", "gspn-block-no-long-skips"]
 COMMANDS: dict[str, list[str]] = {
-    "ablations": [*QUALITY, "--data", "digits", "--variants", "gspn", *ABLATIONS, "--baseline", "gspn", "--out"],
+    "ablations": [
+        *QUALITY,
+        "--data",
+        "digits",
+        "--variants",
+        "gspn",
+        *ABLATIONS,
+        *BLOCKS,
+        "--baseline",
+        "gspn",
+        "--out",
+    ],
     "demo": ["benchmarks.demo_quality", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--out"],

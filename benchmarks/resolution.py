@@ -5,9 +5,9 @@
 
 The models are those that a study of `benchmarks.quality` trained with its first seed, or those that --runs names.
 
-A GSPN has no positions, so nothing changes but the grid. Attention with sine and cosine positions is drawn twice: with
-positions that continue beyond the training grid, and with positions squeezed into its range. Every size is scored
-twice. Crops of the training size, as many at every size and at places drawn once, are compared with the training
+A model without positions is given another grid, and nothing else changes. One with sine and cosine positions is drawn
+twice: with positions that continue beyond the training grid, and with positions squeezed into its range. Every size is
+scored twice. Crops of the training size, as many at every size and at places drawn once, are compared with the training
 images: is the picture made of the right parts? Whole images, shrunk by averaging k×k pixels, are classified by the
 feature net: does the picture show what was asked for? Images of the validation split say how good either can get.
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.quality import DATA_SETS, GUIDANCE_SCALE, SAMPLING_STEPS, Cell
+from benchmarks.quality import DATA_SETS, GUIDANCE_SCALE, Cell
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def variants(name: str, pipeline: GSPNPipeline) -> Iterator[str]:
     """Yield the name of each way to draw larger images, having set the model to it."""
     from gspn_dit.models import DiT
 
-    if not isinstance(pipeline.model, DiT) or pipeline.model.mixer != "attention":
+    if not isinstance(pipeline.model, DiT) or not pipeline.model.has_positions:
         yield name
         return
     for interpolate in (False, True):
@@ -183,8 +183,8 @@ def main() -> None:
     source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
     parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.quality")
     parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
-    parser.add_argument("--samples", type=int, default=512, help="crops at each size, and images of the training size")
-    parser.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="of the sampler")
+    parser.add_argument("--samples", type=int, default=256, help="crops at each size, and images of the training size")
+    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--picture", help="write this PNG")
     parser.add_argument("--out", help="write the JSON here as well")
