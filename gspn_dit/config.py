@@ -52,6 +52,8 @@ class ModelConfig:
     """What mixes the tokens of a DiT model; null: attention."""
     num_heads: int | None = None
     """Heads of attention; DiT models alone."""
+    positions: bool | None = None
+    """Add sines and cosines of the place to the patches of a DiT model; null: with attention, not with scans."""
     scan_directions: list[str] | None = None
     """Directions of the scan, of right, left, down and up; null: all four."""
     long_skips: bool | None = None
@@ -72,7 +74,7 @@ class ModelConfig:
             f"model.scan_directions is {given}, but must hold different ones of {', '.join(SCAN_DIRECTIONS)}",
         )
         for family, other, names in (
-            ("DiT", "GSPN-", ("mixer", "num_heads")),
+            ("DiT", "GSPN-", ("mixer", "num_heads", "positions")),
             ("GSPN", "DiT-", ("long_skips", "conditioning")),
         ):
             for name in names:

@@ -256,11 +256,11 @@ def test_null_on_the_command_line_is_a_word_where_words_are_asked_for() -> None:
     assert "seed" in refusal("--seed", "null")
 
 
-@pytest.mark.parametrize("option", [("mixer", "gspn"), ("num_heads", 4)])
+@pytest.mark.parametrize("option", [("mixer", "gspn"), ("num_heads", 4), ("positions", True)])
 def test_options_of_dit_are_refused_for_another_family(option: tuple[str, Any]) -> None:
     key, value = option
     assert ModelConfig("DiT-S/2", **{key: value}).overrides() == {key: value}
-    assert refusal("--model.name", "GSPN-N/2", f"--model.{key}", str(value)) == (
+    assert refusal("--model.name", "GSPN-N/2", f"--model.{key}", str(value).lower()) == (
         f"model.{key} is for DiT models, but model.name is GSPN-N/2; leave it out"
     )
 
@@ -404,7 +404,7 @@ def no_default() -> Config:
     return Config(
         output_dir="other",
         seed=2**63 - 1,
-        model=ModelConfig("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2, ["down", "right"]),
+        model=ModelConfig("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2, True, ["down", "right"]),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77),
         latent=LatentConfig("kl", "some/vae"),
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),

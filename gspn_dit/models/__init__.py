@@ -25,7 +25,15 @@ _HOMES = {
 _OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "scan_directions", "scan_window", "weight_groups")
 _OPTIONS = {
     "GSPN": (*_OF_BOTH, "long_skips", "conditioning"),
-    "DiT": (*_OF_BOTH, "num_heads", "mixer", "interpolate_positions", "mlp_norm_epsilon", "timestep_endpoint"),
+    "DiT": (
+        *_OF_BOTH,
+        "num_heads",
+        "mixer",
+        "positions",
+        "interpolate_positions",
+        "mlp_norm_epsilon",
+        "timestep_endpoint",
+    ),
 }
 
 

@@ -81,7 +81,8 @@ class DiT(DiffusionModel):
     """Class-conditional denoiser of the published DiT architecture.
 
     With attention, fixed sine and cosine positions are added to the patches; they are computed for the grid that comes,
-    so any height and width that the patch size divides will do. With scans there are none.
+    so any height and width that the patch size divides will do. Scans know their place from the borders, and have none
+    unless `positions` asks for them: where objects sit alike in all images, they shorten the start of a training.
 
     Args:
         num_classes, in_channels, out_channels, hidden_size, patch_size: as in `DiffusionModel`; 4 divides hidden_size.
@@ -91,6 +92,7 @@ class DiT(DiffusionModel):
         grid: rows and columns of patches of a training latent.
         interpolate_positions: squeeze the coordinates of any other grid into the training grid's range.
         weight_groups, scan_window, scan_directions: as in `GSPNTransformer`; for mixer "gspn" alone.
+        positions: add positions to the patches; None for attention alone.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         mlp_norm_epsilon: added to the variance in the norm before the MLP (diffusers' default there is 1e-5).
         timestep_endpoint: see `TimestepEmbedding`.
@@ -114,13 +116,15 @@ class DiT(DiffusionModel):
         mlp_norm_epsilon: float = 1e-6,
         timestep_endpoint: bool = False,
         scan_directions: Sequence[str] | None = None,
+        positions: bool | None = None,
     ) -> None:
         super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size, timestep_endpoint)
+        self.has_positions = mixer == "attention" if positions is None else positions
         if mixer not in MIXERS:
             raise ValueError(f"unknown mixer '{mixer}'; allowed are {', '.join(MIXERS)}")
         if depth < 1:
             raise ValueError(f"depth is {depth}, but must be at least 1")
-        if mixer == "attention" and hidden_size % 4:
+        if self.has_positions and hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by 4, which the positions need")
         if mixer == "attention" and (weight_groups, scan_window, scan_directions) != (None, None, None):
             raise ValueError(
@@ -141,9 +145,12 @@ class DiT(DiffusionModel):
         super()._initialise()
         for layer in (self.timestep_embed.expand, self.timestep_embed.mix):
             nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, GSPNMixer):
+                module.initialise_gates()
 
     def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:
-        if self.mixer == "attention":
+        if self.has_positions:
             tokens = tokens + self.positions(*tokens.shape[1:3]).to(self.patch_embed.weight.dtype)
         for block, branch_scale in zip(self.blocks, branch_scales, strict=True):
             tokens = self.run_block(block, tokens, conditioning, branch_scale)

@@ -90,6 +90,14 @@ class GSPNMixer(nn.Module):
         self.to_output_gate = nn.Linear(proxy_channels, count * channels, bias=False)
         self.merge_weight = nn.Parameter(torch.ones(count))
 
+    def initialise_gates(self) -> None:
+        """Draw gates that keep the tokens' scale: with deviation σ, a sum of u·λ·x over D directions has D·σ⁴ of x's.
+
+        Smaller gates, such as those of Xavier's rule for maps that widen, start a mixer nearly shut and learn slower.
+        """
+        for gate in (self.to_input_gate, self.to_output_gate):
+            nn.init.normal_(gate.weight, std=len(self.directions) ** -0.25 / gate.in_features**0.5)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix tokens [B, H, W, C] to [B, H, W, C]."""
         return gspn_scan_from_proxy(
@@ -201,10 +209,11 @@ class GSPNTransformer(DiffusionModel):
 
     def _initialise(self) -> None:
         super()._initialise()
-        if self.modulated:
-            return  # the branches start shut
         for block in self.blocks:
             assert isinstance(block, GSPNBlock)
+            block.mixer.initialise_gates()
+            if self.modulated:
+                continue  # the branches start shut
             nn.init.normal_(block.out_proj.weight, std=0.02 / len(self.blocks) ** 0.5)
 
     def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:

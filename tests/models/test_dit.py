@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn_dit.models import DIT_PRESETS, DiffusionModel, DiT, create_model
 from gspn_dit.models.dit import AttentionMixer, DiTBlock, ScanMixer
@@ -171,6 +171,30 @@ def test_scans_know_places_without_positions(dit: Build, monkeypatch: pytest.Mon
     model = dit(mixer="gspn")
     monkeypatch.setattr(model, "positions", None)  # never called
     assert not torch.allclose(*permuted(model))
+
+
+def test_scans_take_positions_on_request(dit: Build) -> None:
+    plain, placed = dit(mixer="gspn"), dit(mixer="gspn", positions=True)
+    assert isinstance(placed, DiT)
+    placed.load_state_dict(plain.state_dict())  # they hold nothing to learn
+    patch = nn.Linear(placed.patch_embed.in_features, 16).double()
+    nn.init.zeros_(patch.weight)
+    nn.init.zeros_(patch.bias)
+    placed.patch_embed = patch
+    tokens: list[Tensor] = []
+    placed.blocks[0].register_forward_pre_hook(lambda _, arguments: tokens.append(arguments[0]))
+    with torch.no_grad():
+        placed(*inputs(1))
+    torch.testing.assert_close(tokens[0][0], placed.positions(4, 4).double())
+
+
+@pytest.mark.parametrize("directions", [["right"], ["down", "up"], ["right", "left", "down", "up"]])
+def test_gates_start_so_that_a_sum_over_directions_keeps_the_scale(directions: list[str]) -> None:
+    model = create_model("DiT-N/2", 3, 4, 8, mixer="gspn", hidden_size=512, depth=1, scan_directions=directions)
+    mixer = model.blocks[0].mixer.scan  # type: ignore[union-attr]
+    for gate in (mixer.to_input_gate, mixer.to_output_gate):  # type: ignore[union-attr]
+        deviation = gate.weight.std().item() * gate.in_features**0.5  # type: ignore
+        assert len(directions) * deviation**4 == pytest.approx(1, rel=0.1)
 
 
 # -- structure -------------------------------------------------------------------------------------------------------
