@@ -6,8 +6,8 @@ import numpy as np
 
 from gspn_dit.data.images import ImageSet
 
-MOST_TRAINING_IMAGES = 8_000
-"""A support vector machine's time grows with the square of them; evenly spaced images are taken."""
+MOST_IMAGES = 2_000
+"""Of a split; a support vector machine's time grows with the square of them, and evenly spaced ones are taken."""
 
 
 def judge_agreement(
@@ -22,9 +22,12 @@ def judge_agreement(
     def flat(pixels: np.ndarray) -> np.ndarray:
         return pixels.reshape(len(pixels), -1) / 255
 
-    some = np.linspace(0, len(training) - 1, min(len(training), MOST_TRAINING_IMAGES)).astype(np.int64)
-    judge = SVC(C=10, random_state=1).fit(flat(training.pixels(some)), training.labels[some])
+    def some(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).astype(np.int64)
+        return flat(images.pixels(rows)), images.labels[rows]
+
+    judge = SVC(C=10, random_state=1).fit(*some(training))
     return {
         "class_agreement": float(judge.score(flat(images), labels)),
-        "judge_validation_accuracy": float(judge.score(flat(validation.pixels()), validation.labels)),
+        "judge_validation_accuracy": float(judge.score(*some(validation))),
     }
