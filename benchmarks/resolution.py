@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gspn_dit.pipeline import GSPNPipeline
 
 SCALES = (1, 2, 4)
-PICTURED = 8
+PICTURED = 6
 """Images of each model and size in the picture, one per class."""
 GREYS = 8
 """Levels in the picture, to keep its file small."""
