@@ -184,10 +184,13 @@ class Benchmark:
         """Time reading alone of what one of four directions reads: per token one run of logits and one of a gate.
 
         Rows go into a buffer that stays in a cache, by `copy_`, from where they lie and from runs of the same length
-        that lie 64 bytes apart, which cost `copy_` the same. What is lost here no arithmetic can win back.
+        that lie 64 bytes apart, which cost `copy_` the same. What is lost here no arithmetic can win back. On one
+        thread: a row is too short a task to wake another for.
         """
         batch, height, width, channels = shape
         rows, report = batch * height, {}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         for name, run in (("logits", 3 * channels), ("gate", channels)):
             values = torch.ones(rows, width, len(DIRECTIONS), run, device=self.device.name)
             ordered = torch.ones(rows, width, run + 16, device=self.device.name)[..., :run]
@@ -208,6 +211,7 @@ class Benchmark:
                 **{f"{how}_gb_per_second": round(rate, 2) for how, rate in rates.items()},
                 "in_runs_over_in_order": round(rates["in_runs"] / rates["in_order"], 3),
             }
+        torch.set_num_threads(threads)
         return {"shape": list(shape), **report}
 
     def reference(self, shape: Sequence[int]) -> dict[str, Any]:
