@@ -20,28 +20,20 @@ from typing import Any
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RESULTS = Path(__file__).parent / "results"
-QUALITY = ["benchmarks.quality", "--seconds", "120", "--jobs", "2"]
+QUALITY = ["benchmarks.quality", "--jobs", "2"]
 ABLATIONS = ["no-positions", "own-weights", "window-2", "two-directions"]
 BLOCKS = ["gspn-block", "gspn-block-adaln-zero", "gspn-block-no-long-skips"]
 COMMANDS: dict[str, list[str]] = {
     "ablations": [
-        *QUALITY,
-        "--data",
-        "digits",
-        "--variants",
-        "gspn",
-        *ABLATIONS,
-        *BLOCKS,
-        "--baseline",
-        "gspn",
-        "--out",
+        *(*QUALITY, "--data", "digits", "--steps", "288", "--baseline", "gspn"),
+        *("--variants", "gspn", *ABLATIONS, *BLOCKS, "--out"),
     ],
     "demo": ["benchmarks.demo_quality", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--out"],
-    "quality_digits": [*QUALITY, "--data", "digits", "--out"],
-    "quality_fashion": [*QUALITY, "--data", "fashion", "--out"],
-    "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--out"],
+    "quality_digits": [*QUALITY, "--data", "digits", "--seconds", "30", "--out"],
+    "quality_fashion": [*QUALITY, "--data", "fashion", "--seconds", "120", "--out"],
+    "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--seconds", "60", "--out"],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),
         *("--picture", "docs/resolution.png", "--out"),
