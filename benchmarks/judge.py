@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gspn_dit.data.images import ImageSet
+from gspn_dit.data.images import ImageSet, evenly_spaced
 
 MOST_IMAGES = 2_000
 """Of a split; a support vector machine's time grows with the square of them, and evenly spaced ones are taken."""
@@ -23,7 +23,7 @@ def judge_agreement(
         return pixels.reshape(len(pixels), -1) / 255
 
     def some(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).astype(np.int64)
+        rows = evenly_spaced(len(images), MOST_IMAGES)
         return flat(images.pixels(rows)), images.labels[rows]
 
     judge = SVC(C=10, random_state=1).fit(*some(training))

@@ -185,6 +185,7 @@ def score_cell(directory: Path, data: str) -> None:
     from fid.evaluation import score
     from fid.features import load_feature_net
     from fid.images import LabelledImages, Reference
+    from gspn_dit.data.images import evenly_spaced
     from gspn_dit.pipeline import GSPNPipeline
 
     run = directory / "run"
@@ -197,9 +198,7 @@ def score_cell(directory: Path, data: str) -> None:
     assert isinstance(images, np.ndarray)
     real = {split: DATA_SETS[data].load(split) for split in ("train", "validation")}
     net = load_feature_net(DATA_SETS[data].features)
-    rows = {
-        name: np.linspace(0, len(part) - 1, min(REFERENCE, len(part))).astype(np.int64) for name, part in real.items()
-    }
+    rows = {name: evenly_spaced(len(part), REFERENCE) for name, part in real.items()}
     sets = {name: LabelledImages(part.pixels(rows[name]), name, part.labels[rows[name]]) for name, part in real.items()}
     reference = Reference(sets["train"], sets["validation"])
     scores = score(LabelledImages(images, "samples", labels), reference, net)["scores"]

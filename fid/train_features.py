@@ -60,13 +60,13 @@ def train_classifier(
     on one machine with one number of threads; the caller's random state is left alone. With `count`, only so many
     evenly spaced images of `train` are used.
     """
-    import numpy as np
     import torch
     from torch.nn import functional as F
 
     from fid.classifier import Classifier, ClassifierInfo
+    from gspn_dit.data.images import evenly_spaced
 
-    rows = np.linspace(0, len(train) - 1, min(count or len(train), len(train))).astype(np.int64)
+    rows = evenly_spaced(len(train), count or len(train))
     info = ClassifierInfo(
         architecture=architecture,
         data_set=re.sub(r"[^\w.-]", "-", train.name)[:64],

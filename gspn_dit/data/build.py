@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from gspn_dit.config import Config
 from gspn_dit.data.batches import Batches, LatentBatches
-from gspn_dit.data.images import ImageSet, load_images
+from gspn_dit.data.images import ImageSet, evenly_spaced, load_images
 from gspn_dit.data.latent_shards import open_latents
 from gspn_dit.data.latents import KLLatent, Latent, create_latent, latent_from_spec
 from gspn_dit.errors import LocalUserError, UserError
@@ -134,6 +133,6 @@ def fingerprint(images: ImageSet) -> str:
     facts = [images.class_names, images.image_size, images.channels, len(images)]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(images.labels.astype("<i8").tobytes())
-    some = np.linspace(0, len(images) - 1, min(len(images), FINGERPRINT_IMAGES)).astype(np.int64)
+    some = evenly_spaced(len(images), FINGERPRINT_IMAGES)
     digest.update(images.pixels(some).tobytes())
     return digest.hexdigest()[:16]

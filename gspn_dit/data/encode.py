@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.data.latent_shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from gspn_dit.data.encoder import Encoder
-    from gspn_dit.data.images import ImageSet
     from gspn_dit.data.latents import KLLatent
 
 FINGERPRINT_IMAGES = 64
@@ -105,7 +105,7 @@ def source_fingerprint(images: ImageSet) -> str:
     """Return a hash of class names, labels, and the files of some of the images, as they lie in the source."""
     digest = hashlib.sha256(json.dumps([images.class_names, len(images)]).encode())
     digest.update(images.labels.astype("<i8").data)
-    some = np.unique(np.linspace(0, len(images) - 1, FINGERPRINT_IMAGES).astype(np.int64))
+    some = evenly_spaced(len(images), FINGERPRINT_IMAGES)
     for cell in images.cells(some):
         content = (cell or {}).get("bytes")
         path = (cell or {}).get("path")
@@ -367,7 +367,7 @@ def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | No
     images = open_images(source, manifest["source"]["split"], latent.image_size, latent.image_channels)
     if source_fingerprint(images) != manifest["source"]["fingerprint"]:
         raise UserError(f"--source {source} does not hold the images that {out} was encoded from")
-    items = np.unique(np.linspace(0, len(latents) - 1, VERIFIED_IMAGES).astype(np.int64))
+    items = evenly_spaced(len(latents), VERIFIED_IMAGES)
     originals = images.pixels(np.concatenate([shard.indices for shard in latents.shards])[items])
     moments = latents.moments(items, np.zeros(len(items), dtype=bool))
     decoded = latent.decode(latent.draw(torch.from_numpy(moments)))

@@ -37,6 +37,11 @@ SAMPLED_HEADERS = 1_000  # of a larger set this many, evenly spaced
 DECODE_CHUNK = 256
 
 
+def evenly_spaced(total: int, most: int) -> np.ndarray:
+    """Return at most `most` of the rows 0 … total-1, evenly spaced and ascending, int64."""
+    return np.linspace(0, total - 1, min(total, most)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Labelled images of one size; rows are decoded when `pixels` asks for them."""
@@ -304,7 +309,7 @@ def _inspect(parts: dict[str, Dataset]) -> tuple[Counter[tuple[int, int]], Count
     for dataset in parts.values():
         rows = np.arange(len(dataset))
         if total > MAX_HEADERS:
-            rows = np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_HEADERS).astype(np.int64))
+            rows = evenly_spaced(len(dataset), SAMPLED_HEADERS)
         undecoded = _undecoded(dataset)
         for start in range(0, len(rows), DECODE_CHUNK):
             chunk = rows[start : start + DECODE_CHUNK]

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor
 
-    from gspn_dit.data.images import ImageSet
 
 STATISTICS_IMAGES = 4096
 EVALUATED_IMAGES = 2048
@@ -97,12 +97,11 @@ def train(images: ImageSet, options: argparse.Namespace) -> AutoencoderKL:
 
 def set_scale(vae: AutoencoderKL, images: ImageSet) -> None:
     """Set `shift_factor` and `scaling_factor` to the mean and 1/std of posterior draws of some training images."""
-    import numpy as np
     import torch
 
     from gspn_dit.data.latents import to_signed
 
-    rows = np.unique(np.linspace(0, len(images) - 1, STATISTICS_IMAGES).astype(np.int64))
+    rows = evenly_spaced(len(images), STATISTICS_IMAGES)
     means, variances = [], []
     for start in range(0, len(rows), BATCH):
         batch = to_signed(images.pixels(rows[start : start + BATCH])).to(vae.device)
@@ -128,7 +127,7 @@ def reconstruction_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
 
     from gspn_dit.data.latents import to_signed, to_uint8
 
-    rows = np.unique(np.linspace(0, len(images) - 1, EVALUATED_IMAGES).astype(np.int64))
+    rows = evenly_spaced(len(images), EVALUATED_IMAGES)
     originals, decoded = [], []
     for start in range(0, len(rows), BATCH):
         originals.append(images.pixels(rows[start : start + BATCH]))

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gspn_dit.config import Config
+from gspn_dit.data.images import evenly_spaced
 from gspn_dit.diffusion import CHUNK, draw_noise, sample_latents
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
@@ -113,7 +114,7 @@ class QuickFD:
         """Features of the reference, [m, d]."""
         batches, latent = self.reference, self.parts.latent
         assert batches is not None
-        chosen = np.linspace(0, len(batches.images) - 1, self.reference_count).astype(np.int64)
+        chosen = evenly_spaced(len(batches.images), self.reference_count)
 
         def decode(indices: range) -> np.ndarray:
             latents, _ = batches.validation(chosen[indices.start : indices.stop].tolist())
