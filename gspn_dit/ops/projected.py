@@ -19,7 +19,8 @@ from gspn_dit.ops.scan import gspn_scan
 
 def _linear(proxy: Tensor, weight: Tensor) -> Tensor:
     """Map the proxy; on a CPU into memory that is used again, where fresh pages would cost more than the product."""
-    if proxy.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    plain = type(proxy) is Tensor and proxy.device.type == "cpu"  # a fake tensor has no memory to borrow
+    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(proxy, weight)
     shape = torch.Size([*proxy.shape[:-1], len(weight)])
     (result,) = output_memory.empty([shape], proxy.dtype)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gspn_dit.ops import DIRECTIONS, gspn_scan, gspn_scan_from_proxy
 
+SIZES_OF_A_LARGE_PROJECTION = ((1, 32, 32, 1024), (1, 32, 32, 4), (12288, 4), (4096, 4), (4096, 4), (4,))
 NAMES = ("x", "proxy", "logits_weight", "input_gate_weight", "output_gate_weight", "merge_weight")
 
 
@@ -227,6 +229,18 @@ def test_what_breaks_the_contract_is_refused_in_training_too(grad: bool, change:
         arguments[name] = value if keep else value.double()
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
         gspn_scan_from_proxy(**arguments)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_fake_tensors_of_any_size_stay_fake(grad: bool) -> None:
+    """`train.py --dry-run` measures models without memory; the projections here would have borrowed 16 MiB."""
+    with FakeTensorMode():
+        tensors = [torch.empty(size, requires_grad=grad) for size in SIZES_OF_A_LARGE_PROJECTION]
+        with torch.set_grad_enabled(grad):
+            y = gspn_scan_from_proxy(*tensors)
+        if grad:
+            y.sum().backward()
+    assert isinstance(y, FakeTensor) and y.shape == tensors[0].shape
 
 
 def test_double_derivative_says_that_the_reference_has_it() -> None:
