@@ -33,7 +33,7 @@ COMMANDS: dict[str, list[str]] = {
     "mixers": ["benchmarks.mixers", "--out"],
     "quality_digits": [*QUALITY, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*QUALITY, "--data", "fashion", "--seconds", "120", "--out"],
-    "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--seconds", "60", "--out"],
+    "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--seconds", "120", "--out"],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),
         *("--picture", "docs/resolution.png", "--out"),

@@ -35,7 +35,7 @@ REFERENCE = 5_000
 """Real images to compare with, evenly spaced, where there are more."""
 LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
 """For a few hundred steps, where both mixers learn faster with this rate than with half of it."""
-CALIBRATION_STEPS = 12
+CALIBRATION_STEPS = 42
 """Timed steps of each variant, in turn; the first two are warm-up."""
 METRICS = ("fd", "is", "precision", "recall", "class_agreement", "val_loss")
 LOWER_IS_BETTER = {"fd", "val_loss"}
