@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
         *(*QUALITY, "--data", "digits", "--steps", "288", "--baseline", "gspn"),
         *("--variants", "gspn", *ABLATIONS, *BLOCKS, "--out"),
     ],
+    "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--out"],

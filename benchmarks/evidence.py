@@ -1,9 +1,9 @@
-"""Tables and plots of docs/evidence.md, made from the results that are committed.
+"""Tables and plots of docs/evidence.md, and tables of other pages, made from the results that are committed.
 
     python -m benchmarks.evidence
 
-Rewrites what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in docs/evidence.md from
-benchmarks/results/NAME.json, prints it, and draws docs/evidence_NAME.png. No figure there is typed by hand.
+Rewrites what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` on a page from benchmarks/results/NAME.json,
+prints it, and draws docs/evidence_NAME.png. No figure there is typed by hand.
 """
 
 from __future__ import annotations
@@ -13,24 +13,18 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import METRICS
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "evidence.md"
+EVIDENCE, SCALE, KERNELS = "docs/evidence.md", "docs/scale.md", "cuda/README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 RATIO = "paired_ratio_to_"
-METRICS = {
-    "fd": "FD",
-    "is": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "class_agreement": "class agreement",
-    "val_loss": "validation loss",
-}
 NOT_MEASURED = "Not measured yet.\n"
 
 Result = dict[str, Any]
@@ -152,6 +146,35 @@ def resolution_table(result: Result) -> str:
     )
 
 
+def memory_table(result: Result) -> str:
+    """Tabulate `benchmarks.memory`: a block's activations and time, and a step's peak, in three ways."""
+    block, step = result["block"], result["step"]
+    shape, saved, time = block["shape"], block["saved_bytes"], block["forward_backward"]
+    where = f"a block of {shape['channels']} channels, {shape['batch']} × {shape['height']} × {shape['width']} tokens"
+    recomputed = f"{saved['recomputed'] / 1e6:.1f} MB ({saved['ratio']:.2f} ×)"
+    rows = [
+        [f"saved by {where}, {shape['dtype']}", f"{saved['plain'] / 1e6:.1f} MB", recomputed, "its input"],
+        ["forward + backward of that block", "1", f"{time['ratio_of_medians']:.2f} ×", ""],
+        [
+            f"peak of a {step['model']} step, batch {step['batch']}, {step['dtype']}, with AdamW",
+            *(f"{size:.1f} GB" for size in step["peak_gigabytes"].values()),
+        ],
+    ]
+    head = ["", "plain autograd", "recomputed (default)", "`activation_checkpointing: true`"]
+    return table(head, rows) + f"\n{provenance(result)}\n"
+
+
+def cuda_traffic_table(result: Result) -> str:
+    """Tabulate `benchmarks.cuda_traffic`: bytes moved over the fewest possible, and by which kernels."""
+    rows = [
+        [row["arch"], str(row["shape"]), *(f"{part['bytes_ratio']:.2f} {part['regime']}" for part in both)]
+        for row in result["rows"]
+        for both in [(row["forward"], row["backward"])]
+    ]
+    head = ["architecture", "[B, H, W, C], G = C", "forward", "backward"]
+    return table(head, rows) + f"\n{result['dtype']}, four directions. Commit {result['software']['commit']}.\n"
+
+
 # -- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,16 +249,27 @@ def plot_resolution(result: Result, figure: Any) -> None:
     axis.legend(fontsize="small")
 
 
-# -- the page --------------------------------------------------------------------------------------------------------
+# -- the pages -------------------------------------------------------------------------------------------------------
 
-Writer = Callable[[Result], str]
-Plotter = Callable[[Result, Any], None]
-STUDIES: dict[str, tuple[Writer, Plotter]] = {
-    "mixers": (mixers_table, plot_mixers),
-    **dict.fromkeys(
-        ("quality_digits", "quality_fashion", "quality_fashion_latents", "ablations"), (quality_table, plot_quality)
-    ),
-    "resolution": (resolution_table, plot_resolution),
+
+@dataclass(frozen=True)
+class Study:
+    """Where a result is shown, and how: benchmarks/results/NAME.json, drawn as docs/evidence_NAME.png."""
+
+    page: str
+    write: Callable[[Result], str]
+    plot: Callable[[Result, Any], None] | None = None
+
+
+STUDIES = {
+    "mixers": Study(EVIDENCE, mixers_table, plot_mixers),
+    "quality_digits": Study(EVIDENCE, quality_table, plot_quality),
+    "quality_fashion": Study(EVIDENCE, quality_table, plot_quality),
+    "quality_fashion_latents": Study(EVIDENCE, quality_table, plot_quality),
+    "ablations": Study(EVIDENCE, quality_table, plot_quality),
+    "resolution": Study(EVIDENCE, resolution_table, plot_resolution),
+    "memory": Study(SCALE, memory_table),
+    "cuda_traffic": Study(KERNELS, cuda_traffic_table),
 }
 
 
@@ -245,49 +279,51 @@ def read_results(directory: Path) -> dict[str, Result]:
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
-def rewritten(page: str, results: dict[str, Result]) -> str:
-    """Return the page with what stands between its markers made anew; raises UserError for a study without a place."""
-    places = [name for _, name, _ in BLOCK.findall(page)]
-    if sorted(places) != sorted(STUDIES):
-        raise UserError(
-            f"{PAGE.name} must have one place <!-- begin NAME --> … <!-- end NAME --> each for {', '.join(STUDIES)}"
-        )
+def rewritten(page: str, text: str, results: dict[str, Result]) -> str:
+    """Return a page's text with what stands between its markers made anew; UserError for a study without a place."""
+    own = [name for name, study in STUDIES.items() if study.page == page]
+    if sorted(name for _, name, _ in BLOCK.findall(text)) != sorted(own):
+        raise UserError(f"{page} must have one place <!-- begin NAME --> … <!-- end NAME --> each for {', '.join(own)}")
 
     def fill(found: re.Match[str]) -> str:
         name = found[2]
-        return found[1] + (STUDIES[name][0](results[name]) if name in results else NOT_MEASURED) + found[3]
+        return found[1] + (STUDIES[name].write(results[name]) if name in results else NOT_MEASURED) + found[3]
 
-    return BLOCK.sub(fill, page)
+    return BLOCK.sub(fill, text)
 
 
 def draw(results: dict[str, Result], directory: Path) -> None:
-    """Write evidence_NAME.png of every result."""
+    """Write evidence_NAME.png of every result that has a plot."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     for name, result in results.items():
+        plot = STUDIES[name].plot
+        if plot is None:
+            continue
         variants = {cell.get("variant") for cell in result.get("cells", [])}
-        height = 1.6 + 0.45 * len(variants) if STUDIES[name][1] is plot_quality else 3.6
+        height = 1.6 + 0.45 * len(variants) if plot is plot_quality else 3.6
         figure = pyplot.figure(figsize=(10, height), layout="constrained")
-        STUDIES[name][1](result, figure)
+        plot(result, figure)
         figure.savefig(directory / f"evidence_{name}.png", dpi=90)
         pyplot.close(figure)
 
 
 def main() -> None:
-    """Rewrite the page, print its tables, draw its plots."""
+    """Rewrite the pages, print their tables, draw the plots."""
     parser = ArgumentParser(prog="benchmarks.evidence", description=__doc__.split("\n")[0])
     parser.add_argument("--no-plots", action="store_true", help="only the tables")
     options = parser.parse_args()
     results = read_results(RESULTS)
-    page = rewritten(PAGE.read_text(), results)
-    PAGE.write_text(page)
-    for found in BLOCK.finditer(page):
-        print(found[0])
+    for page in dict.fromkeys(study.page for study in STUDIES.values()):
+        text = rewritten(page, (ROOT / page).read_text(), results)
+        (ROOT / page).write_text(text)
+        for found in BLOCK.finditer(text):
+            print(found[0])
     if not options.no_plots:
-        draw(results, PAGE.parent)
+        draw(results, ROOT / "docs")
 
 
 if __name__ == "__main__":

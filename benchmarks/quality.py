@@ -37,8 +37,15 @@ LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
 """For a few hundred steps, where both mixers learn faster with this rate than with half of it."""
 CALIBRATION_STEPS = 42
 """Timed steps of each variant, in turn; the first two are warm-up."""
-METRICS = ("fd", "is", "precision", "recall", "class_agreement", "val_loss")
-LOWER_IS_BETTER = {"fd", "val_loss"}
+METRICS = {
+    "fd": "FD",
+    "is": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "class_agreement": "class agreement",
+    "val_loss": "validation loss",
+}
+"""What is compared, and what tables call it."""
 
 
 @dataclass(frozen=True)

@@ -67,16 +67,21 @@ def rows(text: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_committed_page_is_what_the_committed_results_say() -> None:
-    page = evidence.PAGE.read_text()
-    assert page == evidence.rewritten(page, evidence.read_results(evidence.RESULTS))
+PAGES = sorted({study.page for study in evidence.STUDIES.values()})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_committed_page_is_what_the_committed_results_say(page: str) -> None:
+    text = (evidence.ROOT / page).read_text()
+    assert text == evidence.rewritten(page, text, evidence.read_results(evidence.RESULTS))
 
 
 def test_every_picture_on_the_page_of_a_study_that_was_run_is_there() -> None:
     measured = evidence.read_results(evidence.RESULTS)
-    for picture in re.findall(r"\]\((\w+\.png)\)", evidence.PAGE.read_text()):
+    page = evidence.ROOT / evidence.EVIDENCE
+    for picture in re.findall(r"\]\((\w+\.png)\)", page.read_text()):
         name = picture.removesuffix(".png").removeprefix("evidence_")
-        assert name not in measured or (evidence.PAGE.parent / picture).exists(), picture
+        assert name not in measured or (page.parent / picture).exists(), picture
 
 
 def test_numbers_have_three_digits_and_intervals_half_their_width() -> None:
@@ -111,30 +116,69 @@ def test_mixers_and_resolution() -> None:
     assert ["gspn", "2×", "64", "24.7", "0.50"] in rows(evidence.resolution_table(RESOLUTION))
 
 
-def page_of(*names: str) -> str:
+MEMORY = {
+    "block": {
+        "shape": {"batch": 2, "height": 16, "width": 8, "channels": 900, "dtype": "float32"},
+        "saved_bytes": {"plain": 50_000_000, "recomputed": 10_400_000, "ratio": 0.208},
+        "forward_backward": {"ratio_of_medians": 1.104},
+    },
+    "step": {
+        "model": "GSPN-B/2",
+        "batch": 8,
+        "dtype": "float32",
+        "peak_gigabytes": {"plain": 10.36, "recomputed": 5.43, "checkpointed": 5.12},
+    },
+    "machine": MACHINE,
+    "software": SOFTWARE,
+}
+TRAFFIC = {
+    "dtype": "bfloat16",
+    "rows": [
+        {
+            "arch": "sm_90",
+            "shape": [1, 2, 3, 4],
+            "forward": {"bytes_ratio": 1.1325, "regime": "cluster"},
+            "backward": {"bytes_ratio": 1.5424, "regime": "long"},
+        }
+    ],
+    "software": SOFTWARE,
+}
+
+
+def test_memory_and_traffic() -> None:
+    saved, time, peak = rows(evidence.memory_table(MEMORY))[2:]
+    assert saved[1:] == ["50.0 MB", "10.4 MB (0.21 ×)", "its input"] and "2 × 16 × 8 tokens" in saved[0]
+    assert (time[1:3], peak[1:]) == (["1", "1.10 ×"], ["10.4 GB", "5.4 GB", "5.1 GB"])
+    assert rows(evidence.cuda_traffic_table(TRAFFIC))[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
+
+
+OWN = [name for name, study in evidence.STUDIES.items() if study.page == evidence.EVIDENCE]
+
+
+def text_of(*names: str) -> str:
     return "".join(f"before {name}\n<!-- begin {name} -->\nold\n<!-- end {name} -->\nafter\n" for name in names)
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
-    old = page_of(*evidence.STUDIES)
-    new = evidence.rewritten(old, {"resolution": RESOLUTION})
+    old = text_of(*OWN)
+    new = evidence.rewritten(evidence.EVIDENCE, old, {"resolution": RESOLUTION})
     assert evidence.BLOCK.sub("", new) == evidence.BLOCK.sub("", old)
     blocks = {
         name: content for _, name, content, _ in re.findall(r"(<!-- begin (\w+) -->\n)(.*?)(<!-- end)", new, re.S)
     }
     assert blocks.pop("resolution") == evidence.resolution_table(RESOLUTION)
     assert set(blocks.values()) == {evidence.NOT_MEASURED}
-    assert evidence.rewritten(new, {"resolution": RESOLUTION}) == new
+    assert evidence.rewritten(evidence.EVIDENCE, new, {"resolution": RESOLUTION}) == new
 
 
-@pytest.mark.parametrize("names", [[], [*evidence.STUDIES][1:], [*evidence.STUDIES, "resolution"], ["mixers", "other"]])
+@pytest.mark.parametrize("names", [[], OWN[1:], [*OWN, "resolution"], [*OWN, "memory"], ["mixers", "other"]])
 def test_every_study_has_one_place(names: list[str]) -> None:
     with pytest.raises(UserError, match=r"must have one place <!-- begin NAME --> .* each for mixers, quality_digits"):
-        evidence.rewritten(page_of(*names), {})
+        evidence.rewritten(evidence.EVIDENCE, text_of(*names), {})
 
 
 def test_plots(tmp_path: Path) -> None:
-    evidence.draw({"mixers": MIXERS, "quality_digits": study(), "resolution": RESOLUTION}, tmp_path)
+    evidence.draw({"mixers": MIXERS, "quality_digits": study(), "resolution": RESOLUTION, "memory": MEMORY}, tmp_path)
     drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(drawn) == {f"evidence_{name}.png" for name in ("mixers", "quality_digits", "resolution")}
     assert all(10_000 < size < 150_000 for size in drawn.values())

@@ -1,0 +1,71 @@
+"""Bytes that the CUDA kernels move over the fewest possible, counted without a GPU; the table of cuda/README.md.
+
+python -m benchmarks.cuda_traffic --out benchmarks/results/cuda_traffic.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import CpuDevice, software
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.ops.inspect import inspect
+
+DTYPE = torch.bfloat16
+CASES: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
+    ("sm_90", (32, 16, 16, 1152)),
+    ("sm_90", (32, 16, 16, 1500)),
+    ("sm_90", (32, 16, 16, 900)),
+    ("sm_90", (8, 32, 32, 1152)),
+    ("sm_90", (8, 32, 32, 1500)),
+    ("sm_90", (1, 128, 128, 256)),
+    ("sm_80", (8, 32, 32, 1152)),
+    ("sm_80", (1, 128, 128, 256)),
+)
+"""Architecture and [B, H, W, C]; every channel has weights of its own, G = C, in four directions."""
+
+
+def measure(cases: tuple[tuple[str, tuple[int, int, int, int]], ...] = CASES) -> Iterator[dict[str, Any]]:
+    """Yield both passes of every case: the main kernel's regime, the whole pass's ratio, and what each kernel takes."""
+    for arch, shape in cases:
+        reports = inspect(arch, (*shape, shape[-1]), [DTYPE])
+        row: dict[str, Any] = {"arch": arch, "shape": list(shape)}
+        for direction in ("forward", "backward"):
+            # A pass begins with the kernel that is named after it.
+            first = next(place for place, report in enumerate(reports) if f"_{direction}_" in report.kernel)
+            main = reports[first]
+            if main.reason is not None:
+                raise UserError(f"the bytes of {arch} {shape} cannot be counted: {main.reason}")
+            row[direction] = {"bytes_ratio": main.bytes_ratio, "regime": main.regime}
+        row["kernels"] = [asdict(report) for report in reports]
+        print(row | {"kernels": len(reports)}, flush=True)
+        yield row
+
+
+def main() -> None:
+    """Count and write the JSON."""
+    parser = ArgumentParser(prog="benchmarks.cuda_traffic", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", help="write the JSON here as well")
+    options = parser.parse_args()
+    rows = list(measure())
+    result = {
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "rows": rows,
+        "machine": CpuDevice().describe(),
+        "software": software(),
+    }
+    text = json.dumps(result, indent=2)
+    if options.out:
+        Path(options.out).write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    run_cli(main)
