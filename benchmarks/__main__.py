@@ -35,9 +35,13 @@ COMMANDS: dict[str, list[str]] = {
     "quality_digits": [*QUALITY, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*QUALITY, "--data", "fashion", "--seconds", "120", "--out"],
     "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--seconds", "120", "--out"],
+    "quality_fashion_no_positions": [
+        *(*QUALITY, "--data", "fashion", "--steps", "335", "--seeds", "1", "--baseline", "gspn-block"),
+        *("--variants", "gspn-block", "no-positions", "--out"),
+    ],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),
-        *("--picture", "docs/resolution.png", "--out"),
+        *("benchmarks/results/quality_fashion_no_positions.json", "--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],

@@ -1,9 +1,9 @@
 """What a model trained at one size draws at two and four times that size, unchanged: pictures, FD of crops, classes.
 
-    python -m benchmarks.resolution --study benchmarks/results/quality_fashion.json \\
+    python -m benchmarks.resolution --study benchmarks/results/quality_fashion{,_no_positions}.json \\
         --picture docs/resolution.png --out benchmarks/results/resolution.json
 
-The models are those that a study of `benchmarks.quality` trained with its first seed, or those that --runs names.
+The models are those that studies of `benchmarks.quality` trained with their first seed, or those that --runs names.
 
 A model without positions is given another grid, and nothing else changes. One with sine and cosine positions is drawn
 twice: with positions that continue beyond the training grid, and with positions squeezed into its range. Every size is
@@ -175,11 +175,22 @@ def runs_of_study(file: Path, work: Path) -> tuple[str, dict[str, str]]:
     return study["data"], {cell.variant: str(cell.directory(work) / "run") for cell in cells}
 
 
+def runs_of_studies(files: list[Path], work: Path) -> tuple[str, dict[str, str]]:
+    """Return the data set of several studies, and all their runs as `runs_of_study` does."""
+    studies = [runs_of_study(file, work) for file in files]
+    data = list(dict.fromkeys(name for name, _ in studies))
+    if len(data) > 1:
+        raise UserError(f"--study takes results of one data set, but these are of {', '.join(data)}")
+    return data[0], {name: run for _, found in studies for name, run in found.items()}
+
+
 def main() -> None:
     """Measure and write the JSON and the picture."""
     parser = ArgumentParser(prog="benchmarks.resolution", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--study", metavar="FILE", help="result of benchmarks.quality, whose runs are still there")
+    source.add_argument(
+        "--study", metavar="FILE", nargs="+", help="results of benchmarks.quality, whose runs are there"
+    )
     source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
     parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.quality")
     parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
@@ -190,7 +201,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
     if options.study:
-        options.data, runs = runs_of_study(Path(options.study), Path(options.work))
+        options.data, runs = runs_of_studies([Path(file) for file in options.study], Path(options.work))
     else:
         runs = dict(item.partition("=")[::2] for item in options.runs)
     if not all(runs.values()):

@@ -89,25 +89,35 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
     assert Image.open(picture).mode == "P"
 
 
-def test_a_study_says_which_runs(tmp_path: Path) -> None:
-    """The first seed's, for the first budget; the file of a study that is none is refused."""
+def save_study(file: Path, data: str, *variants: str) -> Path:
     cells = [
         {"variant": variant, "seed": seed, "budget": budget, "steps": steps}
         for budget, seed, steps in (("9 s", 1, 70), ("9 s", 0, 70), ("80 steps", 0, 80))
-        for variant in ("gspn", "attention")
+        for variant in variants
     ]
-    file = tmp_path / "study.json"
-    file.write_text(
-        json.dumps({"data": "fashion", "size": "N", "cells": cells, "budgets": {"9 s": {}, "80 steps": {}}})
-    )
-    data, runs = resolution.runs_of_study(file, tmp_path)
+    file.write_text(json.dumps({"data": data, "size": "N", "cells": cells, "budgets": {"9 s": {}, "80 steps": {}}}))
+    return file
+
+
+def test_studies_say_which_runs(tmp_path: Path) -> None:
+    """The first seed's, for the first budget, of every study; all must be of the same images."""
+    one = save_study(tmp_path / "one.json", "fashion", "gspn", "attention")
+    more = save_study(tmp_path / "more.json", "fashion", "no-positions")
+    other = save_study(tmp_path / "other.json", "digits", "gspn")
+    data, runs = resolution.runs_of_studies([one, more], tmp_path)
     assert data == "fashion"
     assert runs == {
-        name: str(Cell("fashion", name, "N", 0, 70).directory(tmp_path) / "run") for name in ("gspn", "attention")
+        name: str(Cell("fashion", name, "N", 0, 70).directory(tmp_path) / "run")
+        for name in ("gspn", "attention", "no-positions")
     }
-    file.write_text("{}")
+    with pytest.raises(UserError, match=r"--study takes results of one data set, but these are of fashion, digits"):
+        resolution.runs_of_studies([one, other], tmp_path)
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match=r"study.json cannot be read as a study of benchmarks.quality: 'cells'"):
-        resolution.runs_of_study(file, tmp_path)
+        resolution.runs_of_studies([tmp_path / "study.json"], tmp_path)
 
 
 def test_a_run_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
