@@ -21,12 +21,15 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RESULTS = Path(__file__).parent / "results"
 QUALITY = ["benchmarks.quality", "--jobs", "2"]
-ABLATIONS = ["no-positions", "own-weights", "window-2", "two-directions"]
-BLOCKS = ["gspn-block", "gspn-block-adaln-zero", "gspn-block-no-long-skips"]
+ABLATIONS = [*QUALITY, "--data", "digits", "--steps", "288"]
 COMMANDS: dict[str, list[str]] = {
     "ablations": [
-        *(*QUALITY, "--data", "digits", "--steps", "288", "--baseline", "gspn"),
-        *("--variants", "gspn", *ABLATIONS, *BLOCKS, "--out"),
+        *(*ABLATIONS, "--baseline", "gspn", "--variants", "gspn", "no-positions", "own-weights", "window-2"),
+        *("two-directions", "gspn-block", "--out"),
+    ],
+    "ablations_block": [
+        *(*ABLATIONS, "--baseline", "gspn-block", "--variants", "gspn-block", "gspn-block-adaln-zero"),
+        *("gspn-block-no-long-skips", "--out"),
     ],
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
@@ -37,7 +40,7 @@ COMMANDS: dict[str, list[str]] = {
     "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--seconds", "120", "--out"],
     "quality_fashion_no_positions": [
         *(*QUALITY, "--data", "fashion", "--steps", "335", "--seeds", "1", "--baseline", "gspn-block"),
-        *("--variants", "gspn-block", "no-positions", "--out"),
+        *("--variants", "gspn-block", "gspn-block-no-long-skips", "no-positions", "--out"),
     ],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),

@@ -267,6 +267,7 @@ STUDIES = {
     "quality_fashion": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion_latents": Study(EVIDENCE, quality_table, plot_quality),
     "ablations": Study(EVIDENCE, quality_table, plot_quality),
+    "ablations_block": Study(EVIDENCE, quality_table, plot_quality),
     "resolution": Study(EVIDENCE, resolution_table, plot_resolution),
     "memory": Study(SCALE, memory_table),
     "cuda_traffic": Study(KERNELS, cuda_traffic_table),
