@@ -120,12 +120,25 @@ def mixers_table(result: Result) -> str:
         for name, exponents in result["exponents"].items()
         for variant, slope in exponents.items()
     ]
+    heads = [f"{int(count):,} tokens" for count in tokens]
     return (
         table(["to be shown", "bound", "measured", "met"], shown)
         + "\n"
-        + table(["forward + backward", "mixer", "exponent", *(f"{int(count):,} tokens" for count in tokens)], rows)
-        + f"\nTimes as fast as attention, by number of tokens. {provenance(result)}\n"
+        + table(["forward + backward", "mixer", "exponent", *heads], rows)
+        + "\nTimes as fast as attention, by number of tokens.\n\n"
+        + table(["memory of forward + backward, MB", "mixer", *heads], _memory_rows(result, tokens))
+        + f"\n{provenance(result)}\n"
     )
+
+
+def _memory_rows(result: Result, tokens: Sequence[str]) -> list[list[str]]:
+    """Return a row for each variant of each module: by how much memory rises at its peak, at each size."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in result["cells"]:
+        if cell.get("peak_extra_bytes"):
+            peaks = found.setdefault((cell["name"], cell["variant"]), {})
+            peaks[str(cell["tokens"])] = f"{cell['peak_extra_bytes'] / 1e6:,.0f}"
+    return [[*names, *(peaks.get(count, "") for count in tokens)] for names, peaks in found.items()]
 
 
 def _times(ratio: float | None) -> str:

@@ -123,12 +123,17 @@ def _processor() -> str:
 def software() -> dict[str, str]:
     """Versions, and the commit if this is a checkout."""
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+    # Results and pages change with every run and say nothing of the code that ran.
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md", ":!*.png"
     )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else ""),
     }

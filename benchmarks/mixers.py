@@ -46,9 +46,10 @@ OPTIONS = {**VARIANTS, EQUAL: {"mixer": "gspn", "hidden_size": 392}}
 """Of `create_model`."""
 WHATS = ("mixer", "model", "block")
 """What the claims rest on comes first, in case time runs out."""
-SECONDS_OF_A_CELL, LONG_SECONDS, LONGEST_SECONDS = 1.2, 8.0, 60.0
-"""Runs are repeated for about the first, but not more often than --repeats; what takes longer than the second is run
-once, to weigh and to time it, and what would take longer than the third is left out."""
+SECONDS_OF_A_CELL, LONG_SECONDS, LONGEST_SECONDS = 1.2, 16.0, 60.0
+"""Runs are repeated for about the first, three times at least and not more often than --repeats; what takes longer than
+the second is timed once, and what would take longer than the third is left out."""
+FEWEST_RUNS = 3
 GROWTH = {"attention": 16.0, PEER: 16.0}
 """By which the time of a cell is predicted to grow from one size to the next; 5 for scans."""
 
@@ -229,14 +230,13 @@ class Study:
         gc.collect()
 
     def _weigh(self, cell: Cell, run: Callable[[], tuple[float, float, float]]) -> int:
-        """Run once for the peak of memory; return how many timed runs are to follow. A long run counts as one."""
+        """Run once for the peak of memory, which warms up, too; return how many timed runs are to follow."""
         result: list[tuple[float, float, float]] = []
         cell.peak_extra_bytes = self.device.peak_extra_bytes(lambda: result.append(run()))
         seconds = result[0][1]
         if seconds > LONG_SECONDS:
-            self._record(cell, result[0])
-            return 0
-        return max(1, min(self.repeats, int(SECONDS_OF_A_CELL / seconds)))
+            return 1
+        return min(self.repeats, max(FEWEST_RUNS, int(SECONDS_OF_A_CELL / seconds)))
 
     @staticmethod
     def _record(cell: Cell, seconds: tuple[float, float, float]) -> None:
@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES), help="rows and columns of tokens")
     parser.add_argument("--widths", type=int, nargs="+", choices=list(DIT_OF), default=list(DIT_OF))
     parser.add_argument("--repeats", type=int, default=9, help="at most so many runs of a cell")
-    parser.add_argument("--seconds", type=float, default=450.0, help="leave out what would end later than this")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="leave out what would end later than this")
     parser.add_argument("--out", help="write the report to this JSON, and the plot to a PNG beside it")
     options = parser.parse_args()
     report, cells = study(options.sides, options.widths, options.repeats, options.seconds)

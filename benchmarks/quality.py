@@ -73,7 +73,7 @@ DATA_SETS = {
     "fashion-latents": DataSet("configs/fashion_gspn.yaml", 1, FASHION_NET, ("hf", "runs/fashion/data")),
 }
 _SCANS = {"model.name": "DiT-{size}/{patch}", "model.mixer": "gspn", "model.positions": True, "model.weight_groups": 4}
-_BLOCKS = {"model.name": "GSPN-{size}/{patch}", "model.long_skips": True}
+_BLOCKS = {"model.name": "GSPN-{size}/{patch}"}
 VARIANTS: dict[str, dict[str, Any]] = {
     # The same model but for its mixer.
     "gspn": _SCANS,

@@ -57,8 +57,7 @@ class ModelConfig:
     scan_directions: list[str] | None = None
     """Directions of the scan, of right, left, down and up; null: all four."""
     long_skips: bool | None = None
-    """Join each encoder block to its mirror in the decoder; GSPN models alone; null: in the published
-    sizes, not in N and T."""
+    """Join each encoder block to its mirror in the decoder; GSPN models alone; null: true."""
     conditioning: Literal["additive", "adaln-zero"] | None = None
     """How timestep and class act: added once to the tokens (additive, what null means), or by modulating every block;
     GSPN models alone."""

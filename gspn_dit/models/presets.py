@@ -8,17 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """Width and depth of a size; GSPN models have `depth` blocks plus one in the middle."""
+    """Width and depth of a GSPN size; `depth` blocks plus one in the middle."""
 
     hidden_size: int
     depth: int
-
-
-@dataclass(frozen=True)
-class GSPNPreset(Preset):
-    """Width and depth of a GSPN size, and whether encoder blocks are joined to their mirrors in the decoder."""
-
-    long_skips: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,18 +22,18 @@ class DiTPreset(Preset):
 
 
 GSPN_PRESETS = {
-    # For small studies and tests. Long skips did not pay in so few blocks: docs/evidence.md.
-    "N": GSPNPreset(96, 6, long_skips=False),
-    "T": GSPNPreset(192, 10, long_skips=False),
+    # For small studies and tests.
+    "N": Preset(96, 6),
+    "T": Preset(192, 10),
     # The published generative sizes (arXiv 2501.12381).
-    "S": GSPNPreset(368, 24),
-    "B": GSPNPreset(900, 30),
-    "L": GSPNPreset(1200, 56),
-    "XL": GSPNPreset(1500, 56),
+    "S": Preset(368, 24),
+    "B": Preset(900, 30),
+    "L": Preset(1200, 56),
+    "XL": Preset(1500, 56),
 }
 
 DIT_PRESETS = {
-    # For small studies: as many parameters as GSPN-N and GSPN-T with long skips, without the class table.
+    # For small studies: as many parameters as GSPN-N and GSPN-T, without the class table.
     "N": DiTPreset(64, 6, 2),
     "T": DiTPreset(128, 8, 4),
     # The published sizes (arXiv 2212.09748, table 1).

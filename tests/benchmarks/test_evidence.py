@@ -44,6 +44,10 @@ MIXERS = {
     "times_faster_than_attention": {
         "mixer C=384": {"256": {"attention": 1.0, "gspn": 0.5}, "16384": {"attention": 1.0}}
     },
+    "cells": [
+        {"name": "mixer C=384", "variant": "gspn", "tokens": 256, "peak_extra_bytes": 12_345_678},
+        {"name": "mixer C=384", "variant": "gspn", "tokens": 16384, "skipped": "too long"},
+    ],
     "device": MACHINE,
     "software": SOFTWARE,
 }
@@ -112,7 +116,8 @@ def test_mixers_and_resolution() -> None:
     text = evidence.mixers_table(MIXERS)
     assert ["a", "<= 1.1", "1.06", "yes"] in rows(text)
     assert rows(text)[3][-1] == "not measured"
-    assert [cell for cell in rows(text)[-1] if cell] == ["mixer C=384", "gspn", "1.000", "0.500×"]
+    assert [cell for cell in rows(text)[-4] if cell] == ["mixer C=384", "gspn", "1.000", "0.500×"]
+    assert [cell for cell in rows(text)[-1] if cell] == ["mixer C=384", "gspn", "12"]
     assert ["gspn", "2×", "64", "24.7", "0.50"] in rows(evidence.resolution_table(RESOLUTION))
 
 
