@@ -7,7 +7,8 @@ Every cell is a run of `train.py` on one thread, then samples with guidance and 
 `fid`. A budget is a number of optimiser steps, or of seconds: those are turned into steps by timing all variants in
 turn, once, before the first cell, so that a busy neighbour hits every model alike and each learning rate schedule ends
 with its budget. Cells of one seed share data order, noise, times and labels: the comparison is paired. A cell that is
-done is not run again, whatever study asks for it; one that was interrupted goes on from its last checkpoint.
+done is not run again, whatever study asks for it, and says which commit trained it; one that was interrupted goes on
+from its last checkpoint; one that was trained or scored with other settings than today's is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ SAMPLING_STEPS = 20
 GUIDANCE_SCALE = 1.0
 REFERENCE = 5_000
 """Real images to compare with, evenly spaced, where there are more."""
+SETTING = {"samples": SAMPLES, "steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE, "reference": REFERENCE}
+"""How every cell is scored."""
 LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
 """For a few hundred steps, where both mixers learn faster with this rate than with half of it."""
 CALIBRATION_STEPS = 42
@@ -155,8 +158,8 @@ def calibrated(data: str, variants: list[str], size: str, work: Path) -> dict[st
     """Return milliseconds per step, measured once for a work directory so that resumed studies keep their budgets."""
     file = work / data / f"calibration-{size}.json"
     known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    if set(variants) - set(known):
-        known = milliseconds_per_step(data, variants, size, work)
+    if missing := [name for name in variants if name not in known]:
+        known |= milliseconds_per_step(data, missing, size, work)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=2))
     return known
@@ -166,13 +169,30 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     """Train and score a cell in processes of their own, unless its result is there already."""
     directory = cell.directory(work)
     result = directory / "result.json"
+    train = train_arguments(cell.data, cell.variant, cell.size, cell.seed, cell.steps, directory / "run")
+    refuse_other_settings(directory, train)
     if not result.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        train = train_arguments(cell.data, cell.variant, cell.size, cell.seed, cell.steps, directory / "run")
         _call(["train.py", *train, "--resume", "auto"], directory / "log.txt")
         _call(["-m", "benchmarks.quality", "--score", str(directory), "--data", cell.data], directory / "log.txt")
         print(f"{directory}: {json.loads(result.read_text())}", flush=True)
-    return {**json.loads(result.read_text()), "variant": cell.variant, "seed": cell.seed, "steps": cell.steps}
+    figures = json.loads(result.read_text())
+    environment = json.loads((directory / "run" / "environment.json").read_text())
+    commit = f"{environment['git_commit'] or 'unknown'}"[:7] + ("-dirty" if environment["git_changes"] else "")
+    del figures["setting"]
+    return {**figures, "variant": cell.variant, "seed": cell.seed, "steps": cell.steps, "commit": commit}
+
+
+def refuse_other_settings(directory: Path, train: list[str]) -> None:
+    """Raise UserError if what lies in a cell's directory was not trained by these arguments, or scored otherwise."""
+    from gspn_dit.config import load_config, parse_train_arguments
+
+    config, result = directory / "run" / "config.yaml", directory / "result.json"
+    same = not config.exists() or load_config(config) == parse_train_arguments(train).config
+    if result.exists():
+        same = same and json.loads(result.read_text()).get("setting") == SETTING
+    if not same:
+        raise UserError(f"{directory} was trained or scored with other settings; delete it to make it again")
 
 
 def _call(arguments: list[str], log: Path) -> None:
@@ -217,6 +237,7 @@ def score_cell(directory: Path, data: str) -> None:
         **judge_agreement(images, labels, real["train"], real["validation"]),
         "training_seconds": training_seconds(run)["training_seconds"],
         "val_loss": training_seconds(run)["final_val_loss"],
+        "setting": SETTING,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
     }
     partial = directory / "result.json.partial"
@@ -293,12 +314,7 @@ def study(options: Any) -> dict[str, Any]:
     return {
         "data": options.data,
         "size": options.size,
-        "setting": {
-            "samples": SAMPLES,
-            "steps": SAMPLING_STEPS,
-            "guidance_scale": GUIDANCE_SCALE,
-            "jobs": options.jobs,
-        },
+        "setting": SETTING | {"jobs": options.jobs},
         "milliseconds_per_step": times,
         "cells": rows,
         "budgets": {

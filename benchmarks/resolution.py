@@ -1,6 +1,6 @@
 """What a model trained at one size draws at two and four times that size, unchanged: pictures, FD of crops, classes.
 
-    python -m benchmarks.resolution --study benchmarks/results/quality_fashion{,_no_positions}.json \\
+    python -m benchmarks.resolution --study benchmarks/results/quality_fashion{,_block}.json \\
         --picture docs/resolution.png --out benchmarks/results/resolution.json
 
 The models are those that studies of `benchmarks.quality` trained with their first seed, or those that --runs names.

@@ -8,7 +8,6 @@ Drawing by sample number, loading the batch, the EMA and the counters are the ov
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -42,11 +41,10 @@ def measure(config_path: str, steps: int) -> dict[str, Any]:
     """Run training steps of a config in a temporary directory and return the split of their time."""
     import dataclasses
 
-    import torch
-
+    from benchmarks.measure import CpuDevice, software
     from gspn_dit.config import load_config
     from gspn_dit.training import loop
-    from gspn_dit.training.run_directory import RunDirectory, describe_environment
+    from gspn_dit.training.run_directory import RunDirectory
     from gspn_dit.training.setup import build_parts
 
     with tempfile.TemporaryDirectory() as folder:
@@ -67,18 +65,22 @@ def measure(config_path: str, steps: int) -> dict[str, Any]:
             rows.append({"total": total, **parts_of_step, "overhead": total - sum(parts_of_step.values())})
     rows = rows[WARM_UP_STEPS:]
     shares = [row["overhead"] / row["total"] for row in rows]
-    environment = describe_environment()
     return {
         "config": config_path,
         "steps": steps,
-        "milliseconds": {key: round(1e3 * statistics.median(row[key] for row in rows), 3) for key in rows[0]},
+        "timings": {key: timing([1e3 * row[key] for row in rows]) for key in rows[0]},
         "overhead_share": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
         "target": "median overhead_share <= 0.05",
         "met": statistics.median(shares) <= 0.05,
-        "machine": {**environment["machine"], "torch_threads": torch.get_num_threads(), "load": os.getloadavg()},
-        "versions": environment["versions"],
-        "git_commit": environment["git_commit"],
+        "machine": CpuDevice().describe(),
+        "software": software(),
     }
+
+
+def timing(milliseconds: list[float]) -> dict[str, float]:
+    """Return the best, the median and how far it lies above the best, as a share."""
+    best, median = min(milliseconds), statistics.median(milliseconds)
+    return {"best_ms": round(best, 3), "median_ms": round(median, 3), "spread": round(median / best - 1, 4)}
 
 
 def main() -> None:

@@ -28,6 +28,12 @@ def test_slower_means_beyond_the_larger_spread_and_the_tolerance() -> None:
     assert rows == [("a", 1.14, False), ("b", 1.14, True), ("c", 0.5, False)]
 
 
+def test_a_single_run_is_shown_but_not_judged() -> None:
+    before, after = {"a": timing(1.0, 0.0) | {"runs": 1}}, {"a": timing(9.0, 0.0) | {"runs": 3}}
+    assert compare(before, after, tolerance=0.05) == [("a", 9.0, False)]
+    assert compare(before | {"a": timing(1.0, 0.0) | {"runs": 2}}, after, tolerance=0.05) == [("a", 9.0, True)]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", "compare", *arguments], capture_output=True, text=True, check=False

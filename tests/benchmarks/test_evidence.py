@@ -23,6 +23,7 @@ def study(seeds: int = 3) -> dict[str, Any]:
     for seed in range(seeds):
         for variant, factor in (("attention", 1.0), ("gspn", (1.0, 1.1, 1.21)[seed])):
             row = dict.fromkeys(METRICS, 0.5) | {"fd": (10.0 + seed) * factor, "training_seconds": 100.0 + seed}
+            row |= {"commit": "1234567", "judge_validation_accuracy": 0.9}
             cells.append({**row, "variant": variant, "seed": seed, "steps": 1234, "budget": "60 s", "parameters": 5678})
     return {
         "data": "digits",
