@@ -43,6 +43,11 @@ def short(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(after, 0)}f}"
 
 
+def plural(count: int, noun: str) -> str:
+    """Write a count and its noun."""
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
 def mean_and_interval(found: dict[str, float]) -> str:
     """Write a mean and half of its 95% interval, which is symmetric; the mean alone where one seed has none."""
     half = found["high"] - found["mean"]
@@ -103,7 +108,7 @@ def quality_table(result: Result) -> str:
     judge = result["cells"][0]["judge_validation_accuracy"]
     return (
         table([*head, *METRICS.values()], rows)
-        + f"\n{seeds} paired seeds, {setting['samples']:,} samples each, {setting['steps']} steps, guidance "
+        + f"\n{plural(seeds, 'paired seed')}, {setting['samples']:,} samples each, {setting['steps']} steps, guidance "
         + f"{setting['guidance_scale']}, {setting['jobs']} at a time on one thread each. The judge of classes is right "
         + f"on {judge:.3f} of held-out images. {_without_first_seed(result)}Trained at {commits}. "
         + f"{provenance(result)}\n"
@@ -297,6 +302,7 @@ STUDIES = {
     "quality_fashion_latents": Study(EVIDENCE, quality_table, plot_quality),
     "ablations": Study(EVIDENCE, quality_table, plot_quality),
     "ablations_block": Study(EVIDENCE, quality_table, plot_quality),
+    "quality_fashion_block": Study(EVIDENCE, quality_table),
     "resolution": Study(EVIDENCE, resolution_table, plot_resolution),
     "memory": Study(SCALE, memory_table),
     "cuda_traffic": Study(KERNELS, cuda_traffic_table),
