@@ -87,6 +87,11 @@ class OutputMemory:
         with self._lock:
             return sum(len(block) for block in self._idle)
 
+    def keep(self, size: int) -> None:
+        """Let idle blocks hold so many bytes, even if no call has needed as many yet."""
+        with self._lock:
+            self._most_lent_bytes = max(self._most_lent_bytes, size)
+
     def release(self) -> None:
         """Give all idle memory back to the system."""
         with self._lock:
