@@ -142,9 +142,10 @@ def mixers_table(result: Result) -> str:
         for variant, slope in exponents.items()
     ]
     heads = [f"{int(count):,} tokens" for count in tokens]
+    targets = table(["to be shown", "bound", "measured", "met"], shown) + "\n"
+    some = any(row["value"] is not None for row in result["targets"])
     return (
-        table(["to be shown", "bound", "measured", "met"], shown)
-        + "\n"
+        (targets if some else "")
         + table(["forward + backward", "mixer", "exponent", *heads], rows)
         + "\nTimes as fast as attention, by number of tokens.\n\n"
         + table(["memory of forward + backward, MB", "mixer", *heads], _memory_rows(result, tokens))
@@ -297,6 +298,7 @@ class Study:
 
 STUDIES = {
     "mixers": Study(EVIDENCE, mixers_table, plot_mixers),
+    "mixers_wide": Study(EVIDENCE, mixers_table, plot_mixers),
     "quality_digits": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion_latents": Study(EVIDENCE, quality_table, plot_quality),

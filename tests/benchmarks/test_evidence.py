@@ -179,7 +179,7 @@ def test_only_what_stands_between_the_markers_changes() -> None:
 
 @pytest.mark.parametrize("names", [[], OWN[1:], [*OWN, "resolution"], [*OWN, "memory"], ["mixers", "other"]])
 def test_every_study_has_one_place(names: list[str]) -> None:
-    with pytest.raises(UserError, match=r"must have one place <!-- begin NAME --> .* each for mixers, quality_digits"):
+    with pytest.raises(UserError, match=r"must have one place <!-- begin NAME --> .* each for mixers, mixers_wide"):
         evidence.rewritten(evidence.EVIDENCE, text_of(*names), {})
 
 
