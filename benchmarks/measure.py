@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,16 @@ MEMORY_POLICY = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", 
 """Environment variables that change what memory and waiting cost."""
 
 FEWEST_ROUNDS = 5
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the best of repeated runs, their median, and how far it lies above the best, as a share."""
+    best, median = min(seconds), statistics.median(seconds)
+    return {
+        "best_ms": round(1e3 * best, 4),
+        "median_ms": round(1e3 * median, 4),
+        "spread": round(median / best - 1, 4),
+    }
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,7 @@ class Timing:
 
     def as_json(self) -> dict[str, float]:
         """Milliseconds: the best, the median, and how far it lies above the best; the fewest of all processors."""
-        return {
-            "best_ms": round(1e3 * self.best, 4),
-            "median_ms": round(1e3 * self.median, 4),
-            "spread": round(self.median / self.best - 1, 4),
-            "cpu_ms": round(1e3 * min(self.cpu_seconds), 4),
-        }
+        return {**milliseconds(self.seconds), "cpu_ms": round(1e3 * min(self.cpu_seconds), 4)}
 
 
 class CpuDevice:

@@ -84,13 +84,9 @@ class Cell:
 
 
 def _timing(seconds: Sequence[float], cpu: Sequence[float] | None) -> dict[str, Any]:
-    best, median = min(seconds), statistics.median(seconds)
-    entry = {
-        "best_ms": round(1e3 * best, 3),
-        "median_ms": round(1e3 * median, 3),
-        "spread": round(median / best - 1, 4),
-        "runs": len(seconds),
-    }
+    from benchmarks.measure import milliseconds
+
+    entry = {**milliseconds(seconds), "runs": len(seconds)}
     return entry if cpu is None else {**entry, "cpu_ms": round(1e3 * min(cpu), 3)}
 
 

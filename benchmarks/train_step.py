@@ -41,7 +41,7 @@ def measure(config_path: str, steps: int) -> dict[str, Any]:
     """Run training steps of a config in a temporary directory and return the split of their time."""
     import dataclasses
 
-    from benchmarks.measure import CpuDevice, software
+    from benchmarks.measure import CpuDevice, milliseconds, software
     from gspn_dit.config import load_config
     from gspn_dit.training import loop
     from gspn_dit.training.run_directory import RunDirectory
@@ -68,19 +68,13 @@ def measure(config_path: str, steps: int) -> dict[str, Any]:
     return {
         "config": config_path,
         "steps": steps,
-        "timings": {key: timing([1e3 * row[key] for row in rows]) for key in rows[0]},
+        "timings": {key: milliseconds([row[key] for row in rows]) for key in rows[0]},
         "overhead_share": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
         "target": "median overhead_share <= 0.05",
         "met": statistics.median(shares) <= 0.05,
         "machine": CpuDevice().describe(),
         "software": software(),
     }
-
-
-def timing(milliseconds: list[float]) -> dict[str, float]:
-    """Return the best, the median and how far it lies above the best, as a share."""
-    best, median = min(milliseconds), statistics.median(milliseconds)
-    return {"best_ms": round(best, 3), "median_ms": round(median, 3), "spread": round(median / best - 1, 4)}
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor
 
-
 STATISTICS_IMAGES = 4096
 EVALUATED_IMAGES = 2048
 BATCH = 128  # of images that are only looked at
