@@ -1,4 +1,4 @@
-"""Does GSPN earn its place? Cells of (data set × model × seed × budget), trained and scored in one way, side by side.
+"""Quality at one learning rate: cells of (data set × model × seed × budget), trained and scored in one way.
 
     python -m benchmarks.quality --data digits --seconds 120 --jobs 2 \\
         --out benchmarks/results/quality_digits.json
@@ -37,7 +37,7 @@ REFERENCE = 5_000
 SETTING = {"samples": SAMPLES, "steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE, "reference": REFERENCE}
 """How every cell is scored."""
 LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
-"""For a few hundred steps, where both mixers learn faster with this rate than with half of it."""
+"""One rate for all variants, too low for attention: no fair comparison (docs/evidence.md, Correction)."""
 CALIBRATION_STEPS = 42
 """Timed steps of each variant, in turn; the first two are warm-up."""
 METRICS = {
