@@ -96,7 +96,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        tree = json.loads(Path(path).read_text())
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a result: {error}") from None
     if not isinstance(tree, dict):

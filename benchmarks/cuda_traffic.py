@@ -62,7 +62,7 @@ def main() -> None:
     }
     text = json.dumps(result, indent=2)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
 

@@ -30,7 +30,7 @@ def training_seconds(run: Path) -> dict[str, Any]:
     """Return steps and seconds of the run from its metrics, without validation, grids and checkpoints."""
     from gspn_dit.training.checkpoint import read_manifest, resolve_checkpoint
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [line for line in lines if "loss" in line]
     batch_size = read_manifest(resolve_checkpoint(run))["config"]["training"]["batch_size"]
     seconds, before = 0.0, 0
@@ -99,7 +99,7 @@ def main() -> None:
     text = json.dumps(measure(Path(options.checkpoint), options.steps, options.guidance_scale, options.seed), indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

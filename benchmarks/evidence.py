@@ -314,7 +314,7 @@ STUDIES = {
 def read_results(directory: Path) -> dict[str, Result]:
     """Read the results of the studies that have been run."""
     files = {name: directory / f"{name}.json" for name in STUDIES}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
 def rewritten(page: str, text: str, results: dict[str, Result]) -> str:
@@ -356,8 +356,8 @@ def main() -> None:
     options = parser.parse_args()
     results = read_results(RESULTS)
     for page in dict.fromkeys(study.page for study in STUDIES.values()):
-        text = rewritten(page, (ROOT / page).read_text(), results)
-        (ROOT / page).write_text(text)
+        text = rewritten(page, (ROOT / page).read_text(encoding="utf-8"), results)
+        (ROOT / page).write_text(text, encoding="utf-8")
         for found in BLOCK.finditer(text):
             print(found[0])
     if not options.no_plots:

@@ -90,7 +90,7 @@ def measure(
         "images": len(images),
         "targets": {"psnr_db": PSNR_TARGET},
         "met": ratio >= PSNR_TARGET,
-        "autoencoder": json.loads((Path(vae) / REPORT).read_text()),
+        "autoencoder": json.loads((Path(vae) / REPORT).read_text(encoding="utf-8")),
         "latents": {"images": manifest["images"], **spread_of_latents(latents, latent)},
         "run": {"steps": read_checkpoint(resolve_checkpoint(run))["step"], "validation_loss": validation_losses(run)},
         "sampling": {"steps": steps, "guidance_scale": guidance_scale},
@@ -101,7 +101,7 @@ def measure(
 
 def validation_losses(run: str) -> dict[int, float]:
     """Return the validation loss by step."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: round(line["val_loss"], 4) for line in lines if "val_loss" in line}
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def write_arrow_arrays(directory: Path, images: int, piece: int) -> Callable[...
 
 def anonymous_bytes() -> int:
     """Return the memory of this process that no file backs; what is mapped of files the system takes back at will."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
     raise OSError("no RssAnon in /proc/self/status")
@@ -220,7 +220,7 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

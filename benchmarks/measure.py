@@ -88,7 +88,7 @@ class CpuDevice:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # or what earlier runs freed would hide what this one takes
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
             before = _status_bytes("VmRSS")
             result = run()
             peak = _status_bytes("VmHWM")
@@ -109,7 +109,7 @@ class CpuDevice:
 
 
 def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
     raise OSError(f"no {field} in /proc/self/status")
@@ -117,7 +117,7 @@ def _status_bytes(field: str) -> int:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -130,7 +130,9 @@ def software() -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", check=False
+        ).stdout.strip()
 
     # Results and pages change with every run and say nothing of the code that ran.
     changed = git(

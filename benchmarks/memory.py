@@ -150,7 +150,7 @@ def measure_steps(name: str, batch: int, dtype: str, steps: int) -> dict[str, An
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks.memory", "--way", way, "--model", name, "--batch", str(batch)]
         done = subprocess.run(
-            [*command, "--dtype", dtype, "--steps", str(steps)], capture_output=True, text=True, check=True
+            [*command, "--dtype", dtype, "--steps", str(steps)], capture_output=True, encoding="utf-8", check=True
         )
         results[way] = json.loads(done.stdout)
     return {
@@ -189,7 +189,7 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

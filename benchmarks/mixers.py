@@ -264,7 +264,7 @@ class Study:
 
 def _free_bytes() -> float:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
@@ -404,7 +404,7 @@ def main() -> None:
     report, cells = study(options.sides, options.widths, options.repeats, options.seconds)
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         plot(cells, Path(options.out).with_suffix(".png"))
     print(json.dumps({key: report[key] for key in ("targets", "exponents", "times_faster_than_attention")}, indent=1))
 

@@ -102,11 +102,11 @@ def train_and_resume(name: str, options: argparse.Namespace) -> dict[str, Any]:
         ]
         for last, more in ((half, []), (options.train_steps, ["--resume", "auto"])):
             command = [sys.executable, "train.py", *shared, "--training.max_steps", str(last), *more]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
             if done.returncode:
                 why = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise UserError(f"{name} did not train to step {last}: {why}")
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     if sorted(losses) != list(range(1, options.train_steps + 1)) or None in losses.values():
         raise UserError(f"{name}: after its resume the run has losses for {len(losses)} of {options.train_steps} steps")
@@ -124,7 +124,7 @@ def _in_a_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.models", "--only", name, "--device", options.device]
     command += ["--batch", str(options.batch), "--latent-size", str(options.latent_size)]
     command += ["--steps", str(options.steps), "--dtype", options.dtype, *(["--compile"] if options.compile else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{name} could not be measured: {why}")
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = json.dumps(compare(options), indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

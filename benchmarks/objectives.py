@@ -108,10 +108,10 @@ def main() -> None:
     results = {objective: measure(objective, Path(options.runs)) for objective in chosen}
     if options.out:
         out = Path(options.out)
-        before = json.loads(out.read_text())["objectives"] if options.only and out.exists() else {}
+        before = json.loads(out.read_text(encoding="utf-8"))["objectives"] if options.only and out.exists() else {}
         target = f">= {LEAST_AGREEMENT} with the default sampler, the first"
         figures = {"targets": {"class_agreement": target}, "objectives": {**before, **results}}
-        out.write_text(json.dumps(figures, indent=2) + "\n")
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if not all(result["met"]["class_agreement"] for result in results.values()):
         sys.exit(1)
 

@@ -157,11 +157,11 @@ def milliseconds_per_step(data: str, variants: list[str], size: str, work: Path)
 def calibrated(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:
     """Return milliseconds per step, measured once for a work directory so that resumed studies keep their budgets."""
     file = work / data / f"calibration-{size}.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if missing := [name for name in variants if name not in known]:
         known |= milliseconds_per_step(data, missing, size, work)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(known, indent=2))
+        file.write_text(json.dumps(known, indent=2), encoding="utf-8")
     return known
 
 
@@ -175,9 +175,9 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
         _call(["train.py", *train, "--resume", "auto"], directory / "log.txt")
         _call(["-m", "benchmarks.quality", "--score", str(directory), "--data", cell.data], directory / "log.txt")
-        print(f"{directory}: {json.loads(result.read_text())}", flush=True)
-    figures = json.loads(result.read_text())
-    environment = json.loads((directory / "run" / "environment.json").read_text())
+        print(f"{directory}: {json.loads(result.read_text(encoding='utf-8'))}", flush=True)
+    figures = json.loads(result.read_text(encoding="utf-8"))
+    environment = json.loads((directory / "run" / "environment.json").read_text(encoding="utf-8"))
     commit = f"{environment['git_commit'] or 'unknown'}"[:7] + ("-dirty" if environment["git_changes"] else "")
     del figures["setting"]
     return {**figures, "variant": cell.variant, "seed": cell.seed, "steps": cell.steps, "commit": commit}
@@ -190,14 +190,14 @@ def refuse_other_settings(directory: Path, train: list[str]) -> None:
     config, result = directory / "run" / "config.yaml", directory / "result.json"
     same = not config.exists() or load_config(config) == parse_train_arguments(train).config
     if result.exists():
-        same = same and json.loads(result.read_text()).get("setting") == SETTING
+        same = same and json.loads(result.read_text(encoding="utf-8")).get("setting") == SETTING
     if not same:
         raise UserError(f"{directory} was trained or scored with other settings; delete it to make it again")
 
 
 def _call(arguments: list[str], log: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run([sys.executable, *arguments], env=environment, stdout=file, stderr=file, check=False)
     if done.returncode:
         raise UserError(f"{' '.join(arguments[:3])} … failed with exit code {done.returncode}; see {log}")
@@ -241,7 +241,7 @@ def score_cell(directory: Path, data: str) -> None:
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
     }
     partial = directory / "result.json.partial"
-    partial.write_text(json.dumps(figures, indent=2))
+    partial.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     partial.replace(directory / "result.json")
 
 
@@ -349,7 +349,7 @@ def main() -> None:
     text = json.dumps(study(options), indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
     return None
 
 

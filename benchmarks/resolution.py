@@ -167,7 +167,7 @@ def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
 def runs_of_study(file: Path, work: Path) -> tuple[str, dict[str, str]]:
     """Return a study's data set, and the run of every variant with its first seed, for its first budget."""
     try:
-        study = json.loads(file.read_text())
+        study = json.loads(file.read_text(encoding="utf-8"))
         rows = [row for row in study["cells"] if (row["seed"], row["budget"]) == (0, next(iter(study["budgets"])))]
         cells = [Cell(study["data"], row["variant"], study["size"], row["seed"], row["steps"]) for row in rows]
     except (OSError, ValueError, KeyError) as error:
@@ -209,7 +209,7 @@ def main() -> None:
     text = json.dumps(measure(runs, options), indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def peak_on_cpu(backend: str, shape: Sequence[int]) -> int | None:
 def peak_in_own_process(backend: str, shape: Sequence[int]) -> int | None:
     """Return `peak_on_cpu` of a fresh process, whose memory no earlier run has shaped."""
     command = [sys.executable, str(Path(__file__).resolve()), "--peak-of", backend, "x".join(map(str, shape))]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     value: int | None = json.loads(result.stdout)
     return value
 
@@ -355,7 +355,7 @@ def main() -> None:
     text = json.dumps(report, indent=1)
     if arguments.json and arguments.json != "-":
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(text + "\n")
+        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
 

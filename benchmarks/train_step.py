@@ -87,7 +87,7 @@ def main() -> None:
     text = json.dumps(measure(options.config, options.steps), indent=2)
     print(text)
     if options.out:
-        Path(options.out).write_text(text + "\n")
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -362,7 +362,7 @@ class _StrictLoader(yaml.SafeLoader):
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a config file into a nested dict whose keys are known; raises UserError with the file's name."""
     try:
-        tree = yaml.load(Path(path).read_text(), Loader=_StrictLoader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -469,4 +469,4 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the resolved config as YAML that `load_config` reads back equal."""
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -179,8 +179,8 @@ class GSPNPipeline(DiffusionPipeline):
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload with our model card in place of the generic one; a card of ours, edited on the Hub, stays."""
         card = Path(working_dir) / CARD
-        if not card.exists() or LIBRARY not in card.read_text():
-            card.write_text(model_card(self.manifest, self.weights, repo_id=repo_id))
+        if not card.exists() or LIBRARY not in card.read_text(encoding="utf-8"):
+            card.write_text(model_card(self.manifest, self.weights, repo_id=repo_id), encoding="utf-8")
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     # -- what diffusers asks of a pipeline -----------------------------------------------------------------------

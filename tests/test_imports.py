@@ -37,7 +37,7 @@ OF_FID = {"data", "errors", "files", "grid"}  # files and images, never models
 
 def imported_names(path: Path, package: str, tree: ast.AST | None = None) -> Iterator[str]:
     """Yield the absolute name of everything a file imports; `from a import b` is yielded as a.b."""
-    for node in ast.walk(tree or ast.parse(path.read_text())):
+    for node in ast.walk(tree or ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -151,7 +151,7 @@ def imported_when_loaded(path: Path, package: str) -> set[str]:
         def visit_If(self, node: ast.If) -> ast.AST:
             return ast.Pass() if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
 
-    tree = Lazy().visit(ast.parse(path.read_text()))
+    tree = Lazy().visit(ast.parse(path.read_text(encoding="utf-8")))
     return {name.split(".")[0] for name in imported_names(path, package, tree)}
 
 

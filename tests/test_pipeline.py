@@ -373,7 +373,7 @@ def raise_version(checkpoint: Path) -> None:
 
 def replace_by_a_file(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
-    checkpoint.write_text("not a directory")
+    checkpoint.write_text("not a directory", encoding="utf-8")
 
 
 @pytest.mark.parametrize(

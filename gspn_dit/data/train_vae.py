@@ -141,7 +141,7 @@ def save(vae: AutoencoderKL, out: Path, report: dict[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         vae.save_pretrained(partial, safe_serialization=True)
-        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         partial.rename(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -272,7 +272,7 @@ def class_names(options: argparse.Namespace, count: int) -> list[str]:
     """Return a name for each class: those of a file, ImageNet's for 1000 classes, or the ids."""
     if options.class_names is not None:
         try:
-            names = Path(options.class_names).read_text().splitlines()
+            names = Path(options.class_names).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--class-names {options.class_names} cannot be read: {error}") from None
         if len(names) != count:

@@ -24,7 +24,7 @@ def source_folder() -> Path:
 @cache
 def source_text(name: str) -> str:
     """One source file with its headers put in: CuPy keys its cache of compiled modules by this text."""
-    text = (source_folder() / name).read_text().replace("#pragma once\n", "")
+    text = (source_folder() / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
     return _INCLUDE.sub(lambda include: source_text(include[1]), text)
 
 

@@ -80,15 +80,15 @@ class RunDirectory:
         path = self.path / "environment.json"
         environment = describe_environment()
         if self.checkpoint is not None and path.exists():
-            first = json.loads(path.read_text())
+            first = json.loads(path.read_text(encoding="utf-8"))
             first.setdefault("resumed", []).append({"step": step, **environment})
             environment = first
-        path.write_text(json.dumps(environment, indent=2))
+        path.write_text(json.dumps(environment, indent=2), encoding="utf-8")
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.metrics, "a") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
 
@@ -180,14 +180,14 @@ def _cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -217,7 +217,7 @@ def _git(*arguments: str) -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -95,7 +95,10 @@ def save_study(file: Path, data: str, *variants: str) -> Path:
         for budget, seed, steps in (("9 s", 1, 70), ("9 s", 0, 70), ("80 steps", 0, 80))
         for variant in variants
     ]
-    file.write_text(json.dumps({"data": data, "size": "N", "cells": cells, "budgets": {"9 s": {}, "80 steps": {}}}))
+    file.write_text(
+        json.dumps({"data": data, "size": "N", "cells": cells, "budgets": {"9 s": {}, "80 steps": {}}}),
+        encoding="utf-8",
+    )
     return file
 
 

@@ -56,7 +56,7 @@ def start(place: Path, out: str, processes: int, *options: str) -> subprocess.Po
 
 def kill(job: subprocess.Popen[str]) -> None:
     """Kill a job and what it started: the launcher's processes have groups of their own, and would go on alone."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text(encoding="utf-8").split()
     for process in (job.pid, *map(int, children)):
         os.kill(process, signal.SIGKILL)
     job.communicate(timeout=60)

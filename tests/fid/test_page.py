@@ -46,7 +46,7 @@ addEventListener("load", () => {
 def opened(path: Path, profile: Path) -> dict[str, Any]:
     """What the browser, offline, makes of a page."""
     copy = path.with_name("probed.html")
-    copy.write_text(path.read_text() + PROBE)
+    copy.write_text(path.read_text(encoding="utf-8") + PROBE)
     done = subprocess.run(
         [
             *(chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),

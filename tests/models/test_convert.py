@@ -151,10 +151,11 @@ def test_what_is_written(theirs: Any, run: Convert) -> None:
 
 def test_a_pipeline_draws_images_from_pixel_weights(tmp_path: Path, run: Convert) -> None:
     names = tmp_path / "names.txt"
-    names.write_text("ant\nbee\ncat\ndog\neel\n")
+    names.write_text("\ufeffant\nbee\ncat\ndog\neel\n", encoding="utf-8")  # some editors begin with a mark
     state = original_layout(diffusers_dit(in_channels=1, out_channels=2))
     directory = run("dit", state, "--heads", "2", "--class-names", str(names))
     pipeline = GSPNPipeline.from_checkpoint(directory)
+    assert pipeline.class_names[0] == "ant"
     images = pipeline(["cat"], num_inference_steps=2, sampler="ddim", output_type="np").images
     assert images.shape == (1, SIZE, SIZE, 1)
     assert len(set(images.flatten().tolist())) > 1

@@ -129,7 +129,7 @@ def test_recipes_hold_the_published_values(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_value_of_a_recipe_that_was_published_names_its_source(path: Path) -> None:
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     for key in ("name: GSPN", "name: DiT", "name: epsilon", "max_steps", "batch_size", "learning_rate:", "weight_decay",
                 "class_dropout", "ema_decay", "horizontal_flip", "drop_path_rate", "warmup_steps"):  # fmt: skip
         for line in lines:

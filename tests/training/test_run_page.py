@@ -44,7 +44,7 @@ def test_what_spans_much_is_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
 
 def test_null_and_half_written_lines_are_left_out(tmp_path: Path) -> None:
     write_metrics(tmp_path, {"step": 1, "loss": None}, {"step": 2, "loss": 0.5, "comparable": False})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     assert read_metrics(tmp_path / "metrics.jsonl") == {"loss": [(2, 0.5)]}
 

@@ -213,7 +213,7 @@ def test_launch_file_or_config_choose_what_is_split() -> None:
 def test_launch_files_are_what_accelerate_reads(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     loaded = load_config_from_file(str(path))
     assert loaded.num_processes == values["num_processes"]
     assert str(loaded.distributed_type).split(".")[-1] == values["distributed_type"]
