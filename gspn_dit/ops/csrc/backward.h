@@ -27,7 +27,7 @@ template <class A> struct KeptWeights {
     w[1] = A(1) - w[0] - w[2];
     total = load(state + 3 * width);
   }
-  GSPN_INLINE auto s(int k) const { return A(1) - w[k] * total; }
+  GSPN_INLINE auto s(int k) const { return one_minus(w[k], total); }
 };
 
 // What both kinds of lines share: dh, and the gradients of x, the gates and the merge weight.
@@ -39,9 +39,9 @@ static GSPN_INLINE auto gate_gradients(const BackwardPointers<T>& p, int64_t j, 
   const V g = get<T, Tail>(p.grad_y + j, count), out = get<T, Tail>(p.gate_out + j, count);
   const V state = load(p.state + j);
   const V weighted = g * state;
-  store(p.merge_sums + j, load(p.merge_sums + j) + weighted * out);
+  store(p.merge_sums + j, multiply_add(weighted, out, load(p.merge_sums + j)));
   put<T, Tail>(p.grad_out + j, weighted * merge, count);
-  const V gradient = out * merge * g + load(p.carried + j);
+  const V gradient = multiply_add(out * merge, g, load(p.carried + j));
   put<T, Tail>(p.grad_in + j, get<T, Tail>(p.x + j, count) * gradient, count);
   add_up<T, Tail>(p.grad_x + j, p.partial + j, get<T, Tail>(p.gate_in + j, count) * gradient, count, add, last);
   return gradient;
@@ -77,15 +77,14 @@ static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j,
     V mean, s[3];
     if constexpr (source == kKept) {
       const KeptWeights<A> value(p.state + j, p.width);
-      mean = value.w[0] * load(before) + value.w[1] * load(before + p.slot) + value.w[2] * load(before + 2 * p.slot);
+      mean = weighted_sum(value.w, load(before), load(before + p.slot), load(before + 2 * p.slot));
       for (int k = 0; k < 3; ++k) passed[k] = value.w[k] * gradient, s[k] = value.s(k);
     } else {
       const T* l = p.logits + j;
       const auto value = weights<A, true, Edge, in_place<T>()>(
           get<T, Tail>(l, count), get<T, Tail>(l + p.k_stride, count), get<T, Tail>(l + 2 * p.k_stride, count), minus, plus);
       const V scaled = gradient * value.inverse;
-      mean = value.p[0] * load(before) + value.p[1] * load(before + p.slot) + value.p[2] * load(before + 2 * p.slot);
-      mean = mean * value.inverse;
+      mean = weighted_sum(value.p, load(before), load(before + p.slot), load(before + 2 * p.slot)) * value.inverse;
       for (int k = 0; k < 3; ++k) passed[k] = value.p[k] * scaled, s[k] = value.s(k);
     }
     for (int k = 0; k < 3; ++k) {
@@ -233,8 +232,9 @@ static GSPN_INLINE void keep_state(A* to, const T* x, const T* gate_in, const T*
   if constexpr (source == kKept) {
     const auto value = weights_at<T, true, Edge, Tail>(logits, k_stride, count, minus, plus);
     const auto w0 = value.w(0), w1 = value.w(1), w2 = value.w(2);
-    store(to, get<T, Tail>(gate_in, count) * get<T, Tail>(x, count) + w0 * load(before) + w1 * load(before + slot) +
-                  w2 * load(before + 2 * slot));
+    auto sum = multiply_add(w0, load(before), get<T, Tail>(gate_in, count) * get<T, Tail>(x, count));
+    sum = multiply_add(w1, load(before + slot), sum);
+    store(to, multiply_add(w2, load(before + 2 * slot), sum));
     store(to + width, w0);
     store(to + 2 * width, w2);
     store(to + 3 * width, (value.p[0] + value.p[1] + value.p[2]) * value.of_product);

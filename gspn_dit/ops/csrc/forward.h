@@ -23,6 +23,10 @@ static GSPN_INLINE auto weights_at(const T* logits, int64_t k_stride, int64_t co
       plus);
 }
 
+template <class V> static GSPN_INLINE V weighted_sum(const V* weights, V minus_one, V same, V plus_one) {
+  return multiply_add(weights[2], plus_one, multiply_add(weights[1], same, weights[0] * minus_one));
+}
+
 template <class T, bool Edge, bool Shared, bool Tail>
 static GSPN_INLINE auto next_state(const T* x, const T* gate_in, const T* logits, int64_t k_stride,
                                    const typename Accumulator<T>::type* before, int64_t slot,
@@ -30,9 +34,12 @@ static GSPN_INLINE auto next_state(const T* x, const T* gate_in, const T* logits
                                    bool plus) {
   const auto input = get<T, Tail>(gate_in, count) * get<T, Tail>(x, count);
   const auto minus_one = load(before), same = load(before + slot), plus_one = load(before + 2 * slot);
-  if (Shared) return input + load(we) * minus_one + load(we + width) * same + load(we + 2 * width) * plus_one;
+  if (Shared) {
+    const auto with_minus = multiply_add(load(we), minus_one, input);
+    return multiply_add(load(we + 2 * width), plus_one, multiply_add(load(we + width), same, with_minus));
+  }
   const auto value = weights_at<T, false, Edge, Tail>(logits, k_stride, count, minus, plus);
-  return input + (value.p[0] * minus_one + value.p[1] * same + value.p[2] * plus_one) * value.inverse;
+  return multiply_add(weighted_sum(value.p, minus_one, same, plus_one), value.inverse, input);
 }
 
 template <class T, bool Edge, bool Shared, bool Tail>

@@ -60,6 +60,36 @@ template <class U> static GSPN_INLINE Pair<U> operator-(decltype(U()[0] + 0) a, 
 template <class U> static GSPN_INLINE Pair<U> operator-(Pair<U> a) { return {-a.low, -a.high}; }
 template <class U> static GSPN_INLINE Pair<U> operator+=(Pair<U>& a, Pair<U> b) { return a = a + b; }
 
+// a b + c, rounded once where the processor can. The compiler may not fuse by itself (setup.py), because it would choose
+// differently in each copy of the code: whole vectors and tails, edges and middles must give the same bits.
+static GSPN_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+static GSPN_INLINE F64 multiply_add(F64 a, F64 b, F64 c) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+template <class U> static GSPN_INLINE Pair<U> multiply_add(Pair<U> a, Pair<U> b, Pair<U> c) {
+  return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
+}
+static GSPN_INLINE F32 multiply_add(F32 a, float b, F32 c) { return multiply_add(a, F32{} + b, c); }
+static GSPN_INLINE F32 multiply_add(F32 a, float b, float c) { return multiply_add(a, F32{} + b, F32{} + c); }
+static GSPN_INLINE F32 multiply_add(F32 a, F32 b, float c) { return multiply_add(a, b, F32{} + c); }
+static GSPN_INLINE F64 multiply_add(F64 a, double b, F64 c) { return multiply_add(a, F64{} + b, c); }
+static GSPN_INLINE F64 multiply_add(F64 a, double b, double c) { return multiply_add(a, F64{} + b, F64{} + c); }
+static GSPN_INLINE F64 multiply_add(F64 a, F64 b, double c) { return multiply_add(a, b, F64{} + c); }
+
 static GSPN_INLINE F32 load_one(const float* p) { F32 v; memcpy(&v, p, kBytes); return v; }
 static GSPN_INLINE F64 load_one(const double* p) { F64 v; memcpy(&v, p, kBytes); return v; }
 static GSPN_INLINE void store_one(float* p, F32 v) { memcpy(p, &v, kBytes); }
@@ -206,18 +236,19 @@ static GSPN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // are cut in halves, for a shorter chain.
 template <bool Precise> static GSPN_INLINE F32 exponential(F32 t) {
   constexpr float magic = 0x1.8p23f;  // rounds to an integer n and leaves it in the low bits
-  const F32 shifted = t * 0x1.715476p+0f + magic;
+  const F32 shifted = multiply_add(t, 0x1.715476p+0f, magic);
   const F32 n = shifted - magic;
 #ifdef __FMA__
-  const F32 r = t * 0x1.715476p+0f - n;  // fused, hence exact but for the constant
+  const F32 r = multiply_add(t, 0x1.715476p+0f, -n);  // fused, hence exact but for the constant
   const F32 square = r * r;
   F32 p;
   if (Precise) {
-    p = (r * 0x1.5c0884p-10f + 0x1.3d0ccep-7f) * square + (r * 0x1.c6b6e8p-5f + 0x1.ebf916p-3f);
-    p = p * square + (r * 0x1.62e428p-1f + 0x1.000002p+0f);
+    p = multiply_add(r, 0x1.5c0884p-10f, 0x1.3d0ccep-7f);
+    p = multiply_add(p, square, multiply_add(r, 0x1.c6b6e8p-5f, 0x1.ebf916p-3f));
+    p = multiply_add(p, square, multiply_add(r, 0x1.62e428p-1f, 0x1.000002p+0f));
   } else {
-    p = square * 0x1.39976ep-7f + (r * 0x1.ca151ep-5f + 0x1.ec06e0p-3f);
-    p = p * square + (r * 0x1.62e0dcp-1f + 0x1.ffffe8p-1f);
+    p = multiply_add(square, 0x1.39976ep-7f, multiply_add(r, 0x1.ca151ep-5f, 0x1.ec06e0p-3f));
+    p = multiply_add(p, square, multiply_add(r, 0x1.62e0dcp-1f, 0x1.ffffe8p-1f));
   }
 #else
   const F32 r = (t - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts; the first product is exact
@@ -233,14 +264,14 @@ template <bool Precise> static GSPN_INLINE F32 exponential(F32 t) {
 // exp(t) for |t| <= 700, to a few units in the last place.
 template <bool Precise> static GSPN_INLINE F64 exponential(F64 t) {
   constexpr double magic = 0x1.8p52;
-  const F64 shifted = t * 0x1.71547652b82fep+0 + magic;
+  const F64 shifted = multiply_add(t, 0x1.71547652b82fep+0, magic);
   const F64 n = shifted - magic;
-  F64 r = (t - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  const F64 r = multiply_add(n, -1.90821492927058770002e-10, multiply_add(n, -6.93147180369123816490e-01, t));
   constexpr double inverse_factorial[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
                                           1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
                                           1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5, 1.0, 1.0};
-  F64 p = r * inverse_factorial[0] + inverse_factorial[1];
-  for (int i = 2; i < 14; ++i) p = p * r + inverse_factorial[i];
+  F64 p = multiply_add(r, inverse_factorial[0], inverse_factorial[1]);
+  for (int i = 2; i < 14; ++i) p = multiply_add(p, r, inverse_factorial[i]);
   return (F64)((U64)p + ((U64)shifted << 52));
 }
 

@@ -16,12 +16,23 @@ template <> struct Range<double> {
   static constexpr double fast = 64, lost = 48, top = 350, bottom = -700;
 };
 
+// 1 - a b.
+template <class U> static GSPN_INLINE Pair<U> one_minus(Pair<U> a, Pair<U> b) {
+  const U one = U{} + 1;
+  return multiply_add(-a, b, Pair<U>{one, one});
+}
+
 // w_k is p[k] * inverse; in the backward sigmoid(l_k) is p[k] * of_product.
 template <class A> struct Weights {
   typename Simd<A>::V p[3], inverse, of_product;
   GSPN_INLINE typename Simd<A>::V w(int k) const { return p[k] * inverse; }
-  GSPN_INLINE typename Simd<A>::V s(int k) const { return A(1) - p[k] * of_product; }
+  GSPN_INLINE typename Simd<A>::V s(int k) const { return one_minus(p[k], of_product); }
 };
+
+// The logits of a lane are within the fast range if this is at most its square.
+template <class V> static GSPN_INLINE V sum_of_squares(V l0, V l1, V l2) {
+  return multiply_add(l2, l2, multiply_add(l1, l1, l0 * l0));
+}
 
 // Any finite logits. With t = -l, a common shift of the three t leaves the weights alone as soon as all t > `lost`, where
 // 1 + exp(t) rounds to exp(t); it brings the smallest t down to `lost`. What is still above `top` has a weight of about 0.
@@ -93,7 +104,7 @@ static __attribute__((noinline, cold)) void mixed_weights(const typename Simd<A>
   U l[3], p[3], inverse, of_product;
   for (int half = 0; half < 2; ++half) {
     for (int k = 0; k < 3; ++k) l[k] = half ? logits[k].high : logits[k].low;
-    const auto fast = l[0] * l[0] + l[1] * l[1] + l[2] * l[2] <= U{} + Range<A>::fast * Range<A>::fast;
+    const auto fast = sum_of_squares(l[0], l[1], l[2]) <= U{} + Range<A>::fast * Range<A>::fast;
     clamped_half<A, Precise>(l, minus, plus, p, &inverse, &of_product);
     const auto blend = [&](typename Simd<A>::V& into, U value) {
       U& target = half ? into.high : into.low;
@@ -113,7 +124,7 @@ static GSPN_INLINE Weights<A> weights(typename Simd<A>::V l0, typename Simd<A>::
   if (Edge && !minus) l0 = zero;
   if (Edge && !plus) l2 = zero;
   Weights<A> result;
-  if (__builtin_expect(all_below(l0 * l0 + l1 * l1 + l2 * l2, Range<A>::fast * Range<A>::fast), 1)) {
+  if (__builtin_expect(all_below(sum_of_squares(l0, l1, l2), Range<A>::fast * Range<A>::fast), 1)) {
     result = fast_weights<A, Backward, Edge, Precise>(l0, l1, l2, minus, plus);
   } else {
     const V logits[3] = {l0, l1, l2};
