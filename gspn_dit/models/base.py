@@ -17,6 +17,7 @@ from gspn_dit.models.embeddings import (
     patchify,
     unpatchify,
 )
+from gspn_dit.ops.contract import autocast_dtype
 
 
 class DiffusionModel(nn.Module, ABC):
@@ -89,11 +90,17 @@ class DiffusionModel(nn.Module, ABC):
     def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:
         """Run the blocks over embedded patches [B, h, w, C], with conditioning [B, C] and a scale [B] per block."""
 
-    def run_block(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """Run a block, recomputed in the backward pass where `gradient_checkpointing` is set."""
+    def run_block(self, block: nn.Module, tokens: Tensor, *arguments: Any) -> Tensor:
+        """Run a block on the residual stream, recomputed in the backward pass where `gradient_checkpointing` is set.
+
+        Under autocast the stream is float32, whatever made the tokens: beside a bfloat16 stream most of a small branch
+        would be rounded away.
+        """
+        if autocast_dtype(tokens.device.type) is not None:
+            tokens = tokens.float()
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
-        return block(*arguments)
+            return checkpoint(block, tokens, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens, *arguments)
 
     def _branch_scales(self, keep_mask: Tensor | None) -> list[Tensor | None]:
         """Return what each block's branch is multiplied by: keep / probability of keeping."""
