@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_as_it_would_have(run: str, runs: Path) -> None:
     if run == "attention":
         for file in sorted((EARLIER / run / "checkpoints" / "step-00000004").glob("*.safetensors")):
             for name, tensor in load_file(file).items():
-                # The loss does not depend on the bias of the keys: its gradient is rounding noise, which Adam scales up.
+                # The loss does not depend on the keys' bias: its gradient is rounding noise, which Adam scales up.
                 if "qkv.bias" not in name:
                     torch.testing.assert_close(first[f"{file.stem}/{name}"], tensor, **TOLERANCE, msg=name)
 
