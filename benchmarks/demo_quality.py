@@ -28,7 +28,7 @@ TARGETS = {
 
 def training_seconds(run: Path) -> dict[str, Any]:
     """Return steps and seconds of the run from its metrics, without validation, grids and checkpoints."""
-    from gspn_dit.training.checkpoint import read_manifest, resolve_checkpoint
+    from gspn_dit.checkpoint import read_manifest, resolve_checkpoint
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [line for line in lines if "loss" in line]

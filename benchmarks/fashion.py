@@ -57,14 +57,14 @@ def measure(
     import numpy as np
 
     from benchmarks.measure import CpuDevice, software
+    from gspn_dit.checkpoint import read_manifest as read_checkpoint
+    from gspn_dit.checkpoint import resolve_checkpoint
     from gspn_dit.data.images import load_images
     from gspn_dit.data.latent_shards import read_manifest
     from gspn_dit.data.latents import latent_from_spec
-    from gspn_dit.data.train_vae import REPORT, psnr
     from gspn_dit.grid import class_grid, save_png
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.training.checkpoint import read_manifest as read_checkpoint
-    from gspn_dit.training.checkpoint import resolve_checkpoint
+    from gspn_dit.prepare.train_vae import REPORT, psnr
 
     manifest = read_manifest(Path(latents))
     latent: KLLatent = latent_from_spec(manifest["latent"], vae)  # type: ignore[assignment]

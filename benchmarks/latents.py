@@ -52,7 +52,7 @@ def write_raw(path: Path, images: int, piece: int) -> Callable[..., np.ndarray]:
 
 
 def write_shards(directory: Path, images: int, piece: int) -> LatentSet:
-    """What gspn_dit.data.encode leaves behind."""
+    """What gspn_dit.prepare.encode leaves behind."""
     import numpy as np
 
     from gspn_dit.data.latent_shards import (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gspn_dit.ops import cpu
+from gspn_dit.ops.cpu import binding as cpu
 
 MEMORY_POLICY = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 """Environment variables that change what memory and waiting cost."""

@@ -201,7 +201,7 @@ class Study:
 
     def measure(self, what: str, channels: int, side: int, variants: Sequence[str]) -> None:
         """Measure variants of one size in turn."""
-        from gspn_dit.ops.cpu import output_memory
+        from gspn_dit.ops.cpu.binding import output_memory
 
         runs: dict[str, Callable[[], tuple[float, float, float]]] = {}
         left: dict[str, int] = {}

@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and write the JSON."""
     options = _options(arguments)
     if options.device == "cuda":
-        from gspn_dit.ops.cuda import problem
+        from gspn_dit.ops.cuda.binding import problem
 
         if (reason := problem()) is not None:
             raise UserError(f"the models cannot be measured on a GPU: {reason}")

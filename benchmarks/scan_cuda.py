@@ -18,7 +18,7 @@ from benchmarks import scan
 from benchmarks.measure import CpuDevice, Timing
 from gspn_dit.errors import UserError
 from gspn_dit.ops import DIRECTIONS, gspn_scan
-from gspn_dit.ops.cuda import describe, problem
+from gspn_dit.ops.cuda.binding import describe, problem
 
 SHAPES = ((32, 16, 16, 1152), (32, 16, 16, 1500), (32, 16, 16, 900), (8, 32, 32, 1152), (1, 128, 128, 256))
 LARGE_SHAPES = ((1, 1024, 1024, 64), (16, 1024, 1024, 8))

@@ -134,7 +134,7 @@ __device__ __forceinline__ Channels narrow_all(const Sums& sums) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// The call. Eight-byte fields only, in the order of `FIELDS` in gspn_dit/ops/cuda_plan.py. Strides count elements.
+// The call. Eight-byte fields only, in the order of `FIELDS` in gspn_dit/ops/cuda/types.py. Strides count elements.
 
 struct Problem {
     const Element *x, *logits, *input_gate, *output_gate, *grad_y;

@@ -118,7 +118,8 @@ def check_backend(backend: str, device: str) -> str:
 def inspect_backends() -> list[BackendReport]:
     """Try every backend on this machine."""
     try:
-        from gspn_dit.ops import cpu, cuda
+        from gspn_dit.ops.cpu import binding as cpu
+        from gspn_dit.ops.cuda import binding as cuda
     except Exception as error:
         broken = f"gspn_dit.ops cannot be imported: {_in_one_line(error)}"
         fix = None if installed_version("torch") else f"pip install {_requirement()}"
@@ -141,7 +142,7 @@ def find_toolchain() -> dict[str, Any]:
     try:
         import torch
 
-        from gspn_dit.ops import cuda
+        from gspn_dit.ops.cuda import binding as cuda
 
         return asdict(cuda.toolchain())
     except Exception as error:

@@ -103,10 +103,10 @@ def run(options: argparse.Namespace) -> None:
 
     Raises UserError, before anything is written unless the disk or the model fails on the way.
     """
+    from gspn_dit.checkpoint import resolve_checkpoint
     from gspn_dit.diffusion import CHUNK
     from gspn_dit.pipeline import GSPNPipeline
     from gspn_dit.sample_sets import check_same_settings, draw_labels, open_set, read_settings
-    from gspn_dit.training.checkpoint import resolve_checkpoint
 
     state, device = _join(options.device)
     _compute_exactly(options.tf32)
@@ -169,7 +169,7 @@ def _compute_exactly(tf32: bool) -> None:
 
 def _guide_settings(checkpoint: str | None) -> dict[str, str]:
     """Return what is noted of the weaker model that guides, nothing without one."""
-    from gspn_dit.training.checkpoint import resolve_checkpoint
+    from gspn_dit.checkpoint import resolve_checkpoint
 
     if checkpoint is None:
         return {}

@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from gspn_dit.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_noise, sample_latents
@@ -26,7 +27,6 @@ from gspn_dit.files import write_atomically
 from gspn_dit.hub import download
 from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card, public_manifest
 from gspn_dit.models import DiffusionModel, create_model
-from gspn_dit.training.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors, read_manifest, resolve_checkpoint
 
 
 @dataclass

@@ -17,7 +17,8 @@ import torch
 
 import gspn_dit.ops
 from gspn_dit import doctor
-from gspn_dit.ops import cpu, cuda
+from gspn_dit.ops.cpu import binding as cpu
+from gspn_dit.ops.cuda import binding as cuda
 
 
 def run_doctor(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from gspn_dit.checkpoint import checkpoint_directory, save_checkpoint
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.data.latents import to_uint8
 from gspn_dit.diffusion import Guidance, create_objective, draw_noise, sample_latents
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import CHUNK, GSPNPipeline, resolve_class
-from gspn_dit.training.checkpoint import checkpoint_directory, save_checkpoint
 from tests.tiny import CLASS_NAMES, SIZE, tiny_manifest, tiny_model, tiny_tensors, write_run
 
 

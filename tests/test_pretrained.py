@@ -17,11 +17,11 @@ from diffusers.utils import hub_utils
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gspn_dit import model_card
+from gspn_dit.checkpoint import checkpoint_directory
 from gspn_dit.config import Config, LatentConfig
 from gspn_dit.data.latents import latent_from_spec
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
-from gspn_dit.training.checkpoint import checkpoint_directory
 from tests.tiny import CLASS_NAMES, SIZE, tiny_manifest, write_run
 
 DATA = {"name": "animals", "images": 1234, "fingerprint": "abc"}

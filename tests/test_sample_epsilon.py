@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config, ObjectiveConfig
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.sample import parse_arguments, run
-from gspn_dit.training.checkpoint import save_checkpoint
 from tests.tiny import model_arguments, tiny_manifest
 
 CHANNELS = 3

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config
 from gspn_dit.models import DiffusionModel, create_model
-from gspn_dit.training.checkpoint import save_checkpoint
 
 CLASS_NAMES = ["ant", "bee", "cat", "dog", "10"]
 SIZE = 4

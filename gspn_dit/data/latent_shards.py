@@ -147,7 +147,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except FileNotFoundError:
         unfinished = (directory / PLAN).exists()
-        remedy = "it is unfinished: go on with --resume" if unfinished else "write them with gspn_dit.data.encode"
+        remedy = "it is unfinished: go on with --resume" if unfinished else "write them with gspn_dit.prepare.encode"
         raise UserError(f"{directory} holds no encoded latents (no {MANIFEST}); {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / MANIFEST} cannot be read: {error}") from None
@@ -255,7 +255,7 @@ def _all_labels(shards: Sequence[Shard]) -> np.ndarray:
 def open_latents(
     path: str | os.PathLike[str] | None, split: str = "train", validation_fraction: float = 0.1
 ) -> LatentSet:
-    """Open what `gspn_dit.data.encode` wrote; sizes are checked, checksums only by its --verify.
+    """Open what `gspn_dit.prepare.encode` wrote; sizes are checked, checksums only by its --verify.
 
     Args:
         path: a directory of latents, or one that holds two of them: `train` and `validation` (or `val`, `test`).
@@ -293,7 +293,7 @@ def _open(directory: Path, has_validation: bool = False) -> LatentSet:
     manifest = read_manifest(directory)
     for entry in manifest["shards"]:
         if damage := find_damage(directory, entry, thorough=False):
-            raise UserError(f"{damage}; encode it again with gspn_dit.data.encode")
+            raise UserError(f"{damage}; encode it again with gspn_dit.prepare.encode")
     shards = tuple(Shard(directory / entry["file"]) for entry in manifest["shards"])
     count = sum(entry["images"] for entry in manifest["shards"])
     if not count:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from gspn_dit.ops import cuda
+from gspn_dit.ops.cuda import binding as cuda
 
 BACKENDS = ("auto", "reference", "cpu", "cupy")
 OVERRIDE_VARIABLE = "GSPN_SCAN_BACKEND"

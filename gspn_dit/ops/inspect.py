@@ -2,29 +2,28 @@
 
 Prints one object per kernel that a scan of that shape launches in four directions, for every dtype: registers, memory
 and spills as the assembler reports them, occupancy, bytes moved over the fewest possible, and the time they take at a
-given bandwidth. Bytes are counted, not computed: the kernels run on the host, where the checkout's test equipment and
-g++ are at hand, and every access of a warp is cut into 32-byte sectors.
+given bandwidth. Bytes are counted, not computed: g++ builds the kernels for the host, and every access of a warp is cut
+into 32-byte sectors.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from gspn_dit.ops.contract import STORAGE_DTYPES
-from gspn_dit.ops.cuda_plan import plan
-from gspn_dit.ops.cuda_sources import compile_cubin
-from gspn_dit.ops.cuda_types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant
+from gspn_dit.ops.cuda.host import harness
+from gspn_dit.ops.cuda.plan import plan
+from gspn_dit.ops.cuda.sources import compile_cubin
+from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant
 
 DEFAULT_BANDWIDTH_GBS = 3350.0
 """An H100 SXM's."""
@@ -133,19 +132,6 @@ def occupancy(limits: Architecture, registers: int, threads: int, shared_bytes: 
     return resident_blocks(limits, registers, threads, shared_bytes) * -(-threads // 32) * 32 / limits.threads
 
 
-def _harness() -> Any:
-    """The test equipment that runs kernels on the host; raises ImportError or RuntimeError with the reason."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "tests" / "ops" / "host_cuda" / "harness.py").is_file():
-        raise RuntimeError("the kernels run on the host only from a checkout with its tests")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    harness = importlib.import_module("tests.ops.host_cuda.harness")
-    if harness.compiler() is None:
-        raise RuntimeError("g++ is not installed: apt-get install g++")
-    return harness
-
-
 def count_bytes(geometry: Geometry, device: Device, backward: bool) -> tuple[dict[str, float], str | None]:
     """Bytes of each kernel of a pass over the fewest possible, or the reason why they cannot be counted."""
     image_bytes = geometry.height * geometry.width * geometry.channels * geometry.dtype.itemsize
@@ -153,9 +139,11 @@ def count_bytes(geometry: Geometry, device: Device, backward: bool) -> tuple[dic
     counted = replace(geometry, batch=images)
     if counted.tokens > _COUNTED_TOKENS:
         return {}, f"more than {_COUNTED_TOKENS} tokens per image take too long on the host"
+    if harness.compiler() is None:
+        return {}, "g++ is not installed: apt-get install g++"
     try:
-        sectors = _harness().count_sectors(geometry, backward, device, images=images)
-    except (ImportError, RuntimeError) as error:
+        sectors = harness.count_sectors(geometry, backward, device, images=images)
+    except RuntimeError as error:
         return {}, str(error)
     floor = counted.floor_bytes(backward)
     return {kernel: SECTOR_BYTES * number / floor for kernel, number in sectors.items()}, None

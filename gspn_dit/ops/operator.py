@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_dit.ops import cpu, cuda
+from gspn_dit.ops.cpu import binding as cpu
+from gspn_dit.ops.cuda import binding as cuda
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gspn_dit.ops import operator
 from gspn_dit.ops.backends import resolve_backend
 from gspn_dit.ops.contract import DIRECTIONS, autocast_dtype, check_arguments, direction_codes, without_autocast
-from gspn_dit.ops.cpu import output_memory
+from gspn_dit.ops.cpu.binding import output_memory
 from gspn_dit.ops.scan import gspn_scan
 
 

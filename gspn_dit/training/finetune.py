@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.config import SCAN_DIRECTIONS
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
 from gspn_dit.models.presets import PRESETS, parse_name
-from gspn_dit.training.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.training.setup import Parts
 
 LABEL_TABLE = "class_embed.weight"

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from gspn_dit.checkpoint import load_tensors, read_manifest
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import LocalUserError, UserError
-from gspn_dit.training.checkpoint import load_tensors, read_manifest
 from gspn_dit.training.draws import training_draws
 from gspn_dit.training.ema import EMA, PowerEMA
 from gspn_dit.training.finetune import start_from

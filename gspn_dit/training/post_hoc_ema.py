@@ -9,15 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gspn_dit.errors import ArgumentParser, UserError
-from gspn_dit.files import write_atomically
-from gspn_dit.training.checkpoint import (
+from gspn_dit.checkpoint import (
     begin_checkpoint,
     find_checkpoints,
     finish_checkpoint,
     load_tensors,
     read_manifest,
 )
+from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.files import write_atomically
 from gspn_dit.training.ema import MAX_SIGMA_REL, combine, ema_file_stem, power_exponent, reconstruction_weights
 
 FORMAT_VERSION = 1

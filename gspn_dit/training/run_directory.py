@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gspn_dit.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
 from gspn_dit.config import Config, flatten, save_config
 from gspn_dit.errors import UserError
-from gspn_dit.training.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
 from gspn_dit.training.post_hoc_ema import remove_snapshots_after
 
 WRITTEN = (

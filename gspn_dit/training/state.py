@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gspn_dit.training.checkpoint import (
+from gspn_dit.checkpoint import (
     begin_checkpoint,
     checkpoint_directory,
     finish_checkpoint,

@@ -47,7 +47,7 @@ def test_refuses_what_cannot_be_measured(arguments: list[str], message: str) -> 
 
 
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gspn_dit.ops.cuda.problem", lambda: "PyTorch sees no CUDA device")
+    monkeypatch.setattr("gspn_dit.ops.cuda.binding.problem", lambda: "PyTorch sees no CUDA device")
     with pytest.raises(UserError, match=r"^the models cannot be measured on a GPU: PyTorch sees no CUDA device$"):
         models.main(["--device", "cuda"])
 

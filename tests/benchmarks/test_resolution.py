@@ -12,10 +12,10 @@ from PIL import Image
 
 from benchmarks import resolution
 from benchmarks.quality import Cell
+from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
-from gspn_dit.training.checkpoint import save_checkpoint
 from tests.models.conftest import lively
 
 

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import scan
 from benchmarks.measure import FEWEST_ROUNDS, CpuDevice, Timing
-from gspn_dit.ops import DIRECTIONS, cpu
+from gspn_dit.ops import DIRECTIONS
+from gspn_dit.ops.cpu import binding as cpu
 
 
 def test_fewest_bytes() -> None:

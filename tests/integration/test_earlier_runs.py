@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from gspn_dit import GSPNPipeline
+from gspn_dit.checkpoint import find_checkpoints, find_incomplete, resolve_checkpoint
 from gspn_dit.config import load_config
 from gspn_dit.sample import parse_arguments
 from gspn_dit.sample import run as sample
-from gspn_dit.training.checkpoint import find_checkpoints, find_incomplete, resolve_checkpoint
 from gspn_dit.training.post_hoc_ema import write_reconstruction
 from tests.training.conftest import fresh_accelerator, run_training  # noqa: F401  # a fixture
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gspn_dit.ops import cpu, lines, operator
+from gspn_dit.ops import lines, operator
+from gspn_dit.ops.cpu import binding as cpu
 
 
 @pytest.fixture(autouse=True)

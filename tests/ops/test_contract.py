@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspn_dit.ops import BackendUnavailableError, backends, cuda, gspn_scan
+from gspn_dit.ops import BackendUnavailableError, backends, gspn_scan
+from gspn_dit.ops.cuda import binding as cuda
 from tests.ops.scan_cases import Inputs, make_inputs
 
 BACKENDS = ("reference", "cpu")

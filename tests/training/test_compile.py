@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspn_dit.checkpoint import find_checkpoints, load_tensors
 from gspn_dit.models import DiffusionModel, create_model
-from gspn_dit.training.checkpoint import find_checkpoints, load_tensors
 from tests.training.conftest import changed, run_training, tiny_config
 
 MODELS = {

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from gspn_dit.checkpoint import find_checkpoints, read_manifest
 from gspn_dit.config import ObjectiveConfig, SamplingConfig
 from gspn_dit.data.latents import IdentityLatent
 from gspn_dit.diffusion import Guidance, create_objective, sample_latents
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.training import previews
-from gspn_dit.training.checkpoint import find_checkpoints, read_manifest
 from tests.tiny import CLASS_NAMES, SIZE, tiny_model
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, metrics_of, tensors_of

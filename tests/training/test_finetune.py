@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.errors import UserError
 from gspn_dit.training import loop
-from gspn_dit.training.checkpoint import save_checkpoint
 from gspn_dit.training.finetune import LABEL_TABLE, resize_label_table, start_from
 from gspn_dit.training.setup import build_parts
 from tests.training.conftest import changed, run_training, tiny_config

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gspn_dit.training.checkpoint import find_checkpoints
+from gspn_dit.checkpoint import find_checkpoints
 from tests.training.conftest import tiny_config
 from tests.training.test_loop import assert_same_tensors, metrics_of, tensors_of
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from gspn_dit import rng
 from gspn_dit.config import Config
-from gspn_dit.data import encode
 from gspn_dit.data.latent_shards import MANIFEST, open_latents
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
+from gspn_dit.prepare import encode
 from gspn_dit.training.setup import build_parts
 from tests.data.tiny_vae import CHANNELS, SIZE, write_folder, write_vae
 from tests.training.conftest import changed, run_training, tiny_config

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from gspn_dit.checkpoint import find_checkpoints, read_manifest
 from gspn_dit.config import Config
 from gspn_dit.data.batches import Batches
 from gspn_dit.errors import UserError
 from gspn_dit.training import loop
-from gspn_dit.training.checkpoint import find_checkpoints, read_manifest
 from tests.training.conftest import changed, run_training, tiny_config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gspn_dit.training.checkpoint import find_checkpoints
+from gspn_dit.checkpoint import find_checkpoints
 from tests.training.test_loop import assert_same_tensors, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from gspn_dit.checkpoint import find_checkpoints, load_tensors, read_manifest
 from gspn_dit.errors import UserError
-from gspn_dit.training.checkpoint import find_checkpoints, load_tensors, read_manifest
 from gspn_dit.training.ema import PowerEMA, power_exponent, profile_products, reconstruction_weights
 from gspn_dit.training.post_hoc_ema import find_snapshots, reconstruct, save_snapshot, write_reconstruction
 from tests.training.conftest import run_training, tiny_config

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gspn_dit import rng
+from gspn_dit.checkpoint import find_checkpoints, load_tensors
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
-from gspn_dit.training.checkpoint import find_checkpoints, load_tensors
 from gspn_dit.training.repa import Alignment, load_features
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, tensors_of

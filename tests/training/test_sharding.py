@@ -15,9 +15,9 @@ import yaml
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from gspn_dit.checkpoint import find_checkpoints
 from gspn_dit.config import TrainingConfig
 from gspn_dit.errors import UserError
-from gspn_dit.training.checkpoint import find_checkpoints
 from gspn_dit.training.post_hoc_ema import find_snapshots, write_reconstruction
 from gspn_dit.training.sharding import chosen_sharding
 from tests.training.conftest import run_training, tiny_config

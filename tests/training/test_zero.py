@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gspn_dit.checkpoint import find_checkpoints
 from gspn_dit.errors import UserError
 from gspn_dit.training import zero
-from gspn_dit.training.checkpoint import find_checkpoints
 from tests.training.conftest import run_training, tiny_config
 from tests.training.test_loop import metrics_of
 from tests.training.test_multiprocess import ENVIRONMENT, ROOT, command

@@ -1,4 +1,4 @@
-// The C interface between gspn_dit/ops/cpu.py and the kernels: plain structs and pointers, no Python, no torch.
+// The C interface between gspn_dit/ops/cpu/binding.py and the kernels: plain structs and pointers, no Python, no torch.
 #pragma once
 #include <cstdint>
 

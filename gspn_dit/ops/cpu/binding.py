@@ -1,0 +1,183 @@
+"""The CPU kernels of the operator pair: a compiled library where one was built, else `lines`.
+
+The library (`csrc/`) is plain C++, loaded with ctypes at the first call. It chooses its instruction set at run time and
+runs on torch's own OpenMP threads. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gspn_dit.ops import lines
+from gspn_dit.ops.contract import STORAGE_DTYPES
+from gspn_dit.ops.cpu.memory import OutputMemory
+
+__all__ = ["describe", "output_memory", "scan_backward", "scan_forward"]
+
+DISABLE_VARIABLE = "GSPN_CPU_KERNELS"
+"""Environment variable; "pytorch" uses the line-by-line kernels even where the library was built."""
+
+BLOCK = 0
+"""Channels per task of the compiled kernels; 0 lets them choose."""
+
+STREAM_BYTES = 32 << 20
+"""Gradients of at least as many bytes are written past the caches: what reads them next would not find them there."""
+
+output_memory = OutputMemory()
+"""Where large outputs live; `output_memory.release()` returns what is idle to the system."""
+
+_MAX_DIRECTIONS = 4
+_INPUTS = ("x", "logits", "gate_in", "gate_out", "grad_y")
+_OUTPUTS = ("y", "grad_x", "grad_logits", "grad_in", "grad_out")
+_INSTALL = "for the compiled ones install a C++ compiler (g++ or clang++) and run `pip install .` or `pip install -e .`"
+
+
+class _Call(ctypes.Structure):
+    """`gspn::Scan` of csrc/scan.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "groups", "directions")),
+        *((name, ctypes.c_int64) for name in ("window", "dtype", "threads", "block", "stream_bytes")),
+        ("direction", ctypes.c_int64 * _MAX_DIRECTIONS),
+        ("merge", ctypes.c_double * _MAX_DIRECTIONS),
+        ("x_stride", ctypes.c_int64 * 3),
+        ("grad_y_stride", ctypes.c_int64 * 3),
+        ("logits_stride", ctypes.c_int64 * 5),
+        ("gate_in_stride", ctypes.c_int64 * 4),
+        ("gate_out_stride", ctypes.c_int64 * 4),
+        *((name, ctypes.c_void_p) for name in (*_INPUTS, *_OUTPUTS)),
+        ("grad_merge", ctypes.POINTER(ctypes.c_double)),
+        ("parallel", ctypes.c_void_p),
+    ]
+
+
+_INTERFACE = ctypes.sizeof(_Call) * 1000 + 1
+"""Must equal the library's, or the library is older than this file."""
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None, and a line that says what runs."""
+    fallback = "line-by-line PyTorch kernels"
+    if os.environ.get(DISABLE_VARIABLE) == "pytorch":
+        return None, f"{fallback} ({DISABLE_VARIABLE}=pytorch)"
+    folder = Path(__file__).resolve().parents[1]
+    candidates = [folder / f"_cpu_scan{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        return None, f"{fallback}; {_INSTALL}"
+    try:
+        library = ctypes.CDLL(str(path))
+        interface = library.gspn_interface
+        interface.restype = ctypes.c_int64
+        if interface() != _INTERFACE:
+            return None, f"{fallback}; the compiled ones are out of date: run the installation again"
+    except (OSError, AttributeError) as error:
+        return None, f"{fallback}; the compiled ones cannot be loaded ({error}): run the installation again"
+    library.gspn_instruction_set.restype = ctypes.c_char_p
+    return library, f"compiled kernels ({library.gspn_instruction_set().decode()})"
+
+
+@lru_cache(maxsize=1)
+def _torch_parallel() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded, or None.
+
+    A second runtime would bring a second pool of threads, which spins against the first.
+    """
+    for name in ("libtorch_cpu.so", "libtorch.so"):
+        path = Path(torch.__file__).with_name("lib") / name
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def describe() -> str:
+    """Say in one line which CPU kernels run here, and what would make them faster."""
+    return _load()[1]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if its innermost dimension does not have stride 1."""
+    tensor = tensor.detach().resolve_neg()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _call(
+    inputs: dict[str, Tensor], merge_weight: Tensor, directions: Sequence[int], window: int, outputs: dict[str, Tensor]
+) -> _Call:
+    x, logits = inputs["x"], inputs["logits"]
+    call = _Call()
+    call.batch, call.height, call.width, call.channels = x.shape
+    call.groups, call.directions = logits.shape[-1], len(directions)
+    call.window = window or max(call.height, call.width)
+    call.dtype = STORAGE_DTYPES.index(x.dtype)
+    call.threads, call.block, call.stream_bytes = torch.get_num_threads(), BLOCK, STREAM_BYTES
+    call.direction[: len(directions)] = list(directions)
+    call.merge[: len(directions)] = merge_weight.detach().double().tolist()
+    for name, tensor in inputs.items():
+        getattr(call, f"{name}_stride")[:] = tensor.stride()[:-1]
+        setattr(call, name, tensor.data_ptr())
+    for name, tensor in outputs.items():
+        setattr(call, name, tensor.data_ptr())
+    call.parallel = _torch_parallel()
+    return call
+
+
+def _run(function: ctypes._CFuncPtr, call: _Call) -> None:  # type: ignore[name-defined]
+    if function(ctypes.byref(call)):
+        raise MemoryError("gspn_scan could not allocate its scratch memory")
+
+
+def scan_forward(
+    x: Tensor,
+    weight_logits: Tensor,
+    input_gate: Tensor,
+    output_gate: Tensor,
+    merge_weight: Tensor,
+    directions: Sequence[int],
+    window: int,
+) -> Tensor:
+    """Compute the scan for checked arguments; direction codes, `window` 0 for global; returns x's shape and dtype."""
+    library, _ = _load()
+    if library is None or x.numel() == 0:
+        return lines.scan_forward(x, weight_logits, input_gate, output_gate, merge_weight, directions, window)
+    tensors = (x, weight_logits, input_gate, output_gate)
+    inputs = {name: _dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
+    (y,) = output_memory.empty([x.shape], x.dtype)
+    _run(library.gspn_scan_forward, _call(inputs, merge_weight, directions, window, {"y": y}))
+    return y
+
+
+def scan_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight_logits: Tensor,
+    input_gate: Tensor,
+    output_gate: Tensor,
+    merge_weight: Tensor,
+    directions: Sequence[int],
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight_logits, input_gate, output_gate and merge_weight, each like its input."""
+    library, _ = _load()
+    tensors = (x, weight_logits, input_gate, output_gate, grad_y)
+    if library is None or x.numel() == 0:
+        return lines.scan_backward(grad_y, *tensors[:4], merge_weight, directions, window)
+    inputs = {name: _dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
+    results = output_memory.empty([tensor.shape for tensor in tensors[:4]], x.dtype)
+    call = _call(inputs, merge_weight, directions, window, dict(zip(_OUTPUTS[1:], results)))
+    grad_merge = (ctypes.c_double * _MAX_DIRECTIONS)()
+    call.grad_merge = ctypes.cast(grad_merge, ctypes.POINTER(ctypes.c_double))
+    _run(library.gspn_scan_backward, call)
+    merge = torch.tensor(grad_merge[: len(directions)], dtype=merge_weight.dtype)
+    return results[0], results[1], results[2], results[3], merge

@@ -1,0 +1,222 @@
+"""Builds the kernels of `cuda/` for the host with g++ and runs plans of launches on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gspn_dit.ops.cuda import run
+from gspn_dit.ops.cuda.sources import source_folder
+from gspn_dit.ops.cuda.types import POINTERS, Device, Geometry, Launch, Variant
+
+HERE = Path(__file__).resolve().parent
+SOURCES = source_folder()
+H100 = Device(227 * 1024, 132)
+
+
+def compiler() -> str | None:
+    """Path of g++, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def cache_folder() -> Path:
+    """Where builds are kept between runs, one user's in one folder."""
+    folder = Path(tempfile.gettempdir()) / f"gspn-host-cuda-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _digest(*texts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest()[:20]
+
+
+def _texts(sources: Path) -> list[str]:
+    files = sorted([*sources.glob("*.cu"), *sources.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cpp")])
+    return [file.read_text() for file in files]
+
+
+def build(command: list[str], name: str, key: str) -> Path:
+    """Run a compiler whose last arguments name its output, unless the same was built before."""
+    target = cache_folder() / f"{name}-{key}"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            built = Path(folder) / "built"
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            built.rename(target)
+    return target
+
+
+def kernel_flags(variant: Variant, sources: Path) -> list[str]:
+    """Compiler flags that pick a variant's text, kernels and macros."""
+    kernels = "".join(f"KERNEL({kernel})" for kernel in variant.kernels)
+    defines = [f"-D{name}={value}" for name, value in variant.defines.items()]
+    return [
+        "-Wno-unknown-pragmas",
+        *(f'-DKERNEL_SOURCE="{sources / variant.source}"', f"-DKERNELS={kernels}"),
+        *defines,
+    ]
+
+
+def compile_object(source: Path, flags: Sequence[str], texts: Sequence[str]) -> Path:
+    """Compile one file to an object file, unless that was done before."""
+    path = compiler()
+    assert path is not None, "g++ is needed to build the kernels for the host"
+    command = [path, "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", *flags, "-c", str(source)]
+    return build(command, source.stem, _digest(*command, *texts))
+
+
+def kernel_object(variant: Variant, flags: Sequence[str], sources: Path = SOURCES) -> Path:
+    """Compile the kernels of one variant to an object file."""
+    return compile_object(HERE / "kernels.cpp", [*kernel_flags(variant, sources), *flags], _texts(sources))
+
+
+def link(objects: Sequence[Path], flags: Sequence[str], name: str) -> Path:
+    """Link object files, unless that was done before; their names tell their contents."""
+    path = compiler()
+    assert path is not None
+    command = [path, *flags, *map(str, objects)]
+    return build(command, name, _digest(*command))
+
+
+@functools.cache
+def module(variant: Variant, sources: Path = SOURCES) -> ctypes.CDLL:
+    """The kernels of one variant as a shared library."""
+    flags = ["-O1", "-ffp-contract=off"]
+    runtime = compile_object(HERE / "runtime.cpp", ["-O2"], _texts(SOURCES))
+    library = ctypes.CDLL(str(link([kernel_object(variant, flags, sources), runtime], ["-shared"], "library")))
+    library.host_cuda_launch.argtypes = (
+        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_size_t, ctypes.c_char_p),
+    )
+    library.host_cuda_sectors.restype = ctypes.c_uint64
+    library.host_cuda_problem_bytes.restype = ctypes.c_size_t
+    assert library.host_cuda_problem_bytes() == run.PROBLEM_BYTES, "FIELDS and gspn::Problem differ"
+    return library
+
+
+class Host:
+    """Runs launches one after the other and counts the sectors that each kernel moves."""
+
+    def __init__(self, sources: Path = SOURCES) -> None:
+        self.sources = sources
+        self.sectors: dict[str, int] = {}
+        self.launches: list[Launch] = []
+
+    def __call__(self, launch: Launch, problem: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Run one launch."""
+        library = module(launch.variant, self.sources)
+        grid, block = ((ctypes.c_uint * 3)(*size) for size in (launch.grid, launch.block))
+        library.host_cuda_sectors(1)
+        found = library.host_cuda_launch(launch.kernel.encode(), grid, block, launch.shared_bytes, problem)
+        assert found == 0, f"no kernel {launch.kernel}"
+        self.launches.append(launch)
+        self.sectors[launch.kernel] = self.sectors.get(launch.kernel, 0) + library.host_cuda_sectors(1)
+
+
+def aligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that start on a 512-byte boundary, as torch allocates on a GPU."""
+    count, item = int(torch.tensor(shape).prod()), dtype.itemsize
+    buffer = torch.zeros(count + 512 // item, dtype=dtype)
+    first = -buffer.data_ptr() % 512 // item
+    return buffer[first : first + count].view(shape)
+
+
+def count_sectors(
+    geometry: Geometry, backward: bool, device: Device = H100, images: int | None = None
+) -> dict[str, int]:
+    """Distinct 32-byte sectors per warp request of one pass, by kernel.
+
+    With `images` only so many of the batch are run, on a device that is smaller in proportion, so that they are cut
+    into blocks as the whole batch would be.
+    """
+    if images is not None and images < geometry.batch:
+        device = replace(device, processors=max(1, round(device.processors * images / geometry.batch)))
+        geometry = replace(geometry, batch=images)
+    batch, height, width, channels = geometry.batch, geometry.height, geometry.width, geometry.channels
+    directions, dtype = len(geometry.codes), geometry.dtype
+    x = aligned(batch, height, width, channels, dtype=dtype)
+    logits = aligned(batch, height, width, directions, 3, geometry.groups, dtype=dtype)
+    gates = [aligned(batch, height, width, directions, channels, dtype=dtype) for _ in range(2)]
+    tensors = (x, logits, gates[0], gates[1], torch.ones(directions))
+    host = Host()
+    if backward:
+        run.run_backward(x, *tensors, geometry.codes, geometry.window, device=device, launcher=host)
+    else:
+        run.run_forward(*tensors, geometry.codes, geometry.window, device=device, launcher=host)
+    return host.sectors
+
+
+class Recorder:
+    """Keeps launches and what their pointers point into, to replay them in a program of its own."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Launch, bytes]] = []
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __call__(self, launch: Launch, problem: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Record one launch."""
+        self.launches.append((launch, problem))
+        for tensor in tensors.values():
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                self.storages[storage.data_ptr()] = storage
+
+    def job(self) -> bytes:
+        """The input of job.cpp."""
+        parts = [struct.pack("<Q", len(self.storages))]
+        for address, storage in self.storages.items():
+            parts += [struct.pack("<QQ", address, storage.nbytes()), ctypes.string_at(address, storage.nbytes())]
+        parts.append(struct.pack("<QQ", len(POINTERS), len(self.launches)))
+        for launch, problem in self.launches:
+            sizes = (*launch.grid, *launch.block)
+            parts.append(launch.kernel.encode().ljust(64, b"\0"))
+            parts.append(struct.pack("<6IQQ", *sizes, launch.shared_bytes, len(problem)) + problem)
+        return b"".join(parts)
+
+
+SANITIZERS = {
+    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
+    "thread": ["-fsanitize=thread", "-DHOST_CUDA_THREADS", "-pthread"],
+}
+
+
+def sanitized_program(variant: Variant, sanitizer: str, sources: Path = SOURCES) -> Path:
+    """job.cpp with a variant's kernels and the ones that finish its sums, under a sanitizer."""
+    flags = ["-O1", "-g", "-ffp-contract=off", *SANITIZERS[sanitizer]]
+    finish = Variant("finish", variant.dtype, 1, variant.shared_weights)
+    objects = [
+        kernel_object(variant, [*flags, "-DLAUNCH=launch_main", "-Dgspn=gspn_main"], sources),
+        kernel_object(finish, [*flags, "-DLAUNCH=launch_finish", "-Dgspn=gspn_finish"], sources),
+        *(compile_object(HERE / name, flags, _texts(SOURCES)) for name in ("runtime.cpp", "job.cpp")),
+    ]
+    return link(objects, SANITIZERS[sanitizer], "program")
+
+
+def replay(program: Path, recorder: Recorder) -> subprocess.CompletedProcess[str]:
+    """Run recorded launches; where they succeed, copy what they wrote back into the recorded tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "input", Path(folder) / "output"
+        source.write_bytes(recorder.job())
+        # ThreadSanitizer cannot place its shadow memory where the kernel spreads addresses too widely.
+        command = ["setarch", "-R", str(program)] if shutil.which("setarch") else [str(program)]
+        done = subprocess.run([*command, str(source), str(target)], capture_output=True, text=True)
+        if done.returncode == 0:
+            written, first = target.read_bytes(), 0
+            for address, storage in recorder.storages.items():
+                ctypes.memmove(address, written[first : first + storage.nbytes()], storage.nbytes())
+                first += storage.nbytes()
+    return done

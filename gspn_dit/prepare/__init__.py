@@ -1,0 +1,1 @@
+"""Commands that make data: latents, data sets, autoencoders."""

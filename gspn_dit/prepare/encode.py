@@ -1,0 +1,390 @@
+"""Encode the images of a data set once, by any number of processes, to shards of latents that training reads.
+
+    accelerate launch -m gspn_dit.prepare.encode --source imagefolder:DIR --vae VAE --image-size 256 --out latents
+
+Shard i holds the images [i·n, (i+1)·n) of the source, encoded in batches that depend on these numbers alone: neither
+the number of processes nor an interruption changes a bit (on one kind of machine). Each shard is complete or absent;
+the manifest is written last. `--resume` goes on, `--verify` checks what was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gspn_dit.data.images import ImageSet, evenly_spaced
+from gspn_dit.data.latent_shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PLAN,
+    Shard,
+    find_damage,
+    read_manifest,
+    shard_name,
+    to_json,
+)
+from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
+from gspn_dit.files import is_temporary, write_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gspn_dit.data.latents import KLLatent
+    from gspn_dit.prepare.encoder import Encoder
+
+FINGERPRINT_IMAGES = 64
+"""Evenly spaced images whose bytes enter the fingerprint of a source."""
+VERIFIED_IMAGES = 8
+GRACE_SECONDS = 5
+"""How long a process that lost another one waits before it ends, so that the launcher finds the dead one first."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check what can be checked without the images; raises UserError."""
+    parser = ArgumentParser(prog="gspn_dit.prepare.encode", description=__doc__.split("\n")[0])
+    parser.add_argument("--source", metavar="KIND:PLACE", help="imagefolder:DIR, hf:NAME_OR_DIR or digits")
+    parser.add_argument("--split", choices=("train", "validation"), default="train",
+                        help="which part; a source without parts is all train")  # fmt: skip
+    parser.add_argument("--vae", metavar="NAME_OR_DIR", help="an AutoencoderKL of diffusers")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels after ADM's centre crop")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the latents go")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished encoding")
+    parser.add_argument("--verify", action="store_true", help="check the shards in --out, and decode a few images")
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable images")
+    parser.add_argument("--shard-images", type=int, default=4096, help="images per shard")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at a time")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the autoencoder")
+    parser.add_argument("--workers", type=int, default=4, help="threads that decode images, per process")
+    options = parser.parse_args(arguments)
+    for name, least in (("image_size", 1), ("skip_bad", 0), ("shard_images", 1), ("batch_size", 1), ("workers", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least {least}")
+    if options.verify and options.resume:
+        raise UserError("--verify and --resume contradict each other; give one of them")
+    if not options.verify:
+        for name in ("source", "vae"):
+            if getattr(options, name) is None:
+                raise UserError(f"--{name} is missing")
+        _check_out(Path(options.out), options.resume)
+    return options
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a directory")
+    if not out.is_dir() or all(is_temporary(file.name) for file in out.iterdir()):
+        return
+    if (out / MANIFEST).exists() and not resume:
+        raise UserError(f"--out {out} holds encoded latents already; --verify checks them, or give another directory")
+    if not (out / MANIFEST).exists() and not (out / PLAN).exists():
+        raise UserError(f"--out {out} is not empty and holds no latents; give another directory")
+    if not resume:
+        raise UserError(f"--out {out} holds an unfinished encoding; go on with --resume, or give another directory")
+
+
+# -- what is encoded -------------------------------------------------------------------------------------------------
+
+
+def open_images(source: str, split: str, image_size: int, channels: int) -> ImageSet:
+    """Open the images of a source, of which none is decoded yet; raises UserError."""
+    from gspn_dit.data.images import open_source
+
+    return open_source(source, split, image_size, channels, validation_fraction=0)
+
+
+def source_fingerprint(images: ImageSet) -> str:
+    """Return a hash of class names, labels, and the files of some of the images, as they lie in the source."""
+    digest = hashlib.sha256(json.dumps([images.class_names, len(images)]).encode())
+    digest.update(images.labels.astype("<i8").data)
+    some = evenly_spaced(len(images), FINGERPRINT_IMAGES)
+    for cell in images.cells(some):
+        content = (cell or {}).get("bytes")
+        path = (cell or {}).get("path")
+        if content is None and path and Path(path).is_file():
+            content = Path(path).read_bytes()
+        digest.update(hashlib.sha256(content or b"").digest())
+    return digest.hexdigest()
+
+
+def make_plan(options: argparse.Namespace, images: ImageSet, latent: KLLatent) -> dict[str, Any]:
+    """Return everything that the shards are a function of, as plain JSON values."""
+    from gspn_dit.data.latents import where
+
+    kind, _, place = options.source.partition(":")
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": {
+            "name": f"{kind}:{where(place)}" if place else kind,
+            "split": options.split,
+            "images": len(images),
+            "fingerprint": source_fingerprint(images),
+        },
+        "latent": latent.spec(),
+        "vae_config": {key: value for key, value in dict(latent.vae.config).items() if not key.startswith("_")},
+        "transform": {
+            "crop": "ADM centre crop",
+            "image_size": options.image_size,
+            "flips": [False, True],
+            "precision": options.precision,
+            "batch_size": options.batch_size,
+        },
+        "shard_images": options.shard_images,
+        "class_names": images.class_names,
+    }
+
+
+def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Raise UserError, by name, if an encoding cannot go on with other images, another autoencoder or other options."""
+    from gspn_dit.config import flatten
+    from gspn_dit.data.latents import refuse_other_vae
+
+    now = json.loads(json.dumps(now))
+    try:
+        refuse_other_vae(before.get("latent", {}), now["latent"])
+    except UserError as error:
+        raise UserError(f"--out {out} was begun with another VAE: {error}") from None
+    places = ("source.name", "latent.vae")
+    old, new = dict(flatten(before)), dict(flatten(now))
+    for key in new:
+        if key not in places and old.get(key) != new[key]:
+            raise UserError(
+                f"--out {out} was begun with {key} = {old.get(key)}, now it is {new[key]}; "
+                "give what it was begun with, or another directory"
+            )
+
+
+# -- encoding --------------------------------------------------------------------------------------------------------
+
+
+def share_of_shards(out: Path, count: int, accelerator: Accelerator) -> list[int]:
+    """Return the shards of this process: those that are there to be checked, and an even share of those that lack."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [[(out / shard_name(number)).exists() for number in range(count)]]
+    broadcast_object_list(found)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    present = [number for number in range(count) if found[0][number]]
+    missing = [number for number in range(count) if not found[0][number]]
+    return present[rank::world] + missing[rank::world]
+
+
+def encode_shards(encoder: Encoder, out: Path, accelerator: Accelerator) -> dict[int, tuple[dict, dict]]:
+    """Encode this process's share; return each shard's manifest entry and facts by number."""
+    images, size = encoder.images, encoder.options.shard_images
+    mine = share_of_shards(out, -(-len(images) // size), accelerator)
+    entries = {}
+    began, encoded = time.perf_counter(), 0
+    for done, number in enumerate(mine, start=1):
+        shard = Shard(out / shard_name(number))
+        if shard.is_intact():
+            encoder.count_skipped(len(shard.facts["skipped"]), f"shard {shard.path.name} lacks images")
+        else:
+            write_shard(shard.path, encoder.encode(number))
+            shard = Shard(shard.path)
+            encoded += len(shard.labels)
+            rate = encoded / (time.perf_counter() - began)
+            left = time.strftime("%H:%M:%S", time.gmtime((len(mine) - done) * size / rate if rate else 0))
+            accelerator.print(
+                f"shard {done}/{len(mine)} of a process: {rate * accelerator.num_processes:.1f} images/s, {left} left",
+                flush=True,
+            )
+        entries[number] = shard.entry(), shard.facts
+    return entries
+
+
+def write_shard(path: Path, content: bytes) -> None:
+    """Write a shard atomically; raises LocalUserError if the disk refuses."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise LocalUserError(f"cannot write {path}: {error}; make room and go on with --resume") from None
+
+
+def finish(
+    out: Path, plan: dict[str, Any], parts: Sequence[dict[int, tuple[dict, dict]]], skip_bad: int
+) -> dict[str, Any]:
+    """Write the manifest of the shards that all processes made, and delete the plan; raises UserError."""
+    by_number = {number: facts for part in parts for number, facts in part.items()}
+    converted: Counter[str] = Counter()
+    skipped: list[str] = []
+    for _, facts in sorted(by_number.items()):
+        converted.update(facts[1]["converted"])
+        skipped += facts[1]["skipped"]
+    if len(skipped) > skip_bad:
+        raise UserError(f"{len(skipped)} images are unreadable, --skip-bad allows {skip_bad}; the first: {skipped[0]}")
+    shards = [entry for _, (entry, _) in sorted(by_number.items())]
+    manifest = {
+        **plan,
+        "images": sum(entry["images"] for entry in shards),
+        "skipped": skipped,
+        "converted": dict(sorted(converted.items())),
+        "shards": shards,
+    }
+    if not manifest["images"]:
+        raise UserError(f"none of the {len(skipped)} images could be read; the first: {skipped[0]}")
+    try:
+        write_atomically(out / MANIFEST, to_json(manifest))
+        (out / PLAN).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out / MANIFEST}: {error}; make room and go on with --resume") from None
+    return manifest
+
+
+def run(options: argparse.Namespace) -> None:
+    """Encode what the options ask for."""
+    import torch
+    from accelerate.utils import gather_object
+
+    from gspn_dit.data.latents import KLLatent, where
+    from gspn_dit.data.vae import load_vae
+    from gspn_dit.prepare.encoder import Encoder
+
+    accelerator = create_accelerator()
+    out = Path(options.out)
+    latent = KLLatent(load_vae(options.vae), options.image_size, where(options.vae))
+    images = open_images(options.source, options.split, options.image_size, latent.image_channels)
+    plan = begin(options, make_plan(options, images, latent), accelerator)
+    if plan is None:
+        accelerator.print(f"{out} is complete: nothing to do")
+        return
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    latent.to(accelerator.device)
+    entries = encode_shards(Encoder(images, latent, options), out, accelerator)
+    try:
+        parts = gather_object([entries])
+    except RuntimeError as error:
+        time.sleep(GRACE_SECONDS)
+        raise UserError("another process has ended early and tells why; go on with --resume") from error
+    if accelerator.is_main_process:
+        manifest = finish(out, plan, parts, options.skip_bad)
+        counts = [f"{count} of mode {mode}" for mode, count in manifest["converted"].items()]
+        print(
+            f"{out}: {manifest['images']:,} images in {len(manifest['shards'])} shards, "
+            f"{len(manifest['skipped'])} left out, converted to {'grey' if latent.image_channels == 1 else 'RGB'}: "
+            f"{', '.join(counts) or 'none'}"
+        )
+        for problem in manifest["skipped"]:
+            print(f"left out: {problem}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def create_accelerator() -> Accelerator:
+    """Return the Accelerator of this job, whose processes may wait for each other for days."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+
+
+def begin(options: argparse.Namespace, plan: dict[str, Any], accelerator: Accelerator) -> dict[str, Any] | None:
+    """Return the plan to work by, which a resumed encoding began with, or None if all is done.
+
+    Raises UserError if the encoding to resume was begun differently, or the directory cannot be written.
+    """
+    out = Path(options.out)
+    complete = (out / MANIFEST).exists()
+    if complete or (out / PLAN).exists():
+        before = read_manifest(out) if complete else read_plan(out)
+        check_same_plan(before, plan, out)
+        plan = {key: before[key] for key in plan}
+        complete = complete and not any(find_damage(out, entry, thorough=False) for entry in before["shards"])
+    accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
+    if accelerator.is_main_process:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for file in out.iterdir():
+                if is_temporary(file.name):
+                    file.unlink()
+            if complete:
+                (out / PLAN).unlink(missing_ok=True)
+            else:
+                write_atomically(out / PLAN, to_json(plan))
+                (out / MANIFEST).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error}") from None
+    accelerator.wait_for_everyone()
+    return None if complete else plan
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """Return what an unfinished encoding was begun with; raises UserError if it cannot be read."""
+    try:
+        return json.loads((out / PLAN).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / PLAN} cannot be read: {error}; encode into another directory") from None
+
+
+# -- verification ----------------------------------------------------------------------------------------------------
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Re-hash all shards, and draw a few decoded images below their originals in `verify.png`; raises UserError."""
+    import os
+
+    if int(os.environ.get("RANK", "0")):
+        return
+    out = Path(options.out)
+    manifest = read_manifest(out)
+    with ThreadPoolExecutor(options.workers) as pool:
+        found = list(pool.map(lambda entry: find_damage(out, entry, thorough=True), manifest["shards"]))
+    damages = [damage for damage in found if damage]
+    if damages:
+        more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""
+        raise UserError(f"{damages[0]}{more}; delete it and encode it again with --resume")
+    print(f"{out}: {len(manifest['shards'])} shards with {manifest['images']:,} images are as they were written")
+    ratio = decode_a_few(out, manifest, options.source or manifest["source"]["name"], options.vae)
+    print(f"{out / 'verify.png'}: {VERIFIED_IMAGES} images above what their latents decode to, PSNR {ratio:.2f} dB")
+
+
+def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | None) -> float:
+    """Write `verify.png` and return the PSNR in decibels; raises UserError if the source or the VAE is another one."""
+    import torch
+    from PIL import Image
+
+    from gspn_dit.data.latent_shards import open_latents
+    from gspn_dit.data.latents import KLLatent, latent_from_spec
+    from gspn_dit.prepare.train_vae import psnr
+
+    latents = open_latents(out, validation_fraction=0)
+    latent = latent_from_spec(manifest["latent"], vae)
+    assert isinstance(latent, KLLatent)
+    images = open_images(source, manifest["source"]["split"], latent.image_size, latent.image_channels)
+    if source_fingerprint(images) != manifest["source"]["fingerprint"]:
+        raise UserError(f"--source {source} does not hold the images that {out} was encoded from")
+    items = evenly_spaced(len(latents), VERIFIED_IMAGES)
+    originals = images.pixels(np.concatenate([shard.indices for shard in latents.shards])[items])
+    moments = latents.moments(items, np.zeros(len(items), dtype=bool))
+    decoded = latent.decode(latent.draw(torch.from_numpy(moments)))
+    rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
+    picture = np.concatenate(rows, axis=0)
+    Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(out / "verify.png")
+    return psnr(originals, decoded)
+
+
+def main() -> None:
+    """The command line."""
+    options = parse_arguments()
+    if options.verify:
+        verify(options)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    run_cli(main)

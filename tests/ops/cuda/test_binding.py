@@ -1,0 +1,140 @@
+"""Binding without a GPU: what is said when something is missing, what is imported when, how sources are found."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspn_dit.ops import backends
+from gspn_dit.ops.backends import BackendUnavailableError, resolve_backend
+from gspn_dit.ops.contract import check_arguments
+from gspn_dit.ops.cuda import binding as cuda
+from gspn_dit.ops.cuda import sources
+from gspn_dit.ops.cuda.types import Variant
+from tests.ops.scan_cases import make_inputs
+
+CUDA = torch.device("cuda", 0)
+
+
+def fake_cupy(runtime: int, nvrtc: bool = True) -> types.ModuleType:
+    """A module with as much of CuPy as is asked for before the first launch."""
+
+    def version() -> tuple[int, int]:
+        if not nvrtc:
+            raise RuntimeError("libnvrtc.so is missing")
+        return 13, 0
+
+    module = types.ModuleType("cupy")
+    module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
+        runtime=types.SimpleNamespace(runtimeGetVersion=lambda: runtime),
+        nvrtc=types.SimpleNamespace(getVersion=version),
+    )
+    return module
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine whose PyTorch has CUDA 13 and sees a GPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda._problem.cache_clear()
+    backends._warn_once.cache_clear()
+    yield monkeypatch
+    cuda._problem.cache_clear()
+    backends._warn_once.cache_clear()
+
+
+def expect_refusal(message: str) -> None:
+    """Naming the backend raises the message in one line; auto falls back and warns with it, once."""
+    with pytest.raises(BackendUnavailableError) as raised:
+        resolve_backend("cupy", CUDA)
+    assert str(raised.value) == f"backend 'cupy' cannot run: {message}"
+    with pytest.warns(RuntimeWarning) as warned:
+        assert resolve_backend("auto", CUDA) == "reference"
+        assert resolve_backend("auto", CUDA) == "reference"
+    assert [str(warning.message) for warning in warned] == [
+        f"gspn_scan falls back to the slow PyTorch reference: {message}"
+    ]
+
+
+def test_cupy_missing(gpu_machine: pytest.MonkeyPatch) -> None:
+    gpu_machine.setitem(sys.modules, "cupy", None)
+    expect_refusal("CuPy is not installed: pip install cupy-cuda13x")
+
+
+def test_cupy_of_another_cuda_major(gpu_machine: pytest.MonkeyPatch) -> None:
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(12090))
+    gpu_machine.setattr(cuda, "_cupy_packages", lambda: ["cupy-cuda12x"])
+    expect_refusal(
+        "CuPy is built for CUDA 12 but PyTorch for CUDA 13: pip uninstall -y cupy-cuda12x && pip install cupy-cuda13x"
+    )
+
+
+def test_nvrtc_missing(gpu_machine: pytest.MonkeyPatch) -> None:
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000, nvrtc=False))
+    expect_refusal("CuPy does not find NVRTC (libnvrtc.so is missing): pip install 'cupy-cuda13x[ctk]'")
+
+
+def test_everything_there(gpu_machine: pytest.MonkeyPatch) -> None:
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000))
+    assert resolve_backend("auto", CUDA) == resolve_backend("cupy", CUDA) == "operator"
+
+
+def test_no_gpu_and_no_cuda_build(gpu_machine: pytest.MonkeyPatch) -> None:
+    gpu_machine.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.problem() == "PyTorch sees no CUDA device: run where `nvidia-smi` lists one"
+    cuda._problem.cache_clear()
+    gpu_machine.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in str(cuda.problem())
+
+
+def test_unsupported_dtype_and_mixed_devices() -> None:
+    inputs = make_inputs((1, 3, 4, 2))
+    whole = [tensor.to("meta") for tensor in inputs.tensors()]
+    with pytest.raises(ValueError, match=r"^x has dtype torch\.int32; the scan takes torch\.float32, .*float16$"):
+        check_arguments(whole[0].int(), *(t.int() for t in whole[1:]), directions=4, window=None)
+    with pytest.raises(ValueError, match=r"^input_gate is on cpu, but x is on meta$"):
+        check_arguments(whole[0], whole[1], inputs.input_gate, *whole[3:], directions=4, window=None)
+
+
+def test_cuda_kernels_are_registered() -> None:
+    for name in ("scan_forward", "scan_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gspn_dit::{name}", "CUDA")
+
+
+def test_a_scan_on_the_cpu_imports_no_cupy() -> None:
+    code = (
+        "import sys, torch\nfrom gspn_dit import ops\nfrom tests.ops.scan_cases import make_inputs\n"
+        "ops.gspn_scan(*make_inputs((1, 3, 4, 2)))\nassert 'cupy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_describes_what_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/somewhere")
+    assert re.fullmatch(
+        r"CUDA kernels through CuPy [\d.]+, NVRTC [\d.]+,.* compiled ones in /somewhere", cuda.describe()
+    )
+
+
+def test_sources_carry_their_header() -> None:
+    for regime in ("short", "cluster", "long", "finish"):
+        text = sources.source_text(Variant(regime, torch.float32, 1, False).source)
+        assert "#include" not in text
+        assert "struct Problem" in text
+
+
+def test_problem_is_a_constant_to_the_compiler() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x if cuda.problem() is None else 2 * x
+
+    assert twice(torch.ones(1)).item() == (1.0 if cuda.problem() is None else 2.0)

@@ -1,0 +1,122 @@
+"""The CUDA kernels compile for GPUs with NVRTC alone, without spills, and the inspector reports them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspn_dit.ops import inspect
+from gspn_dit.ops.cuda.host import harness
+from gspn_dit.ops.cuda.sources import compile_cubin
+from gspn_dit.ops.cuda.types import Variant, widest_vector
+from tests.ops.scan_cases import DTYPES
+
+pytest.importorskip("cupy", reason="CuPy brings the way to NVRTC: pip install cupy-cuda13x", exc_type=ImportError)
+
+ROOT = Path(__file__).parents[3]
+FIELDS = ["kernel", "dtype", "regime", "arch", "registers", "shared_bytes", "stack_bytes", "spill_bytes", "occupancy"]
+FIELDS += ["bytes_ratio", "predicted_ms"]
+
+
+def variants() -> Iterator[Variant]:
+    for regime, dtype, shared in itertools.product(("short", "cluster", "long", "finish"), DTYPES, (False, True)):
+        for vector in sorted({1, widest_vector(regime, dtype)}):
+            yield Variant(regime, dtype, vector, shared)
+
+
+def check(variant: Variant, arch: str) -> None:
+    """Compile; float32 and bfloat16 use no stack and spill nothing, float16 next to nothing."""
+    cubin, log = compile_cubin(variant, arch)
+    assert cubin.startswith(b"\x7fELF")
+    resources = inspect.parse_log(log)
+    assert set(resources) == set(variant.kernels)
+    for kernel, costs in resources.items():
+        assert 16 <= costs.registers <= 255
+        if variant.dtype in (torch.float32, torch.bfloat16):
+            assert (costs.stack_bytes, costs.spill_bytes) == (0, 0), (kernel, costs)
+        elif variant.dtype == torch.float16:
+            assert costs.spill_bytes <= 32, (kernel, costs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("regime", ["short", "cluster", "long", "finish"])
+def test_compiles_for_sm_90(regime: str, dtype: torch.dtype) -> None:
+    check(Variant(regime, dtype, widest_vector(regime, dtype), False), "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("variant", variants(), ids=str)
+def test_compiles_everywhere(variant: Variant, arch: str) -> None:
+    if variant.regime == "cluster" and arch == "sm_80":
+        pytest.skip("sm_80 has no clusters: its launch rule takes long lines instead")
+    check(variant, arch)
+
+
+@pytest.mark.skipif(harness.compiler() is None and not os.environ.get("CI"), reason="g++ counts the bytes")
+def test_inspector_prints_what_a_scan_costs() -> None:
+    command = [sys.executable, "-m", "gspn_dit.ops.inspect", "--arch", "sm_90", "--shape", "2,8,8,64,64", "--json"]
+    done = subprocess.run([*command, "--dtype", "bfloat16"], cwd=ROOT, capture_output=True, text=True, check=True)
+    reports = json.loads(done.stdout)
+    assert [report["kernel"].split("_")[2] for report in reports] == ["forward", "backward", "merge"]
+    for report in reports:
+        assert list(report)[: len(FIELDS)] == FIELDS
+        assert (report["dtype"], report["arch"]) == ("bfloat16", "sm_90")
+        assert (report["stack_bytes"], report["spill_bytes"]) == (0, 0)
+        assert 0 < report["occupancy"] <= 1
+        assert 0.9 < report["bytes_ratio"] < 1.05
+        assert report["reason"] is None
+    floor = 2 * 8 * 8 * 22 * 64 * 2
+    assert reports[0]["predicted_ms"] == pytest.approx(reports[0]["bytes_ratio"] * floor / 3350e6, rel=0.1)
+
+
+def test_inspector_says_why_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "compiler", lambda: None)
+    report = inspect.inspect("sm_90", (1, 4, 4, 8, 8), [torch.float32])[0]
+    assert report.bytes_ratio is report.predicted_ms is None
+    assert report.reason == "g++ is not installed: apt-get install g++"
+
+
+@pytest.mark.parametrize("shape", ["1,2,3", "1,2,3,4,x", "1,4,4,6,4", "0,4,4,6,6"])
+def test_inspector_refuses_a_bad_shape(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        inspect.main(["--shape", shape])
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--bandwidth-gbs", "0"], ["--bandwidth-gbs", "nan"], ["--arch", "sm_91"], ["--arc", "sm_90"]]
+)
+def test_a_mistake_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        inspect.main(arguments)
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("inspect: error: ") and error.count("\n") == 1
+
+
+def test_occupancy() -> None:
+    """The examples of NVIDIA's occupancy tables for 8.0: registers, shared memory and threads each bind once."""
+    ampere = inspect.ARCHITECTURES["sm_80"]
+    assert inspect.occupancy(ampere, 32, 256, 0) == 1.0
+    assert inspect.occupancy(ampere, 128, 512, 0) == 0.25
+    assert inspect.occupancy(ampere, 64, 512, 100 * 1024) == 0.25
+    assert inspect.occupancy(ampere, 32, 32, 0) == 0.5
+
+
+def test_parses_the_assembler_log() -> None:
+    log = (
+        "ptxas info    : Compiling entry function 'k' for 'sm_90'\n"
+        "ptxas         .     40 bytes stack frame, 44 bytes spill stores, 76 bytes spill loads\n"
+        "ptxas info    : Used 128 registers, used 1 barriers, 128 bytes smem\n"
+    )
+    assert inspect.parse_log(log) == {"k": inspect.Resources(128, 128, 40, 120)}
