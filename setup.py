@@ -22,7 +22,7 @@ ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
-KERNELS = ["scan", "kernels_baseline", *(ISA_FLAGS if X86 else [])]
+KERNELS = ["tasks", "scan", "kernels_baseline", *(ISA_FLAGS if X86 else [])]
 
 
 class BuildKernels(build_ext):

@@ -1,15 +1,9 @@
 // Entry points: choose the instruction set, cut a call into tasks, run them on torch's OpenMP threads.
 #include "scan.h"
-
-#include <sys/mman.h>
-#include <unistd.h>
+#include "tasks.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
-#include <new>
-#include <thread>
-#include <vector>
 
 namespace gspn {
 namespace {
@@ -33,100 +27,13 @@ const Kernels& kernels() {
 #endif
 }
 
-// Threads of the parent do not exist in a forked child, and waiting for them would never end: a child works alone.
-pid_t loaded_by = getpid();
-
-// Scratch memory. Fresh pages are expensive, so a few buffers are kept from call to call, up to 32 MiB each.
-struct Buffer {
-  char* data;
-  int64_t bytes;
-};
-constexpr int kKept = 16;
-constexpr int64_t kLargestKept = 32 << 20, kHugePage = 2 << 20;
-std::atomic<Buffer*> kept[kKept];
-
-struct Scratch {
-  Buffer* buffer = nullptr;
-  char* data = nullptr;
-
-  explicit Scratch(int64_t bytes) {
-    for (auto& slot : kept) {
-      Buffer* found = slot.exchange(nullptr);
-      if (!found) continue;
-      if (found->bytes >= bytes) {
-        buffer = found;
-        data = buffer->data;
-        return;
-      }
-      drop(found);
-    }
-    bytes = std::max<int64_t>(bytes, 4096);
-    const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    bytes = (bytes + alignment - 1) / alignment * alignment;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, (size_t)alignment, (size_t)bytes)) return;
-#ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) madvise(memory, (size_t)bytes, MADV_HUGEPAGE);
-#endif
-    buffer = new (std::nothrow) Buffer{(char*)memory, bytes};
-    if (buffer) data = buffer->data;
-    else free(memory);
-  }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() {
-    if (!buffer) return;
-    if (buffer->bytes <= kLargestKept)
-      for (auto& slot : kept) {
-        Buffer* empty = nullptr;
-        if (slot.compare_exchange_strong(empty, buffer)) return;
-      }
-    drop(buffer);
-  }
-  static void drop(Buffer* unwanted) {
-    free(unwanted->data);
-    delete unwanted;
-  }
+struct Call {
+  const Scan& scan;
+  const Plan& plan;
 };
 
-// Tasks are handed out by a counter; what they compute does not depend on who computes it.
-struct Job {
-  const Scan* scan;
-  const Plan* plan;
-  int64_t tasks = 0, scratch_bytes = 0;
-  void (*run)(const Job&, int64_t task, char* scratch) = nullptr;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-
-  Job(const Scan& scan, const Plan& plan)
-      : scan(&scan), plan(&plan), tasks(scan.batch * plan.blocks * plan.shares) {}
-};
-
-void work(void* argument) {
-  Job& job = *(Job*)argument;
-  Scratch scratch(job.scratch_bytes);
-  if (!scratch.data) {
-    job.out_of_memory = true;
-    return;
-  }
-  for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;)
-    job.run(job, task, scratch.data);
-}
-
-typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
-
-int run(Job& job) {
-  const int64_t threads = std::min(job.scan->threads, job.tasks);
-  if (threads <= 1 || getpid() != loaded_by) {
-    work(&job);
-  } else if (job.scan->parallel) {
-    ((GompParallel)job.scan->parallel)(work, &job, (unsigned)threads, 0);
-  } else {
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, &job);
-    work(&job);
-    for (auto& other : others) other.join();
-  }
-  return job.out_of_memory ? 1 : 0;
+int run(const Call& call, int64_t tasks, int64_t scratch_bytes, TaskFunction function) {
+  return run_tasks({call.scan.threads, call.scan.parallel}, tasks, scratch_bytes, function, &call);
 }
 
 // Channels per task. Memory wants long runs of channels (`reads` in the report of benchmarks/scan.py), so there are as few
@@ -180,32 +87,28 @@ Block block_of(const Scan& scan, const Plan& plan, int64_t task) {
   return block;
 }
 
-// One task after the other, or `elements` of work in ranges of 64 Ki.
+// Elements per task of what joins sums.
 constexpr int64_t kRange = 1 << 16;
 constexpr int64_t kKeptBytes = 8 << 20;
 
-int join_sums(const Scan& scan, const Plan& plan) {
-  Job job(scan, plan);
-  job.tasks = (scan.batch * scan.height * scan.width * scan.channels + kRange - 1) / kRange;
-  job.run = [](const Job& job, int64_t task, char*) {
-    const Scan& scan = *job.scan;
+int join_sums(const Call& call) {
+  const int64_t elements = call.scan.batch * call.scan.height * call.scan.width * call.scan.channels;
+  return run(call, (elements + kRange - 1) / kRange, 0, [](const void* context, int64_t task, char*) {
+    const auto& [scan, plan] = *(const Call*)context;
     const int64_t end = scan.batch * scan.height * scan.width * scan.channels;
-    kernels().join_sums(scan, *job.plan, scan.y ? scan.y : scan.grad_x, task * kRange, std::min(end, (task + 1) * kRange));
-  };
-  return run(job);
+    kernels().join_sums(scan, plan, scan.y ? scan.y : scan.grad_x, task * kRange, std::min(end, (task + 1) * kRange));
+  });
 }
 
 int64_t logit_count(const Scan& scan) {
   return scan.batch * scan.height * scan.width * scan.directions * 3 * scan.groups;
 }
 
-int join_parts(const Scan& scan, const Plan& plan) {
-  Job job(scan, plan);
-  job.tasks = (logit_count(scan) + kRange - 1) / kRange;
-  job.run = [](const Job& job, int64_t task, char*) {
-    kernels().join_parts(*job.scan, *job.plan, task * kRange, std::min(logit_count(*job.scan), (task + 1) * kRange));
-  };
-  return run(job);
+int join_parts(const Call& call) {
+  return run(call, (logit_count(call.scan) + kRange - 1) / kRange, 0, [](const void* context, int64_t task, char*) {
+    const auto& [scan, plan] = *(const Call*)context;
+    kernels().join_parts(scan, plan, task * kRange, std::min(logit_count(scan), (task + 1) * kRange));
+  });
 }
 
 int64_t sums_bytes(const Scan& scan, const Plan& plan) {
@@ -244,13 +147,14 @@ int gspn_scan_forward(const Scan* scan) {
   Scratch sums(sums_bytes(*scan, plan));
   if (!sums.data) return 1;
   plan.sums = sums.data;
-  Job job(*scan, plan);
-  job.scratch_bytes = kernels().forward_scratch(*scan, plan);
-  job.run = [](const Job& job, int64_t task, char* scratch) {
-    kernels().forward(*job.scan, *job.plan, block_of(*job.scan, *job.plan, task), scratch);
+  const Call call{*scan, plan};
+  const int64_t tasks = scan->batch * plan.blocks * plan.shares;
+  const auto block = [](const void* context, int64_t task, char* scratch) {
+    const auto& [scan, plan] = *(const Call*)context;
+    kernels().forward(scan, plan, block_of(scan, plan, task), scratch);
   };
-  if (run(job)) return 1;
-  return plan.shares > 1 ? join_sums(*scan, plan) : 0;
+  if (run(call, tasks, kernels().forward_scratch(*scan, plan), block)) return 1;
+  return plan.shares > 1 ? join_sums(call) : 0;
 }
 
 int gspn_scan_backward(const Scan* scan) {
@@ -264,12 +168,13 @@ int gspn_scan_backward(const Scan* scan) {
   plan.sums = sums.data;
   plan.stream = streams(*scan, plan);
   plan.keep = keeps(*scan);
-  Job job(*scan, plan);
-  job.scratch_bytes = kernels().backward_scratch(*scan, plan);
-  job.run = [](const Job& job, int64_t task, char* scratch) {
-    kernels().backward(*job.scan, *job.plan, block_of(*job.scan, *job.plan, task), scratch);
+  const Call call{*scan, plan};
+  const int64_t tasks = scan->batch * plan.blocks * plan.shares;
+  const auto block = [](const void* context, int64_t task, char* scratch) {
+    const auto& [scan, plan] = *(const Call*)context;
+    kernels().backward(scan, plan, block_of(scan, plan, task), scratch);
   };
-  if (run(job)) return 1;
+  if (run(call, tasks, kernels().backward_scratch(*scan, plan), block)) return 1;
   for (int64_t d = 0; d < scan->directions; ++d) {
     double sum = 0;
     for (int64_t b = 0; b < scan->batch; ++b)
@@ -277,8 +182,8 @@ int gspn_scan_backward(const Scan* scan) {
         sum += plan.merge_sums[(b * scan->directions + d) * scan->channels + c];
     scan->grad_merge[d] = sum;
   }
-  if (plan.shares > 1 && join_sums(*scan, plan)) return 1;
-  return plan.parts > 1 ? join_parts(*scan, plan) : 0;
+  if (plan.shares > 1 && join_sums(call)) return 1;
+  return plan.parts > 1 ? join_parts(call) : 0;
 }
 
 }  // extern "C"
