@@ -24,15 +24,16 @@ ALLOWED = {
     "errors": set(),
     "ops": set(),
     "rng": {"errors"},
-    "config": {"errors"},
+    "paths": {"errors"},
+    "config": {"errors", "paths"},
     "models": {"config", "errors", "ops"},
     "diffusion": {"config", "errors", "rng"},
-    "data": {"config", "errors", "files", "rng"},
+    "data": {"config", "errors", "files", "paths", "rng"},
     "doctor": {"errors", "ops"},
 }
 ABOVE_ALL = {"pipeline", "generate", "sample", "train"}
 FREE = ABOVE_ALL | {"__init__", "__main__"}
-OF_FID = {"data", "errors", "files", "grid"}  # files and images, never models
+OF_FID = {"data", "errors", "files", "grid", "paths"}  # files and images, never models
 
 
 def imported_names(path: Path, package: str, tree: ast.AST | None = None) -> Iterator[str]:

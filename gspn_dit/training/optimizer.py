@@ -35,16 +35,18 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def optimizer_step(
-    optimizer: torch.optim.AdamW | ZeroAdamW, model: nn.Module, rate: float, max_grad_norm: float
+    optimizer: torch.optim.AdamW | ZeroAdamW, model: nn.Module, rate: float, max_grad_norm: float | None
 ) -> tuple[Tensor, Tensor]:
     """Clip the gradients, step unless they are not finite, and clear them; only DeepSpeed waits for the device.
+
+    A `max_grad_norm` of None clips nothing.
 
     Returns:
         The gradients' norm before clipping, and 1.0 if the step was taken, 0.0 if skipped; 0-d tensors.
     """
     if isinstance(optimizer, ZeroAdamW):
         return optimizer.step(rate)
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm))
     took_step = torch.isfinite(norm).to(torch.float32)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -84,7 +84,7 @@ class ZeroAdamW:
             config={
                 "train_micro_batch_size_per_gpu": settings.batch_size // shares,
                 "gradient_accumulation_steps": 1,  # the loop divides the loss, and says which micro-step is the last
-                "gradient_clipping": settings.max_grad_norm,
+                "gradient_clipping": settings.max_grad_norm or 0.0,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": sys.maxsize,
                 "zero_optimization": {

@@ -1,23 +1,13 @@
-"""The configuration of a run: typed, frozen dataclasses, read from YAML and overridden on the command line.
-
-A key that does not exist, is misspelt or abbreviated, or has a value of another type is refused by name.
-"""
+"""The keys of a config, their types, defaults and ranges: frozen dataclasses that check themselves."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import unicodedata
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
-
-from gspn_dit.errors import UserError, nearest
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,12 +20,28 @@ def _require_interval(name: str, interval: tuple[float, float]) -> None:
     _require(0 <= low <= high <= 1, f"{name} is {list(interval)}, but must be [low, high] with 0 ≤ low ≤ high ≤ 1")
 
 
+@dataclass(frozen=True)
+class Section:
+    """Part of a config: whatever its keys, no number is infinite or NaN, and no text breaks a path or a page."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        for spec in dataclasses.fields(self):
+            name, given = f"{section}.{spec.name}".removeprefix("."), getattr(self, spec.name)
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                if isinstance(value, float):
+                    _require(math.isfinite(value), f"{name} is {given}, but must be finite")
+                if isinstance(value, str):
+                    strange = [letter for letter in value if unicodedata.category(letter) in ("Cc", "Cs")]
+                    _require(not strange, f"{name} is {given!r}, but must be text without control characters, in UTF-8")
+
+
 SCAN_DIRECTIONS = ("right", "left", "down", "up")
 """`gspn_dit.ops.DIRECTIONS`, which would load torch."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Which network; a value of null keeps the preset's."""
 
     name: str = "GSPN-B/2"
@@ -63,6 +69,7 @@ class ModelConfig:
     GSPN models alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
@@ -90,7 +97,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Which labelled images."""
 
     name: Literal["digits", "imagefolder", "hf", "latents"] = "digits"
@@ -108,6 +115,7 @@ class DataConfig:
     """Images of a stream that are shuffled among themselves."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction = self.validation_fraction
         _require(0 <= fraction <= 0.5, f"data.validation_fraction is {fraction}, but must lie in [0, 0.5]")
         _require(
@@ -120,7 +128,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class LatentConfig:
+class LatentConfig(Section):
     """What the model generates: pixels, or the latents of an autoencoder."""
 
     name: Literal["identity", "kl"] = "identity"
@@ -130,7 +138,7 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section):
     """What the model learns to predict, and at which times."""
 
     name: Literal["velocity", "epsilon"] = "velocity"
@@ -141,6 +149,7 @@ class ObjectiveConfig:
     """t becomes s·t / (1 + (s-1)·t); above 1 favours noise (Esser et al., 2403.03206, eq. 23)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.logit_normal_std > 0, f"objective.logit_normal_std is {self.logit_normal_std}, but must be > 0")
         _require(self.timestep_shift > 0, f"objective.timestep_shift is {self.timestep_shift}, but must be > 0")
 
@@ -149,7 +158,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """The optimisation and what is written on the way; a step is one optimiser step."""
 
     max_steps: int = 400_000
@@ -167,8 +176,8 @@ class TrainingConfig:
     """After warm-up; cosine falls to 0 at max_steps."""
     weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; null: they are not."""
     class_dropout: float = 0.1
     """Probability that a label is replaced by the null label."""
     ema_decay: float = 0.9999
@@ -213,6 +222,7 @@ class TrainingConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             *("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every", "keep_last"),
             *(
@@ -227,8 +237,9 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}, but must be at least 1")
         _require(self.warmup_steps >= 0, f"training.warmup_steps is {self.warmup_steps}, but must be at least 0")
-        for name in ("learning_rate", "max_grad_norm"):
-            _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}, but must be above 0")
+        _require(self.learning_rate > 0, f"training.learning_rate is {self.learning_rate}, but must be above 0")
+        bound = self.max_grad_norm
+        _require(bound is None or bound > 0, f"training.max_grad_norm is {bound}, but must be null or above 0")
         for name in ("num_processes", "keep_every", "fd_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")
@@ -254,7 +265,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Section):
     """The grids drawn while training, from EMA weights with a fixed seed."""
 
     steps: int = 50
@@ -269,10 +280,11 @@ class SamplingConfig:
     """Guide the first channels alone (3 in DiT's published figures); null: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "per_class", "max_classes"):
             _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}, but must be at least 1")
         scale = self.guidance_scale
-        _require(0 <= scale < float("inf"), f"sampling.guidance_scale is {scale}, but must be at least 0 and finite")
+        _require(scale >= 0, f"sampling.guidance_scale is {scale}, but must be at least 0")
         channels = self.guidance_channels
         _require(
             channels is None or channels >= 1,
@@ -282,7 +294,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """Everything a run is a function of."""
 
     output_dir: str = "runs/default"
@@ -295,6 +307,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.output_dir), "output_dir is empty, but must name a directory")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
         _require(
@@ -320,153 +333,3 @@ class TrainArguments:
     overwrite: bool
     dry_run: bool = False
     """Print what the run would take and write, and stop."""
-
-
-@functools.cache
-def _known_keys() -> list[str]:
-    return [key for key, _ in flatten(dataclasses.asdict(Config()))]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("section.key", value) for every leaf of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _check_keys(keys: Sequence[str], source: str, also: Sequence[str] = ()) -> None:
-    sections = {key.split(".")[0] for key in _known_keys() if "." in key}
-    for key in keys:
-        if key in sections:
-            raise UserError(f"{source}: '{key}' is a section; give its keys as {key}.KEY")
-        if key not in _known_keys():
-            last_words = [known.split(".")[-1] for known in _known_keys()]
-            hint = nearest(key, [*_known_keys(), *also]) or nearest(key.split(".")[-1], last_words)
-            raise UserError(f"{source}: unknown key '{key}'{hint}")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(f"key '{key_node.value}' is given twice (line {key_node.start_mark.line + 1})")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a config file into a nested dict whose keys are known; raises UserError with the file's name."""
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"config file {path} must hold keys and values, not a {type(tree).__name__}")
-    _check_keys([str(key) for key, _ in flatten({str(k): v for k, v in tree.items()})], str(path))
-    training = tree.get("training")
-    if isinstance(training, dict) and training.get("mixed_precision") is False:
-        training["mixed_precision"] = "no"  # YAML reads an unquoted no as false
-    return tree
-
-
-@functools.cache
-def _build_parser(program: str) -> Any:
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog=program,
-        description="Train a class-conditional diffusion model; every key of the config can be given as --section.key.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_argument(
-        "--resume",
-        type=str | None,
-        help="'auto' continues output_dir from its newest complete checkpoint, or starts it; DIR: a checkpoint",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="delete what output_dir holds and start afresh")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print parameters, FLOPs, memory, steps, data and what would be written, and stop",
-    )
-    parser.add_class_arguments(Config, None, as_group=False)
-    return parser
-
-
-def _parse(arguments: list[str], tree: Mapping[str, Any], program: str) -> TrainArguments:
-    import argparse
-
-    parser = _build_parser(program)
-    try:
-        parsed = parser.parse_args(["--config", json.dumps(tree), *arguments])
-        _check_nulls(parsed)
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        built = instantiate(parsed)
-        config = Config(**{spec.name: built[spec.name] for spec in dataclasses.fields(Config)})
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(str(error).replace("Parser key ", "config key ")) from None
-    return TrainArguments(config, parsed.resume, parsed.overwrite, parsed.dry_run)
-
-
-def _check_nulls(parsed: Mapping[str, Any]) -> None:
-    """Refuse null, which the parser takes for any key, where it is not the default: nothing would replace it."""
-    for key, default in flatten(dataclasses.asdict(Config())):
-        if parsed[key] is None and default is not None:
-            raise UserError(f"config key {key} is null, but needs a value; leave the key out for {default!r}")
-
-
-def parse_train_arguments(arguments: Sequence[str] | None = None, program: str = "train.py") -> TrainArguments:
-    """Parse `--config FILE --section.key value … --resume auto|DIR --overwrite --dry-run`; the command line beats
-    the file.
-
-    Raises UserError for an unknown, abbreviated or ill-typed key, or a value out of range.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if "-h" in given or "--help" in given:
-        _build_parser(program).print_help()
-        sys.exit(0)
-    rest, files = [], []
-    tokens = iter(given)
-    for token in tokens:
-        if token == "--config":
-            files.append(next(tokens, ""))
-        elif token.startswith("--config="):
-            files.append(token.partition("=")[2])
-        else:
-            rest.append(token)
-    if "" in files:
-        raise UserError("--config needs a file")
-    if len(files) > 1:
-        raise UserError(f"--config is given {len(files)} times; give one file")
-    options = [token[2:].split("=")[0] for token in rest if token.startswith("--")]
-    flags = ("config", "resume", "overwrite", "dry-run")
-    _check_keys([key for key in options if key not in flags], "command line", flags)
-    return _parse(rest, read_yaml(files[0]) if files else {}, program)
-
-
-def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read a YAML file into a `Config`; keys it does not name keep their defaults."""
-    return _parse([], read_yaml(path), "config").config
-
-
-def config_from_dict(tree: Mapping[str, Any]) -> Config:
-    """Build a `Config` from the dict that `Config.to_dict` gave (a checkpoint's)."""
-    return _parse([], tree, "config").config
-
-
-def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write the resolved config as YAML that `load_config` reads back equal."""
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

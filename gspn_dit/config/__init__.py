@@ -1,0 +1,41 @@
+"""The configuration of a run: typed, frozen dataclasses, read from YAML and overridden on the command line."""
+
+from gspn_dit.config.parsing import (
+    config_from_dict,
+    flatten,
+    load_config,
+    parse_train_arguments,
+    read_yaml,
+    save_config,
+)
+from gspn_dit.config.schema import (
+    SCAN_DIRECTIONS,
+    TRACKERS,
+    Config,
+    DataConfig,
+    LatentConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    SamplingConfig,
+    TrainArguments,
+    TrainingConfig,
+)
+
+__all__ = [
+    "SCAN_DIRECTIONS",
+    "TRACKERS",
+    "Config",
+    "DataConfig",
+    "LatentConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "SamplingConfig",
+    "TrainArguments",
+    "TrainingConfig",
+    "config_from_dict",
+    "flatten",
+    "load_config",
+    "parse_train_arguments",
+    "read_yaml",
+    "save_config",
+]
