@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from fid.npz import IN_MEMORY_BYTES, open_npz
+from gspn_dit.data.folders import LeftOut, Walk, list_folder
 from gspn_dit.errors import UserError, nearest
 
 BUNDLED = ("digits",)
 SAVED_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 SIDECAR = "generation.json"
+REPORT = "report.json"
+"""Marks the folder of a report, which may lie among the samples it is about."""
 INDEX_AND_CLASS = re.compile(r"(\d+)-(\d+)\.png", re.IGNORECASE)
 HASH_CHUNK = 1024
 LARGEST_CLASS = 2**31 - 1
@@ -85,6 +90,8 @@ class LabelledImages:
     """Names by class id, where the source names its classes."""
     generation: dict[str, Any] | None = None
     """How the images were generated: the content of `generation.json`, where there is one."""
+    remarks: str = ""
+    """What a person should know of them: what their place holds besides."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -159,7 +166,7 @@ def read_reference(reference: str | os.PathLike[str], image_size: int | None) ->
         )
     if any((location / mark).is_file() for mark in SAVED_DATASET_MARKS):
         return _read_image_set("hf", location, image_size)
-    if _pngs(location):
+    if list_folder(location, LeftOut()).images:
         return Reference(_read_directory(location))
     return _read_image_set("imagefolder", location, image_size)
 
@@ -171,7 +178,8 @@ def _read_image_set(name: str, path: Path | None, image_size: int | None) -> Ref
         source = f"{path or name}, {part}" if images.has_validation else str(path or name)
         shape = (len(images), images.image_size, images.image_size, images.channels)
         pixels = decoded_if_small(LazyPixels(images.pixels, shape))
-        return LabelledImages(pixels, source, images.labels, tuple(images.class_names))
+        remarks = "; ".join(images.remarks)
+        return LabelledImages(pixels, source, images.labels, tuple(images.class_names), remarks=remarks)
 
     train = load_images(name, path, "train", image_size, validation_fraction=0)
     if not train.has_validation:
@@ -215,59 +223,81 @@ def _check_labels(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _pngs(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith("."))
+def _png_files(folder: Path, files: Sequence[str]) -> list[Path]:
+    """Return images as paths if all are PNGs; raises UserError if only some are."""
+    kinds = Counter(Path(file).suffix.lower() for file in files)
+    if len(kinds) > 1 and ".png" in kinds:
+        found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        raise UserError(
+            f"{folder} has images of several formats ({found}); samples must all be PNGs, as other formats lose what "
+            "is to be measured: save them again, or remove them"
+        )
+    return [Path(file) for file in files] if ".png" in kinds else []
 
 
 def _read_directory(folder: Path) -> LabelledImages:
-    flat = _pngs(folder)
-    by_class = {entry.name: _pngs(entry) for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    left_out = LeftOut()
+    listing = list_folder(folder, left_out)
+    flat = _png_files(folder, listing.images)
+    walk = Walk([folder, *listing.folders.values()], left_out)
+    by_class = {}
+    for name, place in listing.folders.items():
+        if (Path(place) / REPORT).is_file():
+            left_out.add("folders of reports", name)
+            continue
+        by_class[name] = walk.images(place)
+    pngs = _png_files(folder, [*listing.images, *(file for files in by_class.values() for file in files)])
     by_class = {name: files for name, files in by_class.items() if files}
+    if not pngs:
+        raise UserError(f"no PNG images in {folder} or its sub-folders (other formats lose what is to be measured)")
     if flat and by_class:
         raise UserError(f"{folder} has PNGs of its own and in sub-folders ({', '.join(by_class)}); keep one of them")
-    if not flat and not by_class:
-        raise UserError(f"no PNG images in {folder} or its sub-folders (other formats lose what is to be measured)")
-    if flat:
-        numbered = [INDEX_AND_CLASS.fullmatch(file.name) for file in flat]
-        found = [(int(match[1]), int(match[2]), file) for match, file in zip(numbered, flat) if match]
-        if len(found) < len(flat):
-            return LabelledImages(_read_pngs(flat), str(folder))
-        found.sort()
-        if len({index for index, _, _ in found}) < len(found):
-            raise UserError(f"{folder} has two images of one index; the names must be <index>-<class id>.png")
-        ids = np.array([label for _, label, _ in found], dtype=np.int64)
-        return LabelledImages(_read_pngs([file for _, _, file in found]), str(folder), ids)
+    pixels, labels, class_names = _read_flat(folder, flat) if flat else _read_classes(by_class)
+    return LabelledImages(pixels, str(folder), labels, class_names, remarks=f"left out: {left_out}" if str(left_out) else "")
+
+
+_Read = tuple[np.ndarray | LazyPixels, np.ndarray | None, tuple[str, ...] | None]
+
+
+def _read_flat(folder: Path, files: list[Path]) -> _Read:
+    """Read images by index and class where all are so named, else in the order of their names and without labels."""
+    numbered = [INDEX_AND_CLASS.fullmatch(file.name) for file in files]
+    found = [(int(match[1]), int(match[2]), file) for match, file in zip(numbered, files) if match]
+    if len(found) < len(files):
+        return _read_pngs(files), None, None
+    found.sort()
+    if len({index for index, _, _ in found}) < len(found):
+        raise UserError(f"{folder} has two images of one index; the names must be <index>-<class id>.png")
+    return _read_pngs([file for _, _, file in found]), np.array([label for _, label, _ in found], dtype=np.int64), None
+
+
+def _read_classes(by_class: dict[str, list[str]]) -> _Read:
     labels = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class.values()])
-    files = [file for group in by_class.values() for file in group]
-    return LabelledImages(_read_pngs(files), str(folder), labels.astype(np.int64), tuple(by_class))
+    files = [Path(file) for group in by_class.values() for file in group]
+    return _read_pngs(files), labels.astype(np.int64), tuple(by_class)
 
 
 def _read_pngs(files: list[Path]) -> np.ndarray | LazyPixels:
-    from gspn_dit.data.images import decode_image
+    from gspn_dit.data.decoding import decode_image
 
-    size, grey = _common_header(files)
+    (width, height), grey = _common_header(files)
     channels = 1 if grey else 3
 
     def read(rows: np.ndarray) -> np.ndarray:
-        images = [decode_image(files[row], str(files[row]), channels) for row in rows]
-        return np.stack([np.asarray(image).reshape(size[1], size[0], channels) for image in images])
+        return np.stack([np.atleast_3d(decode_image(files[row], str(files[row]), channels)) for row in rows])
 
-    return decoded_if_small(LazyPixels(read, (len(files), size[1], size[0], channels)))
+    return decoded_if_small(LazyPixels(read, (len(files), height, width, channels)))
 
 
 def _common_header(files: list[Path]) -> tuple[tuple[int, int], bool]:
-    """(width, height) of all images, and whether all are greyscale, from their headers."""
-    from PIL import Image
+    """(width, height) of all images as they are decoded, and whether all are greyscale, from their headers."""
+    from gspn_dit.data.decoding import GREY_MODES, read_header
 
     first: tuple[int, int] | None = None
     grey = True
     for file in files:
-        try:
-            with Image.open(file) as image:
-                size, mode = image.size, image.mode
-        except Exception as error:  # decoders raise whatever the bytes lead them to
-            raise UserError(f"cannot read the image {file}: not a PNG, or damaged") from error
-        first, grey = first or size, grey and mode in ("1", "L")
+        size, mode = read_header(file, str(file))
+        first, grey = first or size, grey and mode in GREY_MODES
         if size != first:
             raise UserError(
                 f"{file} is {size[0]}x{size[1]} pixels, {files[0].name} is {first[0]}x{first[1]}; "
@@ -306,5 +336,5 @@ def _described(images: LabelledImages, generation: dict[str, Any] | None) -> Lab
             raise UserError(
                 f"{images.source} has the class id {images.labels.max()}; its generation names {len(names)} classes"
             )
-        images = LabelledImages(images.pixels, images.source, images.labels, tuple(map(str, names)))
-    return LabelledImages(images.pixels, images.source, images.labels, images.class_names, generation)
+        images = dataclasses.replace(images, class_names=tuple(map(str, names)))
+    return dataclasses.replace(images, generation=generation)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gspn_dit.data.decoding import BACKGROUND, GREY_MODES, decode_cell, read_cell_header
 from gspn_dit.data.image_sources import (
-    HELD_OUT,
+    Parts,
     read_digits,
     read_image_folder,
     read_saved_dataset,
-    stratified_split,
+    split_rows,
 )
-from gspn_dit.errors import LocalUserError, UserError, nearest
+from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL.Image import Image
 
-READERS: dict[str, Callable[[str | os.PathLike[str] | None], dict[str, Dataset]]] = {
+READERS: dict[str, Callable[[str | os.PathLike[str] | None], Parts]] = {
     "digits": read_digits,
     "imagefolder": read_image_folder,
     "hf": read_saved_dataset,
@@ -58,6 +57,8 @@ class ImageSet:
     """Whether images of another size are centre-cropped and resized to `image_size`; else they are an error."""
     has_validation: bool = False
     """Whether the source comes with a validation split of its own."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the set: what its place holds besides, and what is done to its images."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -117,24 +118,6 @@ class ImageSet:
         return self._undecoded[rows]["image"]
 
 
-def decode_cell(cell: dict[str, Any] | None, row: int, size: int, channels: int, crop: bool) -> tuple[np.ndarray, str]:
-    """Decode an undecoded image to uint8 [size, size, channels]; return it and the mode it had, such as "L" or "CMYK".
-
-    Raises:
-        LocalUserError: it cannot be read, or has another size and shall not be cropped; names its file or row.
-    """
-    place = _place(cell, row)
-    image, mode = _decode(_content(cell, place), place, channels)
-    if image.size != (size, size):
-        if not crop:
-            raise LocalUserError(
-                f"image {place} is {image.size[0]}x{image.size[1]}, the others {size}x{size}; "
-                "set data.image_size and every image is centre-cropped and resized to it"
-            )
-        image = center_crop(image, size)
-    return np.asarray(image).reshape(size, size, channels), mode
-
-
 def load_images(
     name: str,
     path: str | os.PathLike[str] | None = None,
@@ -173,16 +156,18 @@ def load_images(
         raise UserError(f"validation_fraction must lie between 0 and 0.5, not {validation_fraction}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1, not {image_size}")
-    parts = READERS[name](path)
-    if split is not None and "all" not in parts:  # a further part, such as a test set without labels, is not looked at
-        parts = {part: parts[part] for part in ("train", next(part for part in HELD_OUT if part in parts))}
+    found = READERS[name](path)
+    parts = found.datasets
+    if split is not None:  # a further part, such as a test set without labels, is not looked at
+        parts = dict(list(parts.items())[:2])
     label = name if not path else (Path(path).resolve().name or name)
-    _check_labels(parts)
+    remarks = [f"left out: {found.left_out}"] if found.left_out else []
+    check_parts(parts)
     crop = image_size is not None
     if image_size is None or channels is None:
-        sizes, modes = _inspect(parts)
-        image_size = image_size or _common_size(sizes, label)
-        channels = channels or (1 if all(mode in ("1", "L") for mode in modes) else 3)
+        headers = read_headers(parts)
+        image_size, channels = image_size or headers.common_size(label), channels or headers.channels
+        remarks += headers.remarks()
     return ImageSet(
         dataset=_choose(parts, split, validation_fraction, label),
         name=label,
@@ -190,6 +175,7 @@ def load_images(
         channels=channels,
         crop=crop,
         has_validation="all" not in parts,
+        remarks=tuple(remarks),
     )
 
 
@@ -207,54 +193,6 @@ def open_source(
     return load_images(kind, place or None, split, image_size, validation_fraction, channels)
 
 
-def decode_image(source: bytes | str | os.PathLike[str], place: str, channels: int | None = None) -> Image:
-    """Decode one image to 8 bits: mode "L" for 1 channel, "RGB" for 3; None takes what the image has.
-
-    Args:
-        source: encoded bytes or a file path.
-        place: how an error message names the image.
-    """
-    return _decode(source, place, channels)[0]
-
-
-def _decode(source: bytes | str | os.PathLike[str], place: str, channels: int | None) -> tuple[Image, str]:
-    """Return an image in 8 bits, and the mode it had."""
-    from PIL import Image as PILImage
-    from PIL import ImageOps
-
-    try:
-        with PILImage.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            _require_eight_bits(opened, place)
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if channels is None:
-                channels = 1 if opened.mode in ("1", "L") else 3
-            return image.convert("L" if channels == 1 else "RGB"), opened.mode
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise whatever the bytes lead them to
-        raise LocalUserError(f"cannot read the image {place}: {_reason(error)}") from error
-
-
-def center_crop(image: Image, size: int) -> Image:
-    """The largest centred square of an image, resized to `size`, as ADM (arXiv 2105.05233) prepares ImageNet.
-
-    Halves with a box filter while the short side is at least 2·size, then bicubic to a short side of `size`.
-    """
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * size:
-        width, height = image.size
-        image = image.resize((width // 2, height // 2), Resampling.BOX)
-    width, height = image.size
-    if min(width, height) != size:
-        scale = size / min(width, height)
-        width, height = round(width * scale), round(height * scale)
-        image = image.resize((width, height), Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
 def _labels(dataset: Dataset) -> np.ndarray:
     return np.asarray(dataset.select_columns("label").with_format(None)[:]["label"], dtype=np.int64)
 
@@ -265,46 +203,66 @@ def _undecoded(dataset: Dataset) -> Dataset:
     return dataset.with_format(None).select_columns("image").cast_column("image", ImageFeature(decode=False))
 
 
-def _place(cell: dict[str, Any] | None, row: int) -> str:
-    path = (cell or {}).get("path")
-    return str(path) if path else f"in row {row}"
+def check_labels(labels: Iterable[int | None], num_classes: int, part: str, error: type[UserError] = UserError) -> None:
+    """Raise UserError (or a kind of it) if an image of a part has no class, or one that does not exist."""
+    for label in labels:
+        if label is None or label < 0:
+            raise error(f"the image set has images without a class label in its part '{part}'")
+        if label >= num_classes:
+            raise error(f"the image set has the class id {label} in its part '{part}', but {num_classes} classes")
 
 
-def _content(cell: dict[str, Any] | None, place: str) -> bytes | str:
-    content = (cell or {}).get("bytes") or (cell or {}).get("path")
-    if not content:
-        raise LocalUserError(f"cannot read the image {place}: the cell is empty")
-    return content
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image that Pillow knows, or damaged"
-    return str(error) or type(error).__name__
-
-
-def _require_eight_bits(image: Image, place: str) -> None:
-    if image.mode.startswith(("I", "F")):
-        raise LocalUserError(
-            f"the image {place} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits"
-        )
-
-
-def _check_labels(parts: dict[str, Dataset]) -> None:
+def check_parts(parts: Mapping[str, Dataset]) -> None:
+    """Raise UserError for a part that is empty, or has images without a class."""
     for part, dataset in parts.items():
         if not len(dataset):
             raise UserError(f"the image set has no images in its part '{part}'")
         labels = dataset.select_columns("label").with_format(None)[:]["label"]
-        if any(label is None or label < 0 for label in labels):
-            raise UserError(f"the image set has images without a class label in its part '{part}'")
+        check_labels(labels, len(dataset.features["label"].names), part)
 
 
-def _inspect(parts: dict[str, Dataset]) -> tuple[Counter[tuple[int, int]], Counter[str]]:
-    """(width, height) and mode of the images, counted, from their headers."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    modes: Counter[str] = Counter()
+@dataclass
+class Headers:
+    """Sizes and modes of images, counted."""
+
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """By (width, height)."""
+    modes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, cell: dict[str, Any] | None, row: int | str) -> None:
+        """Count an undecoded image; raises UserError if its header cannot be read."""
+        size, mode = read_cell_header(cell, row)
+        self.sizes[size] += 1
+        self.modes[mode] += 1
+
+    @property
+    def channels(self) -> int:
+        """1 when all are greyscale, else 3."""
+        return 1 if set(self.modes) <= set(GREY_MODES) else 3
+
+    def common_size(self, name: str) -> int:
+        """Return height and width of all images; raises UserError if they differ."""
+        remedy = "set data.image_size and every image is centre-cropped and resized to it"
+        if len(self.sizes) > 1:
+            listed = [f"{width}x{height} ({count} images)" for (width, height), count in self.sizes.most_common(3)]
+            more = f" and {len(self.sizes) - 3} more" if len(self.sizes) > 3 else ""
+            raise UserError(f"the images of '{name}' have mixed sizes: {', '.join(listed)}{more}; {remedy}")
+        width, height = next(iter(self.sizes))
+        if width != height:
+            raise UserError(f"the images of '{name}' are {width}x{height} pixels, not square; {remedy}")
+        return width
+
+    def remarks(self) -> list[str]:
+        """Return what a person should know of these images."""
+        transparent = sum(count for mode, count in self.modes.items() if mode.upper().endswith("A"))
+        total = sum(self.modes.values())
+        told = f"{transparent:,} of {total:,} inspected images have an alpha channel, and are laid on {BACKGROUND}"
+        return [told] if transparent else []
+
+
+def read_headers(parts: Mapping[str, Dataset]) -> Headers:
+    """Inspect all images of small sets, of larger ones some that are evenly spaced."""
+    headers = Headers()
     total = sum(len(dataset) for dataset in parts.values())
     for dataset in parts.values():
         rows = np.arange(len(dataset))
@@ -314,53 +272,19 @@ def _inspect(parts: dict[str, Dataset]) -> tuple[Counter[tuple[int, int]], Count
         for start in range(0, len(rows), DECODE_CHUNK):
             chunk = rows[start : start + DECODE_CHUNK]
             for row, cell in zip(chunk, undecoded[chunk]["image"]):
-                size, mode = read_header(cell, _place(cell, int(row)))
-                sizes[size] += 1
-                modes[mode] += 1
-    return sizes, modes
+                headers.add(cell, int(row))
+    return headers
 
 
-def read_header(cell: dict[str, Any] | None, place: str) -> tuple[tuple[int, int], str]:
-    """Return (width, height) and mode of an undecoded image; raises UserError if that cannot be read."""
-    from PIL import Image as PILImage
-
-    try:
-        content = _content(cell, place)
-        with PILImage.open(io.BytesIO(content) if isinstance(content, bytes) else content) as opened:
-            _require_eight_bits(opened, place)
-            return opened.size, opened.mode
-    except LocalUserError as error:  # every process reads the same headers: rank 0 alone reports
-        raise UserError(str(error)) from error
-    except Exception as error:
-        raise UserError(f"cannot read the image {place}: {_reason(error)}") from error
-
-
-def _common_size(sizes: Counter[tuple[int, int]], name: str) -> int:
-    remedy = "set data.image_size and every image is centre-cropped and resized to it"
-    if len(sizes) > 1:
-        listed = [f"{width}x{height} ({count} images)" for (width, height), count in sizes.most_common(3)]
-        more = f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
-        raise UserError(f"the images of '{name}' have mixed sizes: {', '.join(listed)}{more}; {remedy}")
-    width, height = next(iter(sizes))
-    if width != height:
-        raise UserError(f"the images of '{name}' are {width}x{height} pixels, not square; {remedy}")
-    return width
-
-
-def _choose(parts: dict[str, Dataset], split: str | None, fraction: float, name: str) -> Dataset:
+def _choose(parts: Mapping[str, Dataset], split: str | None, fraction: float, name: str) -> Dataset:
     from datasets import concatenate_datasets
 
     if split is None:
         return concatenate_datasets(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
     if "all" not in parts:
-        return next(dataset for part, dataset in parts.items() if (part == "train") == (split == "train"))
+        train, validation = list(parts.values())[:2]
+        return train if split == "train" else validation
     everything = parts["all"]
-    if fraction == 0:
-        if split == "train":
-            return everything
-        raise UserError(f"the image set '{name}' has no validation split and validation_fraction is 0")
-    train, validation = stratified_split(_labels(everything), fraction)
-    indices = np.sort(train if split == "train" else validation)
-    if not len(indices):
-        raise UserError(f"the image set '{name}' is too small to be split: {len(everything)} images")
-    return everything.select(indices)
+    if fraction == 0 and split == "train":
+        return everything
+    return everything.select(split_rows(_labels(everything), split, fraction, f"image set '{name}'"))

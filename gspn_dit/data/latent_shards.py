@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from gspn_dit.data.image_sources import HELD_OUT, stratified_split
+from gspn_dit.data.folders import LeftOut, choose_splits, list_folder
+from gspn_dit.data.image_sources import require_directory, split_rows
 from gspn_dit.errors import UserError
 
 FORMAT_VERSION = 1
@@ -265,27 +266,19 @@ def open_latents(
     Raises:
         UserError: there are none, a shard is missing, damaged or of another size, or two directories do not match.
     """
-    if not path:
-        raise UserError("the data set 'latents' needs a directory: set data.path")
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(f"the data path {directory} does not exist or is not a directory")
-    held_out = next((name for name in HELD_OUT if (directory / name / MANIFEST).exists()), None)
-    if not (directory / MANIFEST).exists() and held_out and (directory / "train" / MANIFEST).exists():
-        train, validation = (read_manifest(directory / name) for name in ("train", held_out))
-        for key in ("class_names", "latent"):
-            if train[key] != validation[key]:
-                raise UserError(f"{directory}: '{key}' of train and {held_out} differ; encode both alike")
-        return _open(directory / ("train" if split == "train" else held_out), has_validation=True)
+    directory = require_directory("latents", path)
+    if not (directory / MANIFEST).exists():
+        folders = [name for name in list_folder(directory, LeftOut()).folders if (directory / name / MANIFEST).exists()]
+        if splits := choose_splits(folders, directory):
+            train, validation = (read_manifest(directory / name) for name in splits[:2])
+            for key in ("class_names", "latent"):
+                if train[key] != validation[key]:
+                    raise UserError(f"{directory}: '{key}' of {splits[0]} and {splits[1]} differ; encode both alike")
+            return _open(directory / splits[0 if split == "train" else 1], has_validation=True)
     everything = _open(directory)
-    if validation_fraction == 0:
-        if split != "train":
-            raise UserError(f"the latents {directory} have no validation split and validation_fraction is 0")
+    if validation_fraction == 0 and split == "train":
         return everything
-    training, validation_rows = stratified_split(everything.labels, validation_fraction)
-    rows = np.sort(training if split == "train" else validation_rows)
-    if not len(rows):
-        raise UserError(f"the latents {directory} are too few to be split: {len(everything)} images")
+    rows = split_rows(everything.labels, split, validation_fraction, f"set of latents {directory}")
     return LatentSet(directory, everything.manifest, everything.shards, rows)
 
 

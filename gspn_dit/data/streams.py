@@ -21,16 +21,21 @@ from torch import Tensor
 
 from gspn_dit import rng
 from gspn_dit.data.batches import draw_flips, draw_posterior, mirror
-from gspn_dit.data.image_sources import HELD_OUT, is_hub_name, standard_columns
-from gspn_dit.data.images import ImageSet, decode_cell
+from gspn_dit.data.decoding import decode_cell
+from gspn_dit.data.image_sources import labelled_parts, open_saved
+from gspn_dit.data.images import Headers, ImageSet, check_labels, check_parts, read_headers
 from gspn_dit.data.latents import Latent
-from gspn_dit.errors import UserError
+from gspn_dit.errors import LocalUserError, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SHARDS = 256
 """Into how many pieces a saved data set is cut, whose order is shuffled and which the processes share out."""
+INSPECTED = 100
+"""First images of a stream from files or the hub, whose headers decide size and channels."""
+ROW = "row"
+"""Column of a saved set's rows by which messages name them."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,16 @@ class ImageStream:
     """Labelled images that can only be read in order."""
 
     dataset: IterableDataset
-    """Columns `image` (Image, undecoded) and `label` (ClassLabel)."""
+    """Columns `image` (Image, undecoded) and `label` (ClassLabel), and `ROW` where the rows are numbered."""
     name: str
     count: int
     image_size: int
     channels: int
     crop: bool
+    part: str = "all"
+    """The split, as messages name it."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the images."""
 
     def __len__(self) -> int:
         return self.count
@@ -106,8 +115,15 @@ class StreamBatches:
         first = (numbers[0] - self.rank * len(numbers)) // self.world
         rows = [self._row(first + place) for place in range(len(numbers))]
         images = self.images
+        check_labels([row["label"] for row in rows], images.num_classes, images.part, LocalUserError)
         decoded = [
-            decode_cell(row["image"], number, images.image_size, images.channels, images.crop)[0]
+            decode_cell(
+                row["image"],
+                row.get(ROW, f"of sample number {number} of the stream"),
+                images.image_size,
+                images.channels,
+                images.crop,
+            )[0]
             for row, number in zip(rows, numbers, strict=True)
         ]
         pixels = mirror(np.stack(decoded), draw_flips(self.seed, numbers, self.horizontal_flip))
@@ -142,60 +158,52 @@ def open_stream(
 ) -> tuple[ImageStream, ImageSet | None]:
     """Open a data set for streaming: training images, and as many validation images as are asked for.
 
+    A saved set is checked as a whole, as where it is not streamed; of another one the first images are, and each that
+    is drawn.
+
     Args:
         path: a directory that `save_to_disk` wrote, a directory of Parquet or other files that `load_dataset` streams,
             or a name on the Hugging Face hub.
-        image_size: centre-crop and resize to this size; None: all have the size of the first one.
+        image_size: centre-crop and resize to this size; None: all have the size of the first ones.
         validation_images: these are read at once and kept; none if the source has no held-out part.
 
     Raises:
         UserError: it cannot be opened, lacks classes, or does not say how many images it has.
     """
-    parts = _open_parts(path)
-    train, count = parts["train"] if "train" in parts else next(iter(parts.values()))
+    from datasets import Dataset
+
+    place = Path(str(path))
+    opened = open_saved(path, streaming=True)
+    parts = dict(list(labelled_parts(opened, place, decode=False).items())[:2])
+    saved = {name: part for name, part in parts.items() if isinstance(part, Dataset)}
+    if saved:
+        check_parts(saved)
+    (name, train), *others = parts.items()
+    count = len(train) if isinstance(train, Dataset) else _count(train)
     if not count:
         raise UserError(
             f"the data set {path} does not say how many images it has, which a resumed stream must know; "
             "write it with save_to_disk or push_to_hub, which record it"
         )
-    if train.features is None:
-        raise UserError(f"the data set {path} does not declare its columns; needed are an Image and a ClassLabel")
-    held_out = None
-    stream = standard_columns(train, Path(str(path)), decode=False)
-    first = next(iter(stream), None)
-    if first is None:
-        raise UserError(f"the data set {path} has no images")
-    channels, size = _geometry(first["image"], image_size)
-    name = Path(str(path)).name
-    part = next((part for part in HELD_OUT if part in parts), None)
-    if part is not None:
-        rows = _first_rows(standard_columns(parts[part][0], Path(str(path)), decode=False), validation_images)
-        held_out = ImageSet(rows, name, size, channels, image_size is not None, has_validation=True)
-    return ImageStream(stream, name, count, size, channels, image_size is not None), held_out
+    held_out = [(part, _first_rows(part, dataset, validation_images)) for part, dataset in others]
+    headers = read_headers(saved) if saved else _first_headers(train)
+    size, channels = image_size or headers.common_size(place.name), headers.channels
+    crop, remarks = image_size is not None, tuple(headers.remarks())
+    stream = ImageStream(_cut(train), place.name, count, size, channels, crop, name, remarks)
+    for part, rows in held_out:
+        check_parts({part: rows})
+        return stream, ImageSet(rows, place.name, size, channels, crop, has_validation=True)
+    return stream, None
 
 
-def _open_parts(path: str | None) -> dict[str, tuple[IterableDataset, int]]:
-    """Return each part of a data set and its number of images, 0 if that is not known."""
-    from datasets import Dataset, load_dataset, load_from_disk
+def _cut(dataset: Dataset | IterableDataset) -> IterableDataset:
+    """Return a set as a stream; of a saved one it comes in pieces, and every row knows its number."""
+    from datasets import IterableDataset
 
-    if not path:
-        raise UserError("the data set 'hf' needs a directory or a name: set data.path")
-    folder = Path(path)
-    if not folder.is_dir() and not is_hub_name(path):
-        raise UserError(f"the data path {path} is neither a directory nor OWNER/NAME of a data set of the hub")
-    try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            stored = load_from_disk(path)
-            saved = {"train": stored} if isinstance(stored, Dataset) else dict(stored)
-            return {name: (_cut(part), len(part)) for name, part in saved.items()}
-        return {str(name): (part, _count(part)) for name, part in load_dataset(path, streaming=True).items()}
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).split("\n")[0]
-        raise UserError(f"{path} cannot be streamed: {reason}") from error
-
-
-def _cut(dataset: Dataset) -> IterableDataset:
-    return dataset.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(dataset))))
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    numbered = dataset.add_column(ROW, np.arange(len(dataset)))
+    return numbered.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(dataset))))
 
 
 def _count(dataset: IterableDataset) -> int:
@@ -203,22 +211,24 @@ def _count(dataset: IterableDataset) -> int:
     return int(splits[str(dataset.split)].num_examples or 0) if str(dataset.split) in splits else 0
 
 
-def _geometry(cell: dict[str, Any] | None, image_size: int | None) -> tuple[int, int]:
-    """Return channels and size of the stream by its first image."""
-    from gspn_dit.data.images import read_header
-
-    size, mode = read_header(cell, "first of the stream")
-    if image_size is None and size[0] != size[1]:
-        raise UserError(f"the first image is {size[0]}x{size[1]} pixels, not square; set data.image_size")
-    return (1 if mode in ("1", "L") else 3), image_size or size[0]
+def _first_headers(dataset: IterableDataset) -> Headers:
+    headers = Headers()
+    for row in dataset.take(INSPECTED):
+        headers.add(row["image"], "among the first of the stream")
+    return headers
 
 
-def _first_rows(dataset: IterableDataset, count: int) -> Dataset:
+def _first_rows(part: str, dataset: Dataset | IterableDataset, count: int) -> Dataset:
+    """Read the first rows of a held-out part."""
     from datasets import Dataset
     from datasets import Image as ImageFeature
 
-    rows = list(dataset.take(count))
+    if isinstance(dataset, Dataset):
+        rows = dataset.select(range(min(count, len(dataset))))
+        return rows.cast_column("image", ImageFeature())
+    found = list(dataset.take(count))
     features = dataset.features.copy()
     features["image"] = ImageFeature()
-    columns = {name: [row[name] for row in rows] for name in ("image", "label")}
+    check_labels([row["label"] for row in found], len(features["label"].names), part)
+    columns = {name: [row[name] for row in found] for name in ("image", "label")}
     return Dataset.from_dict(columns, features=features)
