@@ -253,7 +253,9 @@ def _read_directory(folder: Path) -> LabelledImages:
     if flat and by_class:
         raise UserError(f"{folder} has PNGs of its own and in sub-folders ({', '.join(by_class)}); keep one of them")
     pixels, labels, class_names = _read_flat(folder, flat) if flat else _read_classes(by_class)
-    return LabelledImages(pixels, str(folder), labels, class_names, remarks=f"left out: {left_out}" if str(left_out) else "")
+    return LabelledImages(
+        pixels, str(folder), labels, class_names, remarks=f"left out: {left_out}" if str(left_out) else ""
+    )
 
 
 _Read = tuple[np.ndarray | LazyPixels, np.ndarray | None, tuple[str, ...] | None]
@@ -278,13 +280,13 @@ def _read_classes(by_class: dict[str, list[str]]) -> _Read:
 
 
 def _read_pngs(files: list[Path]) -> np.ndarray | LazyPixels:
-    from gspn_dit.data.decoding import decode_image
+    from gspn_dit.data.decoding import as_pixels, decode_image
 
     (width, height), grey = _common_header(files)
     channels = 1 if grey else 3
 
     def read(rows: np.ndarray) -> np.ndarray:
-        return np.stack([np.atleast_3d(decode_image(files[row], str(files[row]), channels)) for row in rows])
+        return np.stack([as_pixels(decode_image(files[row], str(files[row]), channels)) for row in rows])
 
     return decoded_if_small(LazyPixels(read, (len(files), height, width, channels)))
 

@@ -42,7 +42,13 @@ def decode_cell(
                 "set data.image_size and every image is centre-cropped and resized to it"
             )
         image = center_crop(image, size)
-    return np.asarray(image).reshape(size, size, channels), mode
+    return as_pixels(image), mode
+
+
+def as_pixels(image: Image) -> np.ndarray:
+    """Return an image of mode "L" or "RGB" as uint8 [H, W, 1 or 3]."""
+    pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def decode_image(source: bytes | str | os.PathLike[str], place: str, channels: int | None = None) -> Image:

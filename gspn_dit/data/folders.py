@@ -191,6 +191,9 @@ class Walk:
         folders = [os.fspath(root)]
         while folders:
             folder = folders.pop()
+            if self._remember(folder) is not None:
+                self.left_out.add("links to folders already read", os.path.basename(folder))
+                continue
             listing = list_folder(folder, self.left_out)
             if splits := choose_splits(listing.folders, folder):
                 raise UserError(
@@ -198,9 +201,5 @@ class Walk:
                     "give a folder that holds the splits, and in each of them the classes"
                 )
             found += listing.images
-            for path in reversed(listing.folders.values()):
-                if self._remember(path) is None:
-                    folders.append(path)
-                else:
-                    self.left_out.add("links to folders already read", os.path.basename(path))
+            folders += reversed(listing.folders.values())
         return sorted(found)

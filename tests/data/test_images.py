@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gspn_dit.data import ImageSet, images, load_images
+from gspn_dit.data import ImageSet, decoding, images, load_images
 from gspn_dit.data.image_sources import fixed_permutation, stratified_split
 from gspn_dit.errors import LocalUserError, UserError
 
@@ -80,8 +80,12 @@ def test_the_digits_are_a_hugging_face_data_set(digits: dict[str | None, ImageSe
 
 def test_labels_decode_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_images("digits", split="validation")
-    monkeypatch.setattr(images, "decode_image", lambda *_: pytest.fail("decoded"))
-    assert np.bincount(loaded.labels).sum() == 360
+    opened: list[object] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, *rest: opened.append(file) or original(file, *rest))
+    assert np.bincount(loaded.labels).sum() == 360 and not opened
+    loaded.pixels([0])
+    assert len(opened) == 1  # what would be seen
 
 
 def test_pixels_takes_rows_size_and_channels(digits: dict[str | None, ImageSet]) -> None:
@@ -265,10 +269,10 @@ def test_equal_but_not_square_sizes_are_refused(tmp_path: Path) -> None:
 def test_center_crop_halves_with_a_box_then_resizes() -> None:
     values = np.random.default_rng(0).integers(0, 256, (16, 32), dtype=np.uint8)
     boxes = values.reshape(8, 2, 16, 2).mean(axis=(1, 3))
-    found = np.asarray(images.center_crop(Image.fromarray(values), 8), dtype=float)
+    found = np.asarray(decoding.center_crop(Image.fromarray(values), 8), dtype=float)
     assert np.abs(found - boxes[:, 4:12]).max() <= 1  # Pillow rounds after each axis
     for size in (4, 5, 9, 12):
-        flat = images.center_crop(Image.new("RGB", (11, 7), (10, 20, 30)), size)
+        flat = decoding.center_crop(Image.new("RGB", (11, 7), (10, 20, 30)), size)
         assert flat.size == (size, size) and set(flat.get_flattened_data()) == {(10, 20, 30)}
 
 
@@ -340,13 +344,13 @@ def test_a_missing_image_of_a_saved_set_is_named_by_its_row(tmp_path: Path) -> N
 
 def test_large_sets_are_inspected_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original: Callable = images.read_header
+    original: Callable = images.read_cell_header
 
-    def count(cell: dict, place: str) -> tuple[tuple[int, int], str]:
-        read.append(place)
-        return original(cell, place)
+    def count(cell: dict, row: int) -> tuple[tuple[int, int], str]:
+        read.append(cell["path"])
+        return original(cell, row)
 
-    monkeypatch.setattr(images, "read_header", count)
+    monkeypatch.setattr(images, "read_cell_header", count)
     monkeypatch.setattr(images, "MAX_HEADERS", 5)
     monkeypatch.setattr(images, "SAMPLED_HEADERS", 3)
     write_image(folder / "ant" / "1.png", size=(9, 9))
