@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "GSPNAdapter": "gspn_dit.models.unet",
     "GSPNPipeline": "gspn_dit.pipeline",
     "create_model": "gspn_dit.models",
     "gspn_scan": "gspn_dit.ops",
