@@ -236,7 +236,7 @@ def _png_files(folder: Path, files: Sequence[str]) -> list[Path]:
 
 
 def _read_directory(folder: Path) -> LabelledImages:
-    left_out = LeftOut()
+    left_out = LeftOut(expected=(SIDECAR,))
     listing = list_folder(folder, left_out)
     flat = _png_files(folder, listing.images)
     walk = Walk([folder, *listing.folders.values()], left_out)

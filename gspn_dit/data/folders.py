@@ -88,6 +88,8 @@ def choose_splits(names: Iterable[str], place: str | os.PathLike[str]) -> list[s
 class LeftOut:
     """What lies in a folder and is not read: counted by kind, with a few names of each."""
 
+    expected: tuple[str, ...] = ()
+    """Names of files that belong there and are no loss."""
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, Counter[str]] = field(default_factory=dict)
 
@@ -143,7 +145,7 @@ def list_folder(folder: str | os.PathLike[str], left_out: LeftOut) -> Listing:
             folders[name] = entry.path
         elif is_image(entry.name):
             images.append(require_utf8(entry.path))
-        else:
+        elif entry.name not in left_out.expected:
             left_out.add("unread files", _printable(os.path.splitext(entry.name)[1].lower() or entry.name))
     return Listing(dict(sorted(folders.items())), images)
 

@@ -293,7 +293,7 @@ def open_saved(path: str | os.PathLike[str] | None, streaming: bool = False) -> 
             stored = load_dataset(str(path), streaming=streaming)
     except Exception as error:  # whatever the files lead datasets to
         reason = (str(error) or type(error).__name__).split("\n")[0]
-        if streaming:
+        if streaming and not saved:
             raise UserError(f"{path} cannot be streamed: {reason}") from error
         what = "neither a directory nor a data set of the hub" if hub else "not a data set that save_to_disk wrote"
         raise UserError(f"{folder} is {what}: {reason}") from error

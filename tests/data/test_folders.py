@@ -86,7 +86,7 @@ def test_a_link_to_a_folder_elsewhere_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "emu").symlink_to(tmp_path / "elsewhere" / "more")
     found = load_images("imagefolder", tmp_path / "set", split=None)
     assert found.class_names == ["cat", "dog", "emu"] and found.labels.tolist() == [0, 0, 1, 1, 2]
-    assert found.remarks == ("left out: links to folders already read: 2 (b, more)",)
+    assert found.remarks == ("left out: links to folders already read: 2 (more, b)",)
 
 
 def test_one_folder_under_two_class_names_is_refused(tmp_path: Path) -> None:

@@ -206,6 +206,12 @@ def test_a_saved_data_set_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         load_images("hf", tmp_path / "missing")
 
 
+def test_splits_of_a_saved_set_have_many_names(tmp_path: Path) -> None:
+    datasets.DatasetDict(Training=saved([1, 2]), other=saved([5]), Testing=saved([3, 4])).save_to_disk(tmp_path)
+    found = load_images("hf", tmp_path, "validation")
+    assert found.pixels()[:, 0, 0, 0].tolist() == [3, 4] and found.remarks == ("left out: other splits: 1 (other)",)
+
+
 @pytest.mark.parametrize(
     ("mode", "value", "channels", "pixel"),
     [
@@ -223,6 +229,50 @@ def test_channels_follow_the_images(
     loaded = load_images("imagefolder", tmp_path, split=None)
     assert loaded.channels == channels
     assert loaded.pixels()[0, 3, 3].tolist() == pixel
+
+
+@pytest.mark.parametrize(("mode", "hidden"), [("RGBA", (9, 8, 7, 0)), ("LA", (9, 0)), ("P", 0)])
+def test_transparency_is_laid_on_white_and_said(tmp_path: Path, mode: str, hidden: int | tuple[int, ...]) -> None:
+    """The colours that a transparent pixel hides are not learned."""
+    picture = Image.new(mode, (2, 1), hidden)
+    if mode == "P":
+        picture.putpalette([9, 8, 7, 1, 2, 3])
+        picture.putpixel((1, 0), 1)
+    else:
+        picture.putpixel((1, 0), (1, 2, 3, 255) if mode == "RGBA" else (5, 255))
+    (tmp_path / "c").mkdir()
+    picture.save(tmp_path / "c" / "0.png", **({"transparency": 0} if mode == "P" else {}))
+    loaded = load_images("imagefolder", tmp_path, None, 1, channels=3)
+    shown = decoding.decode_image(tmp_path / "c" / "0.png", "x", 3)
+    opaque = {"RGBA": (1, 2, 3), "LA": (5, 5, 5), "P": (1, 2, 3)}[mode]
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), opaque]
+    assert loaded.remarks == ()  # with size and channels given no image is inspected
+    inspected = load_images("imagefolder", tmp_path, None, 1)
+    told = ("1 of 1 inspected images have an alpha channel, and are laid on white",)
+    assert inspected.remarks == (told if mode != "P" else ())
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path: Path) -> None:
+    write_image(tmp_path / "0.png", (0, 100, 255, 51), mode="RGBA")  # a fifth
+    found = decoding.decode_image(tmp_path / "0.png", "x", 3).getpixel((0, 0))
+    assert found == (204, 224, 255)
+
+
+def test_too_many_pixels_are_told_from_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write_image(folder / "ant" / "huge.png", size=(20, 11))
+    with pytest.raises(UserError, match=r"huge\.png: it has more than 200 pixels, .* save it smaller, or remove it"):
+        load_images("imagefolder", folder)
+
+
+def test_headers_say_the_size_after_an_exif_rotation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("png", "jpg"):
+        Image.new("L", (6, 4)).save(tmp_path / f"turned.{suffix}", exif=exif)
+        path = str(tmp_path / f"turned.{suffix}")
+        assert decoding.read_header(path, path) == ((4, 6), "L")
+        assert decoding.decode_image(path, path).size == (4, 6)
 
 
 def test_one_colour_image_makes_the_set_rgb_in_both_splits(folder: Path) -> None:
@@ -314,8 +364,13 @@ def test_folders_without_images_are_refused(tmp_path: Path, folder: Path) -> Non
 
 def test_a_set_that_is_too_small_to_split_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "c" / "0.png")
-    with pytest.raises(UserError, match="too small to be split: 1 images"):
+    with pytest.raises(UserError, match=r"too small to be split: 1 images, .* or set data\.validation_fraction to 0"):
         load_images("imagefolder", tmp_path, "validation")
+    for name in "abd":  # no class can spare its only image
+        write_image(tmp_path / name / "0.png")
+    with pytest.raises(UserError, match="a class of one image stays in training; give more images, or set"):
+        load_images("imagefolder", tmp_path, "validation")
+    assert len(load_images("imagefolder", tmp_path, validation_fraction=0)) == 4
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:

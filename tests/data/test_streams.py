@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from gspn_dit import rng
+from gspn_dit.data.images import load_images
 from gspn_dit.data.latents import IdentityLatent
 from gspn_dit.data.streams import ImageStream, StreamBatches, open_stream
-from gspn_dit.errors import UserError
+from gspn_dit.errors import LocalUserError, UserError
 
 COUNT = 24
 
@@ -156,6 +158,81 @@ def test_parquet_files_stream_if_their_number_of_rows_is_known(tmp_path: Path) -
     dataset_of(COUNT).to_parquet(str(tmp_path / "set" / "train-00000.parquet"))
     with pytest.raises(UserError, match="does not say how many images it has"):
         open_stream(str(tmp_path / "set"), None, 4)
+
+
+def labelled(labels: list[int | None], names: list[str] | None = None) -> datasets.Dataset:
+    names = names or ["even", "odd"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [Image.new("L", (4, 4), i) for i in range(len(labels))], "label": labels}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"train": labelled([0, 1, -1]), "test": labelled([0, 1])},
+        {"train": labelled([0, 1, None]), "test": labelled([0, 1])},
+        {"train": labelled([0, 1]), "test": labelled([-1, -1])},
+        {"train": labelled([0, 1]), "test": labelled([None])},
+        {"train": labelled([0, 1]), "test": labelled([0, 1], ["odd", "even"])},
+        {"train": labelled([0, 1]), "test": labelled([])},
+        {"train": labelled([0, 1]), "unsupervised": labelled([0])},
+        {"a": labelled([0, 1]), "b": labelled([0])},
+    ],
+)
+def test_a_saved_set_is_refused_as_where_it_is_not_streamed(tmp_path: Path, parts: dict[str, datasets.Dataset]) -> None:
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError) as stored:
+        load_images("hf", tmp_path / "set")
+    with pytest.raises(UserError) as streamed:
+        open_stream(str(tmp_path / "set"), None, 4)
+    assert str(streamed.value) == str(stored.value)
+
+
+def test_size_and_channels_are_those_of_the_stored_set(tmp_path: Path) -> None:
+    """Not those of the first image: a later one in colour makes the set RGB."""
+    mixed = labelled([0, 1, 0])
+    colour = [*(Image.new("L", (4, 4)) for _ in range(2)), Image.new("RGB", (4, 4), (1, 2, 3))]
+    mixed = datasets.Dataset.from_dict({"image": colour, "label": [0, 1, 0]}, features=mixed.features)
+    mixed.save_to_disk(tmp_path / "set")
+    assert open_stream(str(tmp_path / "set"), None, 4)[0].channels == 3
+    sizes = [Image.new("L", (4, 4)), Image.new("L", (5, 4))]
+    datasets.Dataset.from_dict({"image": sizes, "label": [0, 1]}, features=mixed.features).save_to_disk(
+        tmp_path / "two"
+    )
+    with pytest.raises(UserError, match=r"mixed sizes: 4x4 \(1 images\), 5x4 \(1 images\); set data\.image_size"):
+        open_stream(str(tmp_path / "two"), None, 4)
+
+
+def test_an_image_is_named_by_its_row(tmp_path: Path) -> None:
+    cells: list[dict[str, Any]] = [{"bytes": encoded(i), "path": None} for i in range(12)]
+    cells[7]["bytes"] = encoded(7)[:60]  # its header is whole
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    datasets.Dataset.from_dict({"image": cells, "label": [0] * 12}, features=features).save_to_disk(tmp_path / "set")
+    batches = make(open_stream(str(tmp_path / "set"), None, 4)[0])
+    with pytest.raises(LocalUserError, match="cannot read the image in row 7: "):
+        batches.training(range(12))
+
+
+def encoded(value: int) -> bytes:
+    content = io.BytesIO()
+    Image.effect_noise((4, 4), value).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_rows_of_files_are_checked_as_they_are_drawn() -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        for label in (0, 1, None, 1):
+            yield {"image": {"bytes": encoded(3), "path": None}, "label": label}
+
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["even", "odd"])}
+    )
+    stream = ImageStream(datasets.IterableDataset.from_generator(rows, features=features), "x", 4, 4, 1, False, "train")
+    batches = make(stream, block=1)
+    batches.training(range(2))
+    with pytest.raises(LocalUserError, match="images without a class label in its part 'train'"):
+        batches.training(range(2, 4))
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path, stream: ImageStream) -> None:

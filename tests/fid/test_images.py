@@ -60,6 +60,63 @@ def test_class_folders_give_labels_and_names(tmp_path: Path) -> None:
     assert found.pixels[:, 0, 0].tolist() == [[3, 4, 5], [1, 1, 1], [2, 2, 2]]
 
 
+def test_class_folders_are_searched_and_hidden_ones_do_not_shift_the_ids(tmp_path: Path) -> None:
+    for name in ("four/deep/a.png", "seven/a.png", ".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png"):
+        write_png(tmp_path / name, len(name))
+    found = read_samples(tmp_path)
+    assert found.class_names == ("four", "seven") and found.labels.tolist() == [0, 1]
+    assert found.pixels[:, 0, 0, 0].tolist() == [len("four/deep/a.png"), len("seven/a.png")]
+    assert found.remarks == "left out: hidden or system folders: 2 (.ipynb_checkpoints, @eaDir)"
+
+
+def test_samples_of_several_formats_are_refused(tmp_path: Path) -> None:
+    write_png(tmp_path / "flat" / "0.png")
+    write_png(tmp_path / "flat" / "1.jpg")
+    write_png(tmp_path / "flat" / "2.jpg")
+    with pytest.raises(UserError, match=r"flat has images of several formats \(2 \.jpg, 1 \.png\); samples must"):
+        read_samples(tmp_path / "flat")
+    write_png(tmp_path / "classes" / "a" / "0.png")
+    write_png(tmp_path / "classes" / "b" / "0.gif")
+    with pytest.raises(UserError, match=r"several formats \(1 \.png, 1 \.gif\)"):
+        read_samples(tmp_path / "classes")
+
+
+def test_a_report_among_the_samples_is_left_out(tmp_path: Path) -> None:
+    for index in range(2):
+        write_png(tmp_path / f"00000{index}-3.png", index)
+    write_png(tmp_path / "report" / "grid.png", size=20)
+    (tmp_path / "report" / "report.json").write_text("{}")
+    (tmp_path / "generation.json").write_text('{"seed": 1}')
+    found = read_samples(tmp_path)
+    assert found.labels is not None and found.labels.tolist() == [3, 3] and found.generation == {"seed": 1}
+    assert found.remarks == "left out: folders of reports: 1 (report)"
+
+
+def test_an_exif_rotation_turns_the_pixels(tmp_path: Path) -> None:
+    """A ramp along a width of 12 becomes one along a height of 12; nothing is cut into rows of another length."""
+    ramp = np.arange(12, dtype=np.uint8)[None].repeat(8, axis=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned clockwise by a quarter for display
+    for index in range(2):
+        Image.fromarray(ramp).save(tmp_path / f"{index}.png", exif=exif)
+    found = read_samples(tmp_path)
+    assert found.pixels.shape == (2, 12, 8, 1)
+    assert (found.pixels[:, :, :, 0] == np.arange(12)[None, :, None]).all()
+    Image.fromarray(ramp).save(tmp_path / "2.png")
+    with pytest.raises(UserError, match=r"2\.png is 12x8 pixels, 0\.png is 8x12"):
+        read_samples(tmp_path)
+
+
+def test_what_a_sample_hides_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_png(tmp_path / "huge" / "0.png", size=20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"0\.png: it has more than 200 pixels"):
+        read_samples(tmp_path / "huge")
+    write_png(tmp_path / "deep" / "0.png", mode="I;16")
+    with pytest.raises(UserError, match=r"0\.png has more than 8 bits per channel"):
+        read_samples(tmp_path / "deep")
+
+
 def test_the_hash_is_of_the_content(tmp_path: Path, save: Callable[..., Path]) -> None:
     write_png(tmp_path / "png" / "0.png", 7)
     pixels = np.full((1, 8, 8, 1), 7, np.uint8)
