@@ -17,10 +17,10 @@ from torch import Tensor
 from fid.distributed import World
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet
-from fid.files import write_whole
 from fid.images import LabelledImages, image_digests
 from fid.moments import Moments
 from gspn_dit.errors import UserError
+from gspn_dit.files import write_whole
 
 FORMAT_VERSION = 1
 

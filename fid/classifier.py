@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fid.files import write_whole
 from gspn_dit.errors import UserError, nearest
+from gspn_dit.files import write_whole
 
 FORMAT_VERSION = 1
 METADATA_KEY = "feature_net"

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--protocol {options.protocol} brings its own feature net; leave --features out")
     if options.protocol and options.seed is not None:
         raise UserError(f"--protocol {options.protocol} brings its own seed; leave --seed out")
-    from fid.protocols import INCEPTION, find_protocol
+    from gspn_dit.protocols import INCEPTION, find_protocol
 
     protocol = find_protocol(options.protocol) if options.protocol else None
     from fid.images import require_samples

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fid.files import write_whole
 from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.files import write_whole
 
 FORMAT_VERSION = 2
 MARK = "*"

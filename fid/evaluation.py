@@ -12,11 +12,16 @@ from fid.cache import extract_cached
 from fid.distributed import World, connect, local_device
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet, load_dinov2, load_feature_net, load_inception, resolve_device
-from fid.images import LabelledImages, Reference, read_reference, read_samples, require_samples
-from fid.protocols import INCEPTION, Protocol, check_samples, find_protocol, is_published_reference
-from fid.published import PROTOCOL as PUBLISHED_PROTOCOL
-from fid.published import published_rows
-from fid.report import prepare_directory, versions, write_report
+from fid.images import (
+    LabelledImages,
+    Reference,
+    check_samples,
+    is_published_reference,
+    read_reference,
+    read_samples,
+    require_samples,
+)
+from fid.report import PUBLISHED_PROTOCOL, prepare_directory, published_rows, versions, write_report
 from fid.scores import (
     Measured,
     Target,
@@ -27,6 +32,7 @@ from fid.scores import (
     scores_of,
 )
 from gspn_dit.errors import UserError, nearest
+from gspn_dit.protocols import INCEPTION, Protocol, find_protocol
 
 REPORT_FORMAT_VERSION = 2
 BATCH_SIZE = 256
@@ -60,7 +66,7 @@ def evaluate(
         reference: real images, see `fid.images.read_reference`.
         features: "digits", or a file that `python -m fid.train_features` wrote; not used with `protocol`.
         out: directory of the report, new, empty, or (with `overwrite`) holding an earlier report.
-        protocol: a name of `fid.protocols.PROTOCOLS`; None: `features` with the settings of a small study.
+        protocol: a name of `gspn_dit.protocols.PROTOCOLS`; None: `features` with the settings of a small study.
         weights: file of the Inception net, for the protocols that use it; None: torch-fidelity's usual place.
         allow_unknown_weights: take another net than the published one; no score is called FID then.
         dinov2: local directory of a DINOv2 model, for FD-DINOv2 as well.

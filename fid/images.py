@@ -19,6 +19,7 @@ import numpy as np
 from fid.npz import IN_MEMORY_BYTES, open_npz
 from gspn_dit.data.folders import LeftOut, Walk, list_folder
 from gspn_dit.errors import UserError, nearest
+from gspn_dit.protocols import Protocol
 
 BUNDLED = ("digits",)
 SAVED_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
@@ -340,3 +341,36 @@ def _described(images: LabelledImages, generation: dict[str, Any] | None) -> Lab
             )
         images = dataclasses.replace(images, class_names=tuple(map(str, names)))
     return dataclasses.replace(images, generation=generation)
+
+
+def check_samples(protocol: Protocol, samples: LabelledImages) -> None:
+    """Refuse samples that the protocol's name would misdescribe; cheap, before anything is computed."""
+    height, width, channels = samples.pixels.shape[1:]
+    if protocol.num_samples is not None and len(samples) != protocol.num_samples:
+        raise UserError(
+            f"protocol {protocol.name} needs {protocol.num_samples:,} samples, {samples.source} has {len(samples):,}; "
+            "--protocol quick scores any number, under other names"
+        )
+    size = protocol.image_size
+    if size is not None and (height, width, channels) != (size, size, 3):
+        raise UserError(
+            f"protocol {protocol.name} needs samples of {size}x{size} pixels with 3 channels, {samples.source} has "
+            f"{height}x{width} with {channels}"
+        )
+    if protocol.num_classes is not None and samples.labels is not None and samples.labels.max() >= protocol.num_classes:
+        raise UserError(
+            f"protocol {protocol.name} has the class ids 0 to {protocol.num_classes - 1}, {samples.source} has "
+            f"{samples.labels.max()}"
+        )
+    stated = samples.generation or {}
+    for key, value in protocol.required:
+        if key in stated and not str(stated[key]).startswith(value):
+            raise UserError(
+                f"protocol {protocol.name} needs samples with {key} '{value}'; those at {samples.source} were "
+                f"generated with '{stated[key]}'"
+            )
+
+
+def is_published_reference(protocol: Protocol, source: str, statistics: bool) -> bool:
+    """Whether a reference is, by its name and content, the one of the published figures."""
+    return statistics and protocol.reference_file is not None and Path(source).name == protocol.reference_file

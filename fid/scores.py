@@ -25,8 +25,8 @@ from fid.metrics import (
     nearest_features,
 )
 from fid.moments import Gaussian, Moments
-from fid.protocols import Protocol
 from gspn_dit.errors import UserError
+from gspn_dit.protocols import Protocol
 
 NEIGHBOUR_ROWS = 12  # samples that are shown beside their nearest reference images
 NEIGHBOURS = 3

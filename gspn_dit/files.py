@@ -31,6 +31,12 @@ def write_atomically(path: str | os.PathLike[str], write: bytes | Callable[[Bina
         temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` as `write_atomically` does, making the directory of `path` where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
 def is_temporary(name: str) -> bool:
     """Tell whether a file's name is that of what a killed `write_atomically` leaves behind.
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
-from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, find_protocol
+from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, preferred_samplers
 from gspn_dit.sample import choose_device, parse_classes, parse_guidance_channels
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
     image_size, latent_spec = latent.size * latent.factor, latent.spec()
     check_model(options.protocol, image_size, len(pipeline.class_names))
     if options.sampler is None:
-        preferred = find_protocol(options.protocol).samplers
+        preferred = preferred_samplers(options.protocol)
         options.sampler = next((name for name in preferred if name in objective.samplers), None)
     options.sampler = objective.resolve_sampler(options.sampler, options.steps)
     environment = describe_environment()

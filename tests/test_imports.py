@@ -33,7 +33,7 @@ ALLOWED = {
 }
 ABOVE_ALL = {"pipeline", "generate", "sample", "train"}
 FREE = ABOVE_ALL | {"__init__", "__main__"}
-OF_FID = {"data", "errors", "files", "grid", "paths"}  # files and images, never models
+OF_FID = {"data", "errors", "files", "grid", "paths", "protocols"}  # files and images, never models
 
 
 def imported_names(path: Path, package: str, tree: ast.AST | None = None) -> Iterator[str]:

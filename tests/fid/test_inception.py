@@ -18,8 +18,8 @@ import torch
 from fid import features, inception
 from fid.images import LabelledImages, Reference
 from fid.inception import SPATIAL_DIM, WEIGHTS_SHA256, find_weights, read_weights
-from fid.protocols import PROTOCOLS
 from gspn_dit.errors import UserError
+from gspn_dit.protocols import PROTOCOLS
 from tests.fid.conftest import noise_images
 from tests.fid.random_inception import write_random_inception
 from tests.fid.test_peer import PROTOCOL, assert_equal_figures, peer, write_pngs

@@ -14,7 +14,7 @@ from PIL import Image
 import fid
 from fid.images import read_reference, read_samples
 from fid.metrics import precision_recall
-from fid.protocols import PROTOCOLS
+from gspn_dit.protocols import PROTOCOLS
 from tests.fid.conftest import TINY, noise_images, tiny_net
 
 PROTOCOL = dataclasses.replace(PROTOCOLS["quick"], order="stored", kid_subset_size=25)

@@ -16,12 +16,12 @@ import fid
 from fid import evaluation
 from fid.cli import main
 from fid.extraction import extract_all
-from fid.images import LabelledImages, Reference, read_reference, read_samples
+from fid.images import LabelledImages, Reference, check_samples, read_reference, read_samples
 from fid.moments import Gaussian
 from fid.page import markdown, published_table, setting_rows
-from fid.protocols import ADM_50K, PROTOCOLS, Protocol, check_samples, find_protocol
-from fid.published import ROWS, published_rows
+from fid.report import PUBLISHED_ROWS, published_rows
 from gspn_dit.errors import UserError
+from gspn_dit.protocols import ADM_50K, PROTOCOLS, Protocol, find_protocol
 from tests.fid.conftest import TINY_DIM, noise_images, tiny_net
 
 SMALL_ADM = dataclasses.replace(ADM_50K, num_samples=60, image_size=8, num_classes=5, kid_subset_size=20)
@@ -55,7 +55,7 @@ def test_adm_50k_is_what_its_name_says() -> None:
     assert (knobs["order"], knobs["inception_splits"], knobs["neighbourhood"]) == ("stored", 10, 3)
     assert knobs["full_rank"] and knobs["comparable"]
     assert [name for name, protocol in PROTOCOLS.items() if protocol.comparable] == ["adm-50k", "adm-50k-512"]
-    with pytest.raises(UserError, match=r"no protocol 'adm50k'; allowed are adm-50k, .*did you mean 'adm-50k'"):
+    with pytest.raises(UserError, match=r"unknown protocol 'adm50k'; allowed are adm-50k, .*did you mean 'adm-50k'"):
         find_protocol("adm50k")
 
 
@@ -96,7 +96,8 @@ def test_published_rows_stand_beside_comparable_scores_alone(tmp_path: Path) -> 
     reference = read_reference(adm_reference(tmp_path)[0], 8)
     elsewhere = read_reference(adm_reference(tmp_path, "mine.npz")[0], 8)
     report = score(drawn_images(), reference)
-    assert report["comparable"] and [row["model"] for row in report["published"]] == [row.model for row in ROWS[:4]]
+    models = [row["model"] for row in report["published"]]
+    assert report["comparable"] and models == [row.model for row in PUBLISHED_ROWS[:4]]
     table = published_table(report)
     assert table[1][0] == "these samples" and table[1][2:4] == ("400000", "1.0")
     assert table[1][4] == f"{report['scores']['FID']:.4g}"
@@ -111,7 +112,7 @@ def test_published_rows_stand_beside_comparable_scores_alone(tmp_path: Path) -> 
     ):
         assert not other["comparable"] and other["published"] == [] and published_table(other) == []
         assert "published |" not in markdown(other)
-    assert published_rows(None) == published_rows(4.0) == list(ROWS)
+    assert published_rows(None) == published_rows(4.0) == list(PUBLISHED_ROWS)
 
 
 def test_another_number_of_images_is_in_the_name(tmp_path: Path) -> None:

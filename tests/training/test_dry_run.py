@@ -17,8 +17,7 @@ from benchmarks.memory import saved_bytes
 from gspn_dit.config import Config, DataConfig, LatentConfig, ModelConfig, TrainingConfig, load_config
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
-from gspn_dit.training.dry_run import Estimate, data_facts, dry_run, estimate, kept_checkpoints
-from gspn_dit.training.memory import estimate_memory
+from gspn_dit.training.dry_run import Estimate, data_facts, dry_run, estimate, estimate_memory, kept_checkpoints
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("imagenet*.yaml"))
