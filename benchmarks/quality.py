@@ -34,7 +34,13 @@ SAMPLING_STEPS = 20
 GUIDANCE_SCALE = 1.0
 REFERENCE = 5_000
 """Real images to compare with, evenly spaced, where there are more."""
-SETTING = {"samples": SAMPLES, "steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE, "reference": REFERENCE}
+SETTING = {
+    "samples": SAMPLES,
+    "steps": SAMPLING_STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
+    "reference": REFERENCE,
+    "sampling_seed": "the cell's",
+}
 """How every cell is scored."""
 LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
 """One rate for all variants, too low for attention: no fair comparison (docs/evidence.md, Correction)."""
@@ -204,7 +210,7 @@ def _call(arguments: list[str], log: Path) -> None:
 
 
 def score_cell(directory: Path, data: str) -> None:
-    """Draw a trained cell's samples, and write result.json last."""
+    """Draw a trained cell's samples with the cell's own seed, and write result.json last."""
     import numpy as np
 
     from benchmarks.demo_quality import training_seconds
@@ -212,15 +218,17 @@ def score_cell(directory: Path, data: str) -> None:
     from fid.evaluation import score
     from fid.features import load_feature_net
     from fid.images import LabelledImages, Reference
+    from gspn_dit.config import load_config
     from gspn_dit.data.images import evenly_spaced
     from gspn_dit.pipeline import GSPNPipeline
 
     run = directory / "run"
+    seed = load_config(run / "config.yaml").seed
     pipeline = GSPNPipeline.from_checkpoint(run)
     pipeline.set_progress_bar_config(disable=True)
     labels = np.arange(SAMPLES) % len(pipeline.class_names)
     images = pipeline(
-        labels.tolist(), num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE, seed=0, output_type="np"
+        labels.tolist(), num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE, seed=seed, output_type="np"
     ).images
     assert isinstance(images, np.ndarray)
     real = {split: DATA_SETS[data].load(split) for split in ("train", "validation")}

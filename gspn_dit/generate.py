@@ -179,7 +179,7 @@ def _guide_settings(checkpoint: str | None) -> dict[str, str]:
 
 def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipeline) -> dict[str, Any]:
     """Return everything that the images are a function of, for a reader; raises UserError where it is out of range."""
-    from gspn_dit.diffusion import CHUNK, Guidance
+    from gspn_dit.diffusion import CHUNK, STEP_NOISE, Guidance
     from gspn_dit.sample_sets import FORMAT_VERSION
     from gspn_dit.training.run_directory import describe_environment
 
@@ -208,6 +208,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "classes": options.classes,
         "seed": options.seed,
         "sampler": options.sampler,
+        **({"step_noise": STEP_NOISE} if options.sampler in objective.stochastic_samplers else {}),
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "guidance_interval": list(options.guidance_interval),

@@ -2,7 +2,8 @@
 
 A sample number is n = step · batch_size + slot in training and the image's index in sampling, so neither batch size,
 world size, accumulation nor a restart changes a draw. The generator is Philox (Salmon et al., 2011) as numpy ships
-it: the key is (seed, stream), the upper word of the counter is n. Draws are made on the CPU, the same for every device.
+it: the key is (seed, stream), the upper word of the counter is n, the one below it the part of what n draws. Draws
+are made on the CPU, the same for every device.
 """
 
 from __future__ import annotations
@@ -34,20 +35,23 @@ class Stream(enum.IntEnum):
     VALIDATION_POSTERIOR = 12
 
 
-def _generators(seed: int, stream: Stream, numbers: Sequence[int]) -> Iterator[np.random.Generator]:
+def _generators(seed: int, stream: Stream, numbers: Sequence[int], part: int = 0) -> Iterator[np.random.Generator]:
     """Yield the generator of each number; one object whose counter is moved, which is much cheaper than new ones."""
     philox = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))
     generator, state = np.random.Generator(philox), philox.state
     for number in numbers:
-        state["state"]["counter"][:] = (0, 0, 0, number)
+        state["state"]["counter"][:] = (0, 0, part, number)
         philox.state = state
         yield generator
 
 
-def normal(seed: int, stream: Stream, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return standard normal draws, float32, [len(numbers), *shape]; row i depends on (seed, stream, numbers[i])."""
+def normal(seed: int, stream: Stream, numbers: Sequence[int], shape: Sequence[int], part: int = 0) -> Tensor:
+    """Return standard normal draws, float32, [len(numbers), *shape]; row i depends on (seed, stream, numbers[i], part).
+
+    `part` counts what one number draws at several times, such as an image's noise at each step of a sampler.
+    """
     draws = np.empty((len(numbers), *shape), dtype=np.float32)
-    for row, generator in zip(draws, _generators(seed, stream, numbers), strict=True):
+    for row, generator in zip(draws, _generators(seed, stream, numbers, part), strict=True):
         row[...] = generator.standard_normal(row.shape, dtype=np.float32)
     return torch.from_numpy(draws)
 

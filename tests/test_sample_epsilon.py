@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gspn_dit import generate
 from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config, ObjectiveConfig
 from gspn_dit.errors import UserError
@@ -93,3 +95,24 @@ def test_mistakes(run_directory: Path, tmp_path: Path, options: tuple[str, ...],
         drawn(run_directory, tmp_path, *options)
     assert str(caught.value) == message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("sampler", "goes_on"), [("ddpm", False), ("ddim", True)])
+def test_a_set_of_older_step_noise_is_not_continued(
+    run_directory: Path, tmp_path: Path, sampler: str, goes_on: bool
+) -> None:
+    """Earlier versions drew a stochastic sampler's noise otherwise, and did not say how."""
+    words = ["--checkpoint", str(run_directory), "--out", str(tmp_path / "set"), "--device", "cpu", "--steps", "2"]
+    words += ["--num-samples", "3", "--sampler", sampler]
+    generate.run(generate.parse_arguments(words))
+    file = tmp_path / "set" / "generation.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    assert settings.pop("step_noise", None) == (None if goes_on else "Philox, counted by image and step")
+    file.write_text(json.dumps({**settings, "complete": False}), encoding="utf-8")
+    next((tmp_path / "set").glob("*.png")).unlink()
+    options = generate.parse_arguments([*words, "--resume"])
+    if goes_on:
+        return generate.run(options)
+    with pytest.raises(UserError, match='was begun with step_noise = null, this run has "Philox, counted'):
+        generate.run(options)
+    return None

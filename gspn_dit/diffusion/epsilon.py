@@ -161,7 +161,9 @@ class EpsilonObjective(Objective):
         }
         scheduler: Any
         if sampler == "ddpm":
-            scheduler = diffusers.DDPMScheduler(**shared, variance_type="learned_range", clip_sample=False)
+            from gspn_dit.diffusion.ancestral import AncestralScheduler
+
+            scheduler = AncestralScheduler(**shared, variance_type="learned_range", clip_sample=False)
         elif sampler == "ddim":
             scheduler = diffusers.DDIMScheduler(**shared, clip_sample=False)
         elif sampler == "dpm++":

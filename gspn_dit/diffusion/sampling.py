@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,21 @@ SAMPLERS = ("euler", "heun", "ddpm", "ddim", "dpm++", "unipc")
 CHUNK = 64
 """Images generated at a time. Fixed, and the last chunk is padded: the size of a batch can change its rounding."""
 
+STEP_NOISE = "Philox, counted by image and step"
+"""How stochastic samplers draw, for what is kept beside images: sets whose noise was drawn otherwise do not mix."""
+
 
 def draw_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return the starting noise of images by index, float32 [len(indices), *shape]; image i depends on (seed, i)."""
     return rng.normal(seed, rng.Stream.SAMPLE, indices, shape)
 
 
-def step_generators(seed: int, indices: Sequence[int], num_steps: int) -> Iterator[list[torch.Generator]]:
-    """Yield, step by step, the generator of each image's noise, a function of (seed, image index, step)."""
-    seeds = (rng.uniform(seed, rng.Stream.SAMPLE_STEP, indices, (num_steps,)) * 2**32).long()
-    for of_step in seeds.T.tolist():
-        yield [torch.Generator().manual_seed(of_image) for of_image in of_step]
+def draw_step_noise(seed: int, indices: Sequence[int], shape: Sequence[int], step: int) -> Tensor:
+    """Return the noise of a stochastic sampler's step, counted from 0, float32 [len(indices), *shape].
+
+    Image i's depends on (seed, i, step).
+    """
+    return rng.normal(seed, rng.Stream.SAMPLE_STEP, indices, shape, step)
 
 
 @torch.no_grad()
@@ -74,13 +78,11 @@ def sample_latents(
         raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {noise.shape[1]}")
     sampler = objective.resolve_sampler(sampler, num_inference_steps)
     scheduler = objective.make_scheduler(sampler, num_inference_steps)
-    generators = None
-    if sampler in objective.stochastic_samplers:
-        if seed is None or indices is None:
-            raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
-        generators = step_generators(seed, indices, len(scheduler.timesteps))
+    stochastic = sampler in objective.stochastic_samplers
+    if stochastic and (seed is None or indices is None):
+        raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
     latents, null_labels = noise, torch.full_like(class_labels, null_label)
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(scheduler.timesteps):
         times = timestep.to(noise).expand(len(noise))
         if guidance.acts(float(timestep) / scheduler.config.num_train_timesteps):
             if guide is None:
@@ -94,7 +96,10 @@ def sample_latents(
             prediction, variance = objective.split_output(model(latents, times, class_labels))
         if variance is not None and scheduler.config.get("variance_type") == "learned_range":
             prediction = torch.cat([prediction, variance], dim=1)
-        options: dict[str, Any] = {} if generators is None else {"generator": next(generators)}
+        options: dict[str, Any] = {}
+        if stochastic:
+            assert seed is not None and indices is not None
+            options["noise"] = draw_step_noise(seed, indices, noise.shape[1:], step).to(noise)
         latents = scheduler.step(prediction.to(noise), timestep, latents, return_dict=False, **options)[0]
         if on_step is not None:
             on_step()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.diffusion import Guidance, create_objective, draw_noise, sample_latents
 from gspn_dit.diffusion.epsilon import EpsilonObjective
-from gspn_dit.diffusion.sampling import step_generators
+from gspn_dit.diffusion.sampling import draw_step_noise
 from gspn_dit.errors import UserError
+from gspn_dit.rng import Stream
 
 NULL = 7
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
@@ -95,7 +97,6 @@ def test_a_single_step_starts_from_noise(sampler: str) -> None:
 
 def ddpm_by_hand(latents: Tensor, steps: int, seed: int, indices: Sequence[int]) -> Tensor:
     """Ancestral sampling with the posterior of the respaced chain (iDDPM eq. 10, 11, 15)."""
-    generators = step_generators(seed, indices, steps)
     grid = [round(i * 999 / (steps - 1)) for i in range(steps)]
     x = latents
     for i in reversed(range(steps)):
@@ -104,12 +105,12 @@ def ddpm_by_hand(latents: Tensor, steps: int, seed: int, indices: Sequence[int])
         epsilon, values = gaussian(x, torch.full((len(x),), grid[i]), torch.zeros(len(x))).chunk(2, dim=1)
         clean = (x - math.sqrt(1 - now) * epsilon) / math.sqrt(now)
         mean = (math.sqrt(before) * beta * clean + math.sqrt(now / before) * (1 - before) * x) / (1 - now)
-        drawn = [torch.randn(x.shape[1:], generator=generator, dtype=x.dtype) for generator in next(generators)]
+        drawn = draw_step_noise(seed, indices, x.shape[1:], steps - 1 - i)
         if i == 0:
             return mean
         log_variance = (values + 1) / 2 * math.log(beta)
         log_variance = log_variance + (1 - values) / 2 * math.log(beta * (1 - before) / (1 - now))
-        x = mean + torch.exp(log_variance / 2) * torch.stack(drawn)
+        x = mean + torch.exp(log_variance / 2) * drawn
     raise AssertionError
 
 
@@ -220,18 +221,35 @@ def test_an_image_depends_on_seed_and_index_alone() -> None:
 
 
 def test_every_step_and_image_draws_noise_of_its_own() -> None:
-    noise = torch.stack(
-        [
-            torch.stack([torch.randn(4096, generator=generator) for generator in generators])
-            for generators in step_generators(0, range(4), 3)
-        ]
-    ).flatten(0, 1)
+    noise = torch.cat([draw_step_noise(0, range(4), (4096,), step) for step in range(3)])
     torch.testing.assert_close(noise @ noise.T / 4096, torch.eye(12), rtol=0, atol=0.1)
 
 
-def test_the_first_steps_draw_the_same_however_many_follow() -> None:
-    few, many = (list(step_generators(5, [8], steps)) for steps in (2, 9))
-    assert [one.initial_seed() for (one,) in few] == [one.initial_seed() for (one,) in many[:2]]
+def test_a_step_draws_from_the_projects_own_stream() -> None:
+    """Philox with the key (seed, stream) and the counter (0, 0, step, image), whose words have 64 bits each."""
+    seed, image, step = 2**40 + 5, 2**33 + 7, 11
+    philox = np.random.Philox(key=[seed, Stream.SAMPLE_STEP], counter=[0, 0, step, image])
+    expected = np.random.Generator(philox).standard_normal(6, dtype=np.float32)
+    assert draw_step_noise(seed, [image], (6,), step).tolist() == [expected.tolist()]
+
+
+def test_one_step_adds_no_noise() -> None:
+    """From timestep 999 straight to the data: what the model takes for the image, whatever the variance values."""
+
+    def widest(latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        epsilon = one_image(latents, timesteps, class_labels).chunk(2, dim=1)[0]
+        return torch.cat([epsilon, torch.ones_like(epsilon)], dim=1)
+
+    result = sample(widest, start().double(), 1, "ddpm")
+    torch.testing.assert_close(result, IMAGE.double().expand_as(result), rtol=0, atol=1e-6)
+    torch.testing.assert_close(result, sample(widest, start().double(), 1, "ddim"), rtol=0, atol=1e-6)
+
+
+def test_sampling_leaves_the_generator_of_torch_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    sample(gaussian, start(), 3, "ddpm")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_noise_without_seed_or_indices_is_refused() -> None:
