@@ -7,6 +7,7 @@ import errno
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gspn_dit.checkpoint import load_tensors, read_manifest
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import LocalUserError, UserError
+from gspn_dit.locks import sole_job
 from gspn_dit.training.draws import training_draws
 from gspn_dit.training.ema import EMA, PowerEMA
 from gspn_dit.training.finetune import start_from
@@ -78,8 +80,13 @@ def _lost_a_process(error: RuntimeError) -> bool:
 
 
 def _train(arguments: TrainArguments, load_scorer: ScorerLoader | None) -> None:
+    accelerator = create_accelerator(arguments.config)
+    with sole_job(Path(arguments.config.output_dir), "output_dir"):
+        _train_alone(arguments, load_scorer, accelerator)
+
+
+def _train_alone(arguments: TrainArguments, load_scorer: ScorerLoader | None, accelerator: Accelerator) -> None:
     config = arguments.config
-    accelerator = create_accelerator(config)
     directory = open_run_directory(config, arguments.resume, arguments.overwrite)
     _check_same_step(directory, accelerator)
     parts = build_parts(config)

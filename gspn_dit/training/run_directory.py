@@ -18,6 +18,7 @@ from typing import Any
 from gspn_dit.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
 from gspn_dit.config import Config, flatten, save_config
 from gspn_dit.errors import UserError
+from gspn_dit.locks import is_filled
 from gspn_dit.training.post_hoc_ema import remove_snapshots_after
 
 WRITTEN = (
@@ -111,7 +112,7 @@ def open_run_directory(config: Config, resume: str | None, overwrite: bool) -> R
         raise UserError(f"output_dir {path} is a file; give a directory")
     if resume is not None and overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
-    filled = path.is_dir() and any(path.iterdir())
+    filled = is_filled(path)
     if resume is None:
         if filled and not overwrite:
             raise UserError(
