@@ -31,6 +31,10 @@ class Source(Protocol):
     def class_names(self) -> list[str]: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the set before a run."""
+
     def __len__(self) -> int: ...
 
 

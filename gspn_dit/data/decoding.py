@@ -158,7 +158,7 @@ def _reason(error: Exception) -> str:
         return "no such file"
     if isinstance(error, PILImage.DecompressionBombError) and PILImage.MAX_IMAGE_PIXELS:
         most = 2 * PILImage.MAX_IMAGE_PIXELS
-        return f"it has more than {most:,} pixels, and may be made to exhaust memory; save it smaller, or remove it"
+        return f"it has more than {most:,} pixels, the most that are decoded; save it smaller, or remove it"
     if isinstance(error, PILImage.UnidentifiedImageError):
         return "not an image that Pillow knows, or damaged"
     return str(error) or type(error).__name__

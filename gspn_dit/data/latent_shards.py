@@ -207,6 +207,12 @@ class LatentSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the set: what was left out when it was encoded."""
+        skipped = self.manifest.get("skipped", [])
+        return (f"left out when it was encoded: {len(skipped):,} unreadable images",) if skipped else ()
+
     @cached_property
     def labels(self) -> np.ndarray:
         """Class ids, [n] int64."""

@@ -39,6 +39,7 @@ from gspn_dit.training.setup import Parts, build_parts
 from gspn_dit.training.sharding import backward, gathered, no_gradient_exchange, whole_tensors
 from gspn_dit.training.state import restore_tensors, save_state
 from gspn_dit.training.stop import StopSignal
+from gspn_dit.training.summary import summarise
 from gspn_dit.training.trackers import start_trackers
 
 GRACE_SECONDS = 5
@@ -268,6 +269,8 @@ class Trainer:
         if self.step >= settings.max_steps:
             self.accelerator.print(f"{self.directory.path} is already at step {self.step} of {settings.max_steps}")
             return
+        if self.accelerator.is_main_process:
+            print(summarise(self.config, self.parts, self.directory.path, self.step, self.accelerator), flush=True)
         start_trackers(self.accelerator, self.config)
         progress = Progress(self.step, settings.max_steps, self.accelerator)
         with StopSignal(self.accelerator.num_processes) as stop, progress:

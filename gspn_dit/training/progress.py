@@ -7,8 +7,23 @@ import time
 from types import TracebackType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+
+TIMED_STEPS, TIMED_SECONDS = 3, 1.0
+"""The first estimate of the time is made of so many steps, and of so long, at least; the very first one warms up."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds, with days in front where there are any.
+
+    >>> duration(59.6), duration(90061)
+    ('00:01:00', '1 day 01:01:01')
+    """
+    days, rest = divmod(round(seconds), 86400)
+    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
+    return f"{days} day{'s' if days > 1 else ''} {clock}" if days else clock
 
 
 class Progress:
@@ -18,6 +33,10 @@ class Progress:
         self.active = accelerator.is_main_process
         self.max_steps, self.step, self.first_step = max_steps, step, step
         self.started = time.perf_counter()
+        self.device = accelerator.device
+        self.warm: float | None = None
+        """When the first step was done."""
+        self.estimated = False
         terminal = self.active and sys.stderr.isatty()
         self.bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
 
@@ -35,6 +54,24 @@ class Progress:
         self.step += 1
         if self.bar is not None:
             self.bar.update()
+        if self.active and not self.estimated:
+            self._estimate()
+
+    def _estimate(self) -> None:
+        """Say how long the run will take, once a few steps were timed."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # steps are asynchronous; these few are not
+        now, timed = time.perf_counter(), self.step - self.first_step - 1
+        if self.warm is None:
+            self.warm = now
+        if timed < TIMED_STEPS or now - self.warm < TIMED_SECONDS:
+            return
+        self.estimated = True
+        seconds = (now - self.warm) / timed
+        self.write(
+            f"time    about {duration((self.max_steps - self.step) * seconds)} for the {self.max_steps - self.step:,} "
+            f"steps left, at {seconds:.3g} s a step; previews, validation and checkpoints come on top"
+        )
 
     def show(self, values: dict[str, Any]) -> None:
         """Show what was logged at this step."""
@@ -44,7 +81,7 @@ class Progress:
             return
         remaining = self.max_steps - self.step
         seconds_per_step = (time.perf_counter() - self.started) / max(1, self.step - self.first_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(remaining * seconds_per_step))
+        left = duration(remaining * seconds_per_step)
         self.write(f"step {self.step}/{self.max_steps}: {text}, {left} left")
 
     def write(self, line: str) -> None:

@@ -87,6 +87,7 @@ def test_world_size_and_accumulation_change_the_order_of_sums_alone(
 def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path: Path) -> None:
     done = train(tmp_path / "whole", 2, "--training.max_steps", "50")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("data    digits: 1,437 images of 10 classes") == 1
     job = start(tmp_path / "killed", 2, "--training.max_steps", "50", "--training.log_every", "1")
     wait_for_line(job, "step 30/50")
     os.killpg(job.pid, signal.SIGKILL)
