@@ -103,6 +103,8 @@ def evaluate(
         found = read_reference(held_out, size)
         real = dataclasses.replace(real, held_out=found.held_out or found.images)
     with connect() as world:
+        if show_progress and world.is_main:
+            _show_sets(drawn, real)
         report = score(
             drawn,
             real,
@@ -118,6 +120,13 @@ def evaluate(
     if out is not None and report:
         write_report(report, drawn, out, overwrite, net.class_names, real.images)
     return report
+
+
+def _show_sets(samples: LabelledImages, reference: Reference) -> None:
+    """Print what is compared before the long pass."""
+    for what, images in (("samples", samples), ("reference", reference.images), ("held out", reference.held_out)):
+        if images is not None:
+            print(f"{what:<10}{images.describe()}", flush=True)
 
 
 def _load_net(protocol: Protocol, weights: str | os.PathLike[str] | None, allow_unknown: bool) -> FeatureNet:
@@ -300,7 +309,7 @@ def _check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
 def _notes(
     drawn: Measured, held_out: Measured | None, reference: Reference, net: FeatureNet, protocol: Protocol
 ) -> list[str]:
-    notes = []
+    notes = [f"{images.source}: {images.remarks}." for images in (drawn.images, reference.images) if images.remarks]
     if net.class_names:
         notes.append(
             f"Scores named …-{net.score_suffix} come from a small net trained on {net.score_suffix}: "

@@ -97,6 +97,13 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def describe(self) -> str:
+        """Return in one line what they are, and what lies beside them."""
+        _, height, width, channels = self.pixels.shape
+        classes = "without labels" if self.labels is None else f"of {len(np.unique(self.labels)):,} classes"
+        text = f"{self.source}: {len(self):,} images {classes}, {width}x{height} {'grey' if channels == 1 else 'RGB'}"
+        return f"{text}; {self.remarks}" if self.remarks else text
+
     @cached_property
     def sha256(self) -> str:
         """Hash of shape, pixels and labels, whatever file they came in."""

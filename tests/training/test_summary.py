@@ -24,7 +24,8 @@ def test_a_run_says_what_it_reads_and_writes(tmp_path: Path, capsys: pytest.Capt
         "data    digits: 1,437 images of 10 classes, 8x8 grey; 16 of 360 more for validation",
         lines[1],
         "run     3 steps of 8 images, 0.0167 epochs, seed 0, 1 process on cpu, float32",
-        f"writes  {tmp_path / 'run'}: a checkpoint every 2, a validation every 2 steps, and all of them at the last step",
+        f"writes  {tmp_path / 'run'}: a checkpoint every 2, a validation every 2 steps, and all of them at the last "
+        "step",
     ]
     assert lines[1].startswith("model   GSPN-N/4, ") and lines[4].startswith("step 1/3")
     run_training(dataclasses.replace(config, training=dataclasses.replace(config.training, max_steps=5)), "auto")
@@ -72,7 +73,8 @@ def test_the_time_is_estimated_once_when_steps_were_timed(
     for _ in range(9):
         progress.advance()
     assert capsys.readouterr().out == (
-        "time    about 00:33:12 for the 996 steps left, at 2 s a step; previews, validation and checkpoints come on top\n"
+        "time    about 00:33:12 for the 996 steps left, at 2 s a step; previews, validation and checkpoints come on "
+        "top\n"
     )
 
 
