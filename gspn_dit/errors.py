@@ -54,8 +54,16 @@ def _program_name() -> str:
     return module.name.removesuffix(".__main__") if module else os.path.basename(sys.argv[0])
 
 
+def _errors_of_the_scan() -> tuple[type[Exception], ...]:
+    """The scan knows nothing of this module, which is loaded before torch is; none if it was not imported."""
+    ops = sys.modules.get("gspn_dit.ops")
+    return () if ops is None else (ops.BackendUnavailableError,)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command line: a `UserError` becomes one line on standard error and exit code 2.
+
+    So does a scan backend that was named and cannot run here, which the scan itself reports.
 
     >>> run_cli(lambda: None)
     """
@@ -65,7 +73,9 @@ def run_cli(main: Callable[[], None]) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         main()
-    except UserError as error:
+    except Exception as error:
+        if not isinstance(error, (UserError, *_errors_of_the_scan())):
+            raise
         if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0":
             message = " ".join(str(error).split())
             print(f"{_program_name()}: error: {message}", file=sys.stderr)

@@ -42,6 +42,15 @@ def _to_channels(tensor: Tensor, channels: int) -> Tensor:
     return tensor if groups == channels else tensor.repeat_interleave(channels // groups, dim=-1)
 
 
+def _sum_in_order(tensor: Tensor) -> Tensor:
+    """Sum all elements, in an order that does not depend on the number of threads as that of `Tensor.sum` does."""
+    row = 1024  # so few that torch gives a row to one thread
+    sums = tensor.flatten()
+    while sums.numel() > 1:
+        sums = F.pad(sums, (0, -sums.numel() % row)).view(-1, row).sum(dim=1)
+    return sums.squeeze(0)
+
+
 def _shifted(tensor: Tensor, k: int) -> Tensor:
     """Return t[:, n + k] for every position n of [B, N, C], zero off the line."""
     positions = tensor.shape[1]
@@ -76,7 +85,8 @@ def _logit_gradients(
                 [_to_groups(gradient * _shifted(previous, k), logits.shape[-1]) for k in (-1, 0, 1)], dim=2
             )
             centred = of_weights - (weight * of_weights).sum(dim=2, keepdim=True)
-            used = weight * torch.sigmoid(-logits[:, line]) * centred
+            # As an exponential, because torch's sigmoid rounds a value by where in memory it lies.
+            used = weight * F.logsigmoid(-logits[:, line]).exp() * centred
             # A neighbour off the line has weight 0, but its logit may be NaN.
             result[:, line] = torch.where(weight == 0, torch.zeros_like(used), used)
         before = line
@@ -121,7 +131,7 @@ def scan_backward(
             as_lines(grad_x, direction).add_(gate_in * gradients)
             as_lines(grad_in[..., d, :], direction).copy_(x_lines * gradients)
             as_lines(grad_out[..., d, :], direction).copy_(merge * g * states)
-            grad_merge[d] = (g * gate_out * states).sum()
+            grad_merge[d] = _sum_in_order(g * gate_out * states)
             of_logits = _logit_gradients(logits, weights, states, gradients, order)
             as_lines(grad_logits[..., d, :, :], direction).copy_(of_logits)
     return grad_x.to(x.dtype), grad_logits, grad_in, grad_out, grad_merge.to(merge_weight.dtype)

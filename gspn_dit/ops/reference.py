@@ -40,6 +40,8 @@ def propagation_weights(logits: Tensor, order: list[tuple[int, bool]]) -> Tensor
     w_k = sigmoid(l_k) / sum of sigmoid(l_k') over neighbours on the line, as a softmax of log-sigmoids, which is
     finite for every finite logit. Entries that are not used (neighbours off the line, first lines of segments) are
     replaced before any arithmetic, so that not even a NaN reaches the result or its gradient.
+
+    The softmax is written out: torch's own rounds a value by where in memory it lies, hence by the number of threads.
     """
     lines, positions = logits.shape[1:3]
     absent = torch.zeros(positions, 3, 1, dtype=torch.bool)
@@ -49,7 +51,10 @@ def propagation_weights(logits: Tensor, order: list[tuple[int, bool]]) -> Tensor
     restarts[[line for line, restart in order if restart]] = True
     absent, restarts = absent.to(logits.device), restarts.to(logits.device)
     used = logits.masked_fill(absent | restarts, 0.0)
-    return F.logsigmoid(used).masked_fill(absent, float("-inf")).softmax(dim=-2)
+    log_sigmoids = F.logsigmoid(used).masked_fill(absent, float("-inf"))
+    sigmoids = (log_sigmoids - log_sigmoids.detach().amax(dim=-2, keepdim=True)).exp()  # up to a common factor
+    minus, same, plus = sigmoids.unbind(dim=-2)
+    return sigmoids / (minus + same + plus).unsqueeze(-2)
 
 
 def neighbour_sum(weights: Tensor, state: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The CPU kernels of the operator pair: a compiled library where one was built, else `lines`.
 
-The library (`csrc/`) is plain C++, loaded with ctypes at the first call. It chooses its instruction set at run time and
-runs on torch's own OpenMP threads. Results do not depend on the number of threads.
+The library (`csrc/`) is plain C++, loaded with ctypes at the first call. It holds the kernels for every instruction set
+and runs on torch's own OpenMP threads. Results depend on the instruction set, but neither on the number of threads nor
+on the batch that a sample travels in.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops import lines
+from gspn_dit.ops.backends import BackendUnavailableError
 from gspn_dit.ops.contract import STORAGE_DTYPES
 from gspn_dit.ops.cpu.memory import OutputMemory
 
-__all__ = ["describe", "output_memory", "scan_backward", "scan_forward"]
+__all__ = ["available_kernels", "chosen_kernels", "describe", "output_memory", "scan_backward", "scan_forward"]
 
-DISABLE_VARIABLE = "GSPN_CPU_KERNELS"
-"""Environment variable; "pytorch" uses the line-by-line kernels even where the library was built."""
+KERNELS_VARIABLE = "GSPN_CPU_KERNELS"
+"""Environment variable that names the kernels, one of `KERNELS`; without it the fastest that can run are used."""
+
+KERNELS = ("pytorch", "baseline", "avx2", "avx512")
+"""The line-by-line kernels, and the compiled ones for each instruction set, which a processor has up to some point."""
 
 BLOCK = 0
 """Channels per task of the compiled kernels; 0 lets them choose."""
@@ -35,8 +40,9 @@ output_memory = OutputMemory()
 """Where large outputs live; `output_memory.release()` returns what is idle to the system."""
 
 _MAX_DIRECTIONS = 4
-_INPUTS = ("x", "logits", "gate_in", "gate_out", "grad_y")
-_OUTPUTS = ("y", "grad_x", "grad_logits", "grad_in", "grad_out")
+_INSTRUCTION_SETS = {"baseline": "baseline vectors", "avx2": "AVX2", "avx512": "AVX-512"}
+_INPUTS = ("x", "weight_logits", "input_gate", "output_gate", "grad_y")
+_OUTPUTS = ("y", "grad_x", "grad_weight_logits", "grad_input_gate", "grad_output_gate")
 _INSTALL = "for the compiled ones install a C++ compiler (g++ or clang++) and run `pip install .` or `pip install -e .`"
 
 
@@ -44,15 +50,18 @@ class _Call(ctypes.Structure):
     """`gspn::Scan` of csrc/scan.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "groups", "directions")),
-        *((name, ctypes.c_int64) for name in ("window", "dtype", "threads", "block", "stream_bytes")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "height", "width", "channels", "groups", "directions", "window")
+        ),
+        *((name, ctypes.c_int64) for name in ("dtype", "instruction_set", "threads", "block", "stream_bytes")),
         ("direction", ctypes.c_int64 * _MAX_DIRECTIONS),
         ("merge", ctypes.c_double * _MAX_DIRECTIONS),
         ("x_stride", ctypes.c_int64 * 3),
         ("grad_y_stride", ctypes.c_int64 * 3),
-        ("logits_stride", ctypes.c_int64 * 5),
-        ("gate_in_stride", ctypes.c_int64 * 4),
-        ("gate_out_stride", ctypes.c_int64 * 4),
+        ("weight_logits_stride", ctypes.c_int64 * 5),
+        ("input_gate_stride", ctypes.c_int64 * 4),
+        ("output_gate_stride", ctypes.c_int64 * 4),
         *((name, ctypes.c_void_p) for name in (*_INPUTS, *_OUTPUTS)),
         ("grad_merge", ctypes.POINTER(ctypes.c_double)),
         ("parallel", ctypes.c_void_p),
@@ -65,25 +74,40 @@ _INTERFACE = ctypes.sizeof(_Call) * 1000 + 1
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, or None, and a line that says what runs."""
-    fallback = "line-by-line PyTorch kernels"
-    if os.environ.get(DISABLE_VARIABLE) == "pytorch":
-        return None, f"{fallback} ({DISABLE_VARIABLE}=pytorch)"
+    """Return the library, or None and why."""
     folder = Path(__file__).resolve().parents[1]
     candidates = [folder / f"_cpu_scan{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
-        return None, f"{fallback}; {_INSTALL}"
+        return None, _INSTALL
     try:
         library = ctypes.CDLL(str(path))
-        interface = library.gspn_interface
-        interface.restype = ctypes.c_int64
-        if interface() != _INTERFACE:
-            return None, f"{fallback}; the compiled ones are out of date: run the installation again"
+        for function in (library.gspn_interface, library.gspn_best_instruction_set):
+            function.restype = ctypes.c_int64
+        if library.gspn_interface() != _INTERFACE:
+            return None, "the compiled ones are out of date: run the installation again"
     except (OSError, AttributeError) as error:
-        return None, f"{fallback}; the compiled ones cannot be loaded ({error}): run the installation again"
-    library.gspn_instruction_set.restype = ctypes.c_char_p
-    return library, f"compiled kernels ({library.gspn_instruction_set().decode()})"
+        return None, f"the compiled ones cannot be loaded ({error}): run the installation again"
+    return library, ""
+
+
+def available_kernels() -> tuple[str, ...]:
+    """Return those of `KERNELS` that can run here, the slowest first."""
+    library, _ = _load()
+    return KERNELS[:1] if library is None else KERNELS[: library.gspn_best_instruction_set() + 2]
+
+
+def chosen_kernels() -> str:
+    """Return which of `KERNELS` a scan uses; raise BackendUnavailableError if `GSPN_CPU_KERNELS` names others."""
+    available = available_kernels()
+    chosen = os.environ.get(KERNELS_VARIABLE) or available[-1]
+    if chosen not in available:
+        why = f" ({_load()[1]})" if len(available) == 1 else ""
+        raise BackendUnavailableError(
+            f"{KERNELS_VARIABLE} is {chosen!r}, but what can run here is {', '.join(available)}{why}: "
+            "unset it or name one of these"
+        )
+    return chosen
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +127,16 @@ def _torch_parallel() -> int | None:
 
 def describe() -> str:
     """Say in one line which CPU kernels run here, and what would make them faster."""
-    return _load()[1]
+    chosen = chosen_kernels()
+    if chosen != "pytorch":
+        return f"compiled kernels ({_INSTRUCTION_SETS[chosen]})"
+    why = f" ({KERNELS_VARIABLE}=pytorch)" if os.environ.get(KERNELS_VARIABLE) else f"; {_load()[1]}"
+    return f"line-by-line PyTorch kernels{why}"
+
+
+def _library() -> ctypes.CDLL | None:
+    """Return the library unless the line-by-line kernels were chosen."""
+    return None if chosen_kernels() == "pytorch" else _load()[0]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -115,12 +148,13 @@ def _dense(tensor: Tensor) -> Tensor:
 def _call(
     inputs: dict[str, Tensor], merge_weight: Tensor, directions: Sequence[int], window: int, outputs: dict[str, Tensor]
 ) -> _Call:
-    x, logits = inputs["x"], inputs["logits"]
+    x = inputs["x"]
     call = _Call()
     call.batch, call.height, call.width, call.channels = x.shape
-    call.groups, call.directions = logits.shape[-1], len(directions)
+    call.groups, call.directions = inputs["weight_logits"].shape[-1], len(directions)
     call.window = window or max(call.height, call.width)
     call.dtype = STORAGE_DTYPES.index(x.dtype)
+    call.instruction_set = list(_INSTRUCTION_SETS).index(chosen_kernels())
     call.threads, call.block, call.stream_bytes = torch.get_num_threads(), BLOCK, STREAM_BYTES
     call.direction[: len(directions)] = list(directions)
     call.merge[: len(directions)] = merge_weight.detach().double().tolist()
@@ -148,7 +182,7 @@ def scan_forward(
     window: int,
 ) -> Tensor:
     """Compute the scan for checked arguments; direction codes, `window` 0 for global; returns x's shape and dtype."""
-    library, _ = _load()
+    library = _library()
     if library is None or x.numel() == 0:
         return lines.scan_forward(x, weight_logits, input_gate, output_gate, merge_weight, directions, window)
     tensors = (x, weight_logits, input_gate, output_gate)
@@ -169,7 +203,7 @@ def scan_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight_logits, input_gate, output_gate and merge_weight, each like its input."""
-    library, _ = _load()
+    library = _library()
     tensors = (x, weight_logits, input_gate, output_gate, grad_y)
     if library is None or x.numel() == 0:
         return lines.scan_backward(grad_y, *tensors[:4], merge_weight, directions, window)

@@ -4,11 +4,11 @@
 
 template <class T> struct BackwardPointers {
   typedef typename Accumulator<T>::type A;
-  const T *x, *grad_y, *logits, *gate_in, *gate_out;
+  const T *x, *grad_y, *weight_logits, *input_gate, *output_gate;
   const A *state, *before, *carried;  // `before`: the previous line's states at n - 1
   A* passed;                          // the carried line for the line visited before, at n - 1
   A* merge_sums;
-  T *grad_logits, *grad_in, *grad_out, *grad_x;
+  T *grad_weight_logits, *grad_input_gate, *grad_output_gate, *grad_x;
   A* partial;
   int64_t k_stride, grad_k_stride, slot, width;  // slot: from one position's states to the next one's
 };
@@ -36,14 +36,14 @@ static GSPN_INLINE auto gate_gradients(const BackwardPointers<T>& p, int64_t j, 
                                        typename Accumulator<T>::type merge, bool add, bool last) {
   typedef typename Accumulator<T>::type A;
   typedef typename Simd<A>::V V;
-  const V g = get<T, Tail>(p.grad_y + j, count), out = get<T, Tail>(p.gate_out + j, count);
+  const V g = get<T, Tail>(p.grad_y + j, count), output_gate = get<T, Tail>(p.output_gate + j, count);
   const V state = load(p.state + j);
   const V weighted = g * state;
-  store(p.merge_sums + j, multiply_add(weighted, out, load(p.merge_sums + j)));
-  put<T, Tail>(p.grad_out + j, weighted * merge, count);
-  const V gradient = multiply_add(out * merge, g, load(p.carried + j));
-  put<T, Tail>(p.grad_in + j, get<T, Tail>(p.x + j, count) * gradient, count);
-  add_up<T, Tail>(p.grad_x + j, p.partial + j, get<T, Tail>(p.gate_in + j, count) * gradient, count, add, last);
+  store(p.merge_sums + j, multiply_add(weighted, output_gate, load(p.merge_sums + j)));
+  put<T, Tail>(p.grad_output_gate + j, weighted * merge, count);
+  const V gradient = multiply_add(output_gate * merge, g, load(p.carried + j));
+  put<T, Tail>(p.grad_input_gate + j, get<T, Tail>(p.x + j, count) * gradient, count);
+  add_up<T, Tail>(p.grad_x + j, p.partial + j, get<T, Tail>(p.input_gate + j, count) * gradient, count, add, last);
   return gradient;
 }
 
@@ -55,7 +55,7 @@ static GSPN_INLINE void backward_start_vector(const BackwardPointers<T>& p, int6
   gate_gradients<T, Tail>(p, j, count, merge, add, last);
   if (shared) return;
   const V zero = {};
-  for (int k = 0; k < 3; ++k) put<T, Tail>(p.grad_logits + k * p.grad_k_stride + j, zero, count);
+  for (int k = 0; k < 3; ++k) put<T, Tail>(p.grad_weight_logits + k * p.grad_k_stride + j, zero, count);
 }
 
 template <class T, bool Edge, Source source, bool Tail>
@@ -80,7 +80,7 @@ static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j,
       mean = weighted_sum(value.w, load(before), load(before + p.slot), load(before + 2 * p.slot));
       for (int k = 0; k < 3; ++k) passed[k] = value.w[k] * gradient, s[k] = value.s(k);
     } else {
-      const T* l = p.logits + j;
+      const T* l = p.weight_logits + j;
       const auto value = weights<A, true, Edge, in_place<T>()>(
           get<T, Tail>(l, count), get<T, Tail>(l + p.k_stride, count), get<T, Tail>(l + 2 * p.k_stride, count), minus, plus);
       const V scaled = gradient * value.inverse;
@@ -90,7 +90,7 @@ static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j,
     for (int k = 0; k < 3; ++k) {
       V result = passed[k] * s[k] * (load(before + k * p.slot) - mean);
       if (Edge && ((k == 0 && !minus) || (k == 2 && !plus))) result = V{};  // even where a NaN is about
-      put<T, Tail>(p.grad_logits + k * p.grad_k_stride + j, result, count);
+      put<T, Tail>(p.grad_weight_logits + k * p.grad_k_stride + j, result, count);
     }
   }
   // Positions come in ascending order: n + 1 is touched for the first time here, n only at the start of the line.
@@ -104,13 +104,14 @@ static GSPN_INLINE void backward_vector(const BackwardPointers<T>& p, int64_t j,
   if (!Edge || plus) store(to + 2 * p.width, passed[2]);
 }
 
-template <class T, Source source> static GSPN_INLINE void prefetch_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t j) {
+template <class T, Source source>
+static GSPN_INLINE void prefetch_position(const BackwardPointers<T>& p, const Ahead& ahead, int64_t j) {
   if (sizeof(T) < 4 && j % (64 / (int64_t)sizeof(T))) return;
   prefetch(p.x + ahead.x + j);
   prefetch(p.grad_y + ahead.grad_y + j);
-  for (int k = 0; k < 3 && source == kLogits; ++k) prefetch(p.logits + k * p.k_stride + ahead.logits + j);
-  prefetch(p.gate_in + ahead.in + j);
-  prefetch(p.gate_out + ahead.out + j);
+  for (int k = 0; k < 3 && source == kLogits; ++k) prefetch(p.weight_logits + k * p.k_stride + ahead.weight_logits + j);
+  prefetch(p.input_gate + ahead.input_gate + j);
+  prefetch(p.output_gate + ahead.output_gate + j);
   if (in_place<T>()) prefetch(p.grad_x + ahead.sum + j);
   else prefetch(p.partial + ahead.partial + j), prefetch(p.partial + ahead.partial + j + 16);
 }
@@ -140,17 +141,17 @@ static GSPN_INLINE void stream_position(const BackwardPointers<T>& p, const Ahea
   BackwardPointers<T> q = p;
   for (int64_t begin = 0; begin < channels; begin += piece) {
     const int64_t end = begin + piece < channels ? begin + piece : channels, bytes = (end - begin) * sizeof(T);
-    if (source != kShared) q.grad_logits = corner - begin, q.grad_k_stride = piece;
-    q.grad_in = corner + 3 * piece - begin;
-    q.grad_out = corner + 4 * piece - begin;
+    if (source != kShared) q.grad_weight_logits = corner - begin, q.grad_k_stride = piece;
+    q.grad_input_gate = corner + 3 * piece - begin;
+    q.grad_output_gate = corner + 4 * piece - begin;
     for (int64_t j = begin; j < end; j += L) {
       prefetch_position<T, source>(p, ahead, j);
       backward_vector<T, false, source, false>(q, j, L, merge, true, true, line, add, last);
     }
     for (int k = 0; k < 3 && source != kShared; ++k)
-      copy_past_caches(p.grad_logits + k * p.grad_k_stride + begin, corner + k * piece, bytes);
-    copy_past_caches(p.grad_in + begin, corner + 3 * piece, bytes);
-    copy_past_caches(p.grad_out + begin, corner + 4 * piece, bytes);
+      copy_past_caches(p.grad_weight_logits + k * p.grad_k_stride + begin, corner + k * piece, bytes);
+    copy_past_caches(p.grad_input_gate + begin, corner + 3 * piece, bytes);
+    copy_past_caches(p.grad_output_gate + begin, corner + 4 * piece, bytes);
   }
 }
 
@@ -198,49 +199,50 @@ static void clear_group_gradients(const SharedLine<A>& line, Lines<Out> grads, i
 
 template <class T> struct BackwardViews {
   typedef typename Accumulator<T>::type A;
-  Lines<const T> x, grad_y, in, out, logits;
+  Lines<const T> x, grad_y, input_gate, output_gate, weight_logits;
   Sum<T> grad_x;
-  Lines<T> grad_in, grad_out, grad_logits;
+  Lines<T> grad_input_gate, grad_output_gate, grad_weight_logits;
   Lines<A> logit_parts;
   int64_t k_stride;
 
   BackwardViews(const Scan& scan, const Plan& plan, const Block& block, const Geometry& geometry, int64_t d,
                 A* partial_plane)
-      : grad_x(geometry, scan, plan, block, scan.grad_x, partial_plane) {
+      : grad_x(geometry, scan, plan, block, d, scan.grad_x, partial_plane) {
     const int64_t channels = scan.channels, groups = scan.groups, D = scan.directions;
     const int64_t group = block.channel * groups / channels;
     x = view3<T>(geometry, block, scan.x, scan.x_stride);
     grad_y = view3<T>(geometry, block, scan.grad_y, scan.grad_y_stride);
-    in = view4<T>(geometry, block, d, scan.gate_in, scan.in_stride);
-    out = view4<T>(geometry, block, d, scan.gate_out, scan.out_stride);
-    logits = view4<T>(geometry, Block{block.batch, group, 0, 0, 0}, d, scan.logits, scan.logits_stride);
-    grad_in = output<T>(geometry, scan, block, scan.grad_in, D * channels, d * channels + block.channel);
-    grad_out = output<T>(geometry, scan, block, scan.grad_out, D * channels, d * channels + block.channel);
-    grad_logits = output<T>(geometry, scan, block, scan.grad_logits, D * 3 * groups, d * 3 * groups + group);
+    input_gate = view4<T>(geometry, block, d, scan.input_gate, scan.input_gate_stride);
+    output_gate = view4<T>(geometry, block, d, scan.output_gate, scan.output_gate_stride);
+    weight_logits = view4<T>(geometry, Block{block.batch, group, 0, 0, 0}, d, scan.weight_logits, scan.weight_logits_stride);
+    grad_input_gate = output<T>(geometry, scan, block, scan.grad_input_gate, D * channels, d * channels + block.channel);
+    grad_output_gate = output<T>(geometry, scan, block, scan.grad_output_gate, D * channels, d * channels + block.channel);
+    grad_weight_logits = output<T>(geometry, scan, block, scan.grad_weight_logits, D * 3 * groups, d * 3 * groups + group);
     const int64_t plane = scan.batch * scan.height * scan.width * D * 3 * groups;
     logit_parts = output<A>(geometry, scan, block, plan.logit_parts, D * 3 * groups,
                             block.part * plane + d * 3 * groups + group);
-    k_stride = scan.logits_stride[4];
+    k_stride = scan.weight_logits_stride[4];
   }
 };
 
 template <Source source> constexpr int64_t slot_width(int64_t width) { return source == kKept ? kKeptPlanes * width : width; }
 
 template <class T, bool Edge, Source source, bool Tail, class A>
-static GSPN_INLINE void keep_state(A* to, const T* x, const T* gate_in, const T* logits, int64_t k_stride, const A* before,
-                                   int64_t slot, int64_t width, const A* we, int64_t count, bool minus, bool plus) {
+static GSPN_INLINE void keep_state(A* to, const T* x, const T* input_gate, const T* weight_logits, int64_t k_stride,
+                                   const A* before, int64_t slot, int64_t width, const A* we, int64_t count, bool minus,
+                                   bool plus) {
   if constexpr (source == kKept) {
-    const auto value = weights_at<T, true, Edge, Tail>(logits, k_stride, count, minus, plus);
+    const auto value = weights_at<T, true, Edge, Tail>(weight_logits, k_stride, count, minus, plus);
     const auto w0 = value.w(0), w1 = value.w(1), w2 = value.w(2);
-    auto sum = multiply_add(w0, load(before), get<T, Tail>(gate_in, count) * get<T, Tail>(x, count));
+    auto sum = multiply_add(w0, load(before), get<T, Tail>(input_gate, count) * get<T, Tail>(x, count));
     sum = multiply_add(w1, load(before + slot), sum);
     store(to, multiply_add(w2, load(before + 2 * slot), sum));
     store(to + width, w0);
     store(to + 2 * width, w2);
     store(to + 3 * width, (value.p[0] + value.p[1] + value.p[2]) * value.of_product);
   } else {
-    store(to, next_state<T, Edge, source == kShared, Tail>(x, gate_in, logits, k_stride, before, slot, we, width, count,
-                                                           minus, plus));
+    store(to, next_state<T, Edge, source == kShared, Tail>(x, input_gate, weight_logits, k_stride, before, slot, we, width,
+                                                           count, minus, plus));
   }
 }
 
@@ -260,33 +262,33 @@ static void compute_states(const Geometry& geometry, const Block& block, const B
     A* state = states + i * size;
     clear(state, width);
     clear(state + (positions + 1) * slot, width);
-    if (source == kShared && !restart) shared_weights<T, false>(line, view.logits, k_stride, i, positions);
+    if (source == kShared && !restart) shared_weights<T, false>(line, view.weight_logits, k_stride, i, positions);
     for (int64_t n = 0; n < positions; ++n) {
-      const T *in = view.in.at(i, n), *x = view.x.at(i, n), *l = view.logits.at(i, n);
+      const T *gate = view.input_gate.at(i, n), *x = view.x.at(i, n), *l = view.weight_logits.at(i, n);
       const A* from = before + n * slot;
       A* to = state + (n + 1) * slot;
       const bool here = n + 1 < positions;
       const int64_t ii = here ? i : next, nn = here ? n + 1 : 0;
-      const T *next_in = view.in.at(ii, nn), *next_x = view.x.at(ii, nn), *next_l = view.logits.at(ii, nn);
+      const T *next_gate = view.input_gate.at(ii, nn), *next_x = view.x.at(ii, nn), *next_l = view.weight_logits.at(ii, nn);
       const bool minus = n > 0, plus = n < positions - 1;
       if (source == kShared && !restart) repeat_groups(line, n, channels);
       for (int64_t j = 0; j < channels; j += L) {
         if (sizeof(T) >= 4 || j % (64 / (int64_t)sizeof(T)) == 0) {
-          prefetch(next_in + j);
+          prefetch(next_gate + j);
           prefetch(next_x + j);
           for (int q = 0; q < 3; ++q) prefetch(next_l + q * k_stride + j);
         }
         const int64_t count = channels - j;
         if (restart)
-          store(to + j, count < L ? load_some(in + j, count) * load_some(x + j, count) : load(in + j) * load(x + j));
+          store(to + j, count < L ? load_some(gate + j, count) * load_some(x + j, count) : load(gate + j) * load(x + j));
         else if (count < L)
-          keep_state<T, true, source, true>(to + j, x + j, in + j, l + j, k_stride, from + j, slot, width, line.we + j, count,
+          keep_state<T, true, source, true>(to + j, x + j, gate + j, l + j, k_stride, from + j, slot, width, line.we + j, count,
                                             minus, plus);
         else if (minus && plus)
-          keep_state<T, false, source, false>(to + j, x + j, in + j, l + j, k_stride, from + j, slot, width, line.we + j, L,
+          keep_state<T, false, source, false>(to + j, x + j, gate + j, l + j, k_stride, from + j, slot, width, line.we + j, L,
                                               true, true);
         else
-          keep_state<T, true, source, false>(to + j, x + j, in + j, l + j, k_stride, from + j, slot, width, line.we + j, L,
+          keep_state<T, true, source, false>(to + j, x + j, gate + j, l + j, k_stride, from + j, slot, width, line.we + j, L,
                                              minus, plus);
       }
     }
@@ -308,8 +310,7 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
   const int64_t positions = geometry.positions, width = padded(block.channels), size = (positions + 2) * width;
   const int64_t slot = slot_width<source>(width), states_size = (positions + 2) * slot;
   const int64_t groups = scan.groups;
-  const Directions directions(scan, plan, block);
-  const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
+  const bool add = block.share == 0 && d > 0, last = plan.shares == 1 && d == scan.directions - 1;
   const A merge = merge_weight<A>(scan, d);
   double* merge_total = plan.merge_sums + (block.batch * scan.directions + d) * scan.channels + block.channel;
   for (int64_t c = 0; c < block.channels; ++c) merge_total[c] = 0;
@@ -320,32 +321,32 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
     const bool restart = geometry.restarts(i);
     if (none_carried) clear(carried, size);
     clear(merge_sums, width);
-    if (shared && !restart) shared_weights<T, true>(line, view.logits, view.k_stride, i, positions);
+    if (shared && !restart) shared_weights<T, true>(line, view.weight_logits, view.k_stride, i, positions);
     for (int64_t n = 0; n < positions; ++n) {
       BackwardPointers<T> p;
       p.x = view.x.at(i, n);
       p.grad_y = view.grad_y.at(i, n);
-      p.gate_in = view.in.at(i, n);
-      p.gate_out = view.out.at(i, n);
+      p.input_gate = view.input_gate.at(i, n);
+      p.output_gate = view.output_gate.at(i, n);
       p.state = states + i * states_size + (n + 1) * slot;
       p.carried = carried + (n + 1) * width;
-      p.logits = view.logits.at(i, n);
+      p.weight_logits = view.weight_logits.at(i, n);
       p.before = states + before * states_size + n * slot;
       p.passed = passed + n * width;
-      p.grad_logits = view.grad_logits.at(i, n);
+      p.grad_weight_logits = view.grad_weight_logits.at(i, n);
       p.k_stride = view.k_stride;
       p.grad_k_stride = groups;
       p.slot = slot;
       p.width = width;
       p.merge_sums = merge_sums;
-      p.grad_in = view.grad_in.at(i, n);
-      p.grad_out = view.grad_out.at(i, n);
+      p.grad_input_gate = view.grad_input_gate.at(i, n);
+      p.grad_output_gate = view.grad_output_gate.at(i, n);
       p.grad_x = view.grad_x.result.at(i, n);
       p.partial = view.grad_x.partial.at(i, n);
       if (restart) {
         backward_start<T>(p, block.channels, shared, merge, add, last);
         if (shared && plan.parts > 1) clear_group_gradients(line, view.logit_parts, groups, i, n);
-        else if (shared) clear_group_gradients(line, view.grad_logits, groups, i, n);
+        else if (shared) clear_group_gradients(line, view.grad_weight_logits, groups, i, n);
         continue;
       }
       const int64_t distance = block.channels * (int64_t)sizeof(T) < 512 ? 2 : 1;
@@ -353,9 +354,9 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
       const int64_t ii = here ? i : before, nn = here ? n + distance : (n + distance - positions) % positions;
       const Ahead ahead = {view.x.at(ii, nn) - p.x,
                            view.grad_y.at(ii, nn) - p.grad_y,
-                           view.logits.at(ii, nn) - p.logits,
-                           view.in.at(ii, nn) - p.gate_in,
-                           view.out.at(ii, nn) - p.gate_out,
+                           view.weight_logits.at(ii, nn) - p.weight_logits,
+                           view.input_gate.at(ii, nn) - p.input_gate,
+                           view.output_gate.at(ii, nn) - p.output_gate,
                            view.grad_x.result.at(ii, nn) - p.grad_x,
                            view.grad_x.partial.at(ii, nn) - p.partial};
       const bool minus = n > 0, plus = n < positions - 1;
@@ -370,7 +371,7 @@ static void backward_direction(const Scan& scan, const Plan& plan, const Block& 
       if (shared && plan.parts > 1)
         group_gradients(line, n, block.channels, view.logit_parts, groups, i, minus, plus);
       else if (shared)
-        group_gradients(line, n, block.channels, view.grad_logits, groups, i, minus, plus);
+        group_gradients(line, n, block.channels, view.grad_weight_logits, groups, i, minus, plus);
     }
     for (int64_t c = 0; c < block.channels; ++c) merge_total[c] += (double)merge_sums[c];
     none_carried = restart;
@@ -384,7 +385,8 @@ template <class T> static int64_t backward_scratch(const Scan& scan, const Plan&
   typedef typename Accumulator<T>::type A;
   const int64_t height = scan.height, width = scan.width, channels = padded(plan.block);
   const int64_t longest = height > width ? height : width;
-  int64_t size = (height * width + 2 * longest) * channels * (plan.keep ? kKeptPlanes : 1) + 2 * (longest + 2) * channels + channels;
+  int64_t size = (height * width + 2 * longest) * channels * (plan.keep ? kKeptPlanes : 1);
+  size += 2 * (longest + 2) * channels + channels;
   size += shared_line_size(scan, plan);
   if (!in_place<T>() && scan.directions > 1 && plan.shares == 1) size += height * width * channels;
   return size * sizeof(A);
@@ -421,6 +423,6 @@ template <class T> static void join_parts(const Scan& scan, const Plan& plan, in
     const int64_t count = end - j < L ? end - j : L;
     typename Simd<A>::V sum = {};
     for (int64_t part = 0; part < plan.parts; ++part) sum += load_some(parts + part * plane + j, count);
-    store_some((T*)scan.grad_logits + j, sum, count);
+    store_some((T*)scan.grad_weight_logits + j, sum, count);
   }
 }

@@ -3,7 +3,7 @@
 // Where one position's channels are. A neighbour is `width` away, a logit of the next k `k_stride`.
 template <class T> struct ForwardPointers {
   typedef typename Accumulator<T>::type A;
-  const T *x, *logits, *gate_in, *gate_out;
+  const T *x, *weight_logits, *input_gate, *output_gate;
   const A* before;  // the previous line's states at n - 1
   A* state;
   T* y;
@@ -13,14 +13,14 @@ template <class T> struct ForwardPointers {
 
 // How far the data of a position visited a little later are from those of this one.
 struct Ahead {
-  int64_t x, grad_y, logits, in, out, sum, partial;
+  int64_t x, grad_y, weight_logits, input_gate, output_gate, sum, partial;
 };
 
 template <class T, bool Backward, bool Edge, bool Tail>
-static GSPN_INLINE auto weights_at(const T* logits, int64_t k_stride, int64_t count, bool minus, bool plus) {
+static GSPN_INLINE auto weights_at(const T* weight_logits, int64_t k_stride, int64_t count, bool minus, bool plus) {
   return weights<typename Accumulator<T>::type, Backward, Edge, in_place<T>()>(
-      get<T, Tail>(logits, count), get<T, Tail>(logits + k_stride, count), get<T, Tail>(logits + 2 * k_stride, count), minus,
-      plus);
+      get<T, Tail>(weight_logits, count), get<T, Tail>(weight_logits + k_stride, count),
+      get<T, Tail>(weight_logits + 2 * k_stride, count), minus, plus);
 }
 
 template <class V> static GSPN_INLINE V weighted_sum(const V* weights, V minus_one, V same, V plus_one) {
@@ -28,17 +28,17 @@ template <class V> static GSPN_INLINE V weighted_sum(const V* weights, V minus_o
 }
 
 template <class T, bool Edge, bool Shared, bool Tail>
-static GSPN_INLINE auto next_state(const T* x, const T* gate_in, const T* logits, int64_t k_stride,
+static GSPN_INLINE auto next_state(const T* x, const T* input_gate, const T* weight_logits, int64_t k_stride,
                                    const typename Accumulator<T>::type* before, int64_t slot,
                                    const typename Accumulator<T>::type* we, int64_t width, int64_t count, bool minus,
                                    bool plus) {
-  const auto input = get<T, Tail>(gate_in, count) * get<T, Tail>(x, count);
+  const auto input = get<T, Tail>(input_gate, count) * get<T, Tail>(x, count);
   const auto minus_one = load(before), same = load(before + slot), plus_one = load(before + 2 * slot);
   if (Shared) {
     const auto with_minus = multiply_add(load(we), minus_one, input);
     return multiply_add(load(we + 2 * width), plus_one, multiply_add(load(we + width), same, with_minus));
   }
-  const auto value = weights_at<T, false, Edge, Tail>(logits, k_stride, count, minus, plus);
+  const auto value = weights_at<T, false, Edge, Tail>(weight_logits, k_stride, count, minus, plus);
   return multiply_add(weighted_sum(value.p, minus_one, same, plus_one), value.inverse, input);
 }
 
@@ -46,27 +46,27 @@ template <class T, bool Edge, bool Shared, bool Tail>
 static GSPN_INLINE void forward_vector(const ForwardPointers<T>& p, int64_t j, int64_t count,
                                        typename Accumulator<T>::type merge, bool minus, bool plus,
                                        const typename Accumulator<T>::type* we, bool add, bool last) {
-  const auto state = next_state<T, Edge, Shared, Tail>(p.x + j, p.gate_in + j, p.logits + j, p.k_stride, p.before + j,
-                                                       p.width, we + j, p.width, count, minus, plus);
+  const auto state = next_state<T, Edge, Shared, Tail>(p.x + j, p.input_gate + j, p.weight_logits + j, p.k_stride,
+                                                       p.before + j, p.width, we + j, p.width, count, minus, plus);
   store(p.state + j, state);
-  add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.gate_out + j, count) * merge * state, count, add, last);
+  add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.output_gate + j, count) * merge * state, count, add, last);
 }
 
 template <class T, bool Tail>
 static GSPN_INLINE void forward_start_vector(const ForwardPointers<T>& p, int64_t j, int64_t count,
                                              typename Accumulator<T>::type merge, bool add, bool last) {
   typedef typename Accumulator<T>::type A;
-  typename Simd<A>::V state = get<T, Tail>(p.gate_in + j, count) * get<T, Tail>(p.x + j, count);
+  typename Simd<A>::V state = get<T, Tail>(p.input_gate + j, count) * get<T, Tail>(p.x + j, count);
   store(p.state + j, state);
-  add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.gate_out + j, count) * merge * state, count, add, last);
+  add_up<T, Tail>(p.y + j, p.partial + j, get<T, Tail>(p.output_gate + j, count) * merge * state, count, add, last);
 }
 
 template <class T> static GSPN_INLINE void prefetch_position(const ForwardPointers<T>& p, const Ahead& ahead, int64_t j) {
   if (sizeof(T) < 4 && j % (64 / (int64_t)sizeof(T))) return;
   prefetch(p.x + ahead.x + j);
-  for (int k = 0; k < 3; ++k) prefetch(p.logits + k * p.k_stride + ahead.logits + j);
-  prefetch(p.gate_in + ahead.in + j);
-  prefetch(p.gate_out + ahead.out + j);
+  for (int k = 0; k < 3; ++k) prefetch(p.weight_logits + k * p.k_stride + ahead.weight_logits + j);
+  prefetch(p.input_gate + ahead.input_gate + j);
+  prefetch(p.output_gate + ahead.output_gate + j);
   if (in_place<T>()) prefetch(p.y + ahead.sum + j);
   else prefetch(p.partial + ahead.partial + j), prefetch(p.partial + ahead.partial + j + 16);
 }
@@ -101,30 +101,30 @@ static void forward_direction(const Scan& scan, const Plan& plan, const Block& b
   const int64_t lines = geometry.lines, positions = geometry.positions, width = padded(block.channels);
   const int64_t group = block.channel * scan.groups / scan.channels;
   const Lines<const T> x = view3<T>(geometry, block, scan.x, scan.x_stride);
-  const Lines<const T> in = view4<T>(geometry, block, d, scan.gate_in, scan.in_stride);
-  const Lines<const T> out = view4<T>(geometry, block, d, scan.gate_out, scan.out_stride);
-  const Lines<const T> logits = view4<T>(geometry, Block{block.batch, group, 0, 0, 0}, d, scan.logits, scan.logits_stride);
-  const Sum<T> sum(geometry, scan, plan, block, scan.y, partial_plane);
-  const Directions directions(scan, plan, block);
-  const bool add = d > directions.begin, last = plan.shares == 1 && d == directions.end - 1;
+  const Lines<const T> input_gate = view4<T>(geometry, block, d, scan.input_gate, scan.input_gate_stride);
+  const Lines<const T> output_gate = view4<T>(geometry, block, d, scan.output_gate, scan.output_gate_stride);
+  const Lines<const T> weight_logits =
+      view4<T>(geometry, Block{block.batch, group, 0, 0, 0}, d, scan.weight_logits, scan.weight_logits_stride);
+  const Sum<T> sum(geometry, scan, plan, block, d, scan.y, partial_plane);
+  const bool add = block.share == 0 && d > 0, last = plan.shares == 1 && d == scan.directions - 1;
   const A merge = merge_weight<A>(scan, d);
-  const int64_t k_stride = scan.logits_stride[4], size = (positions + 2) * width;
+  const int64_t k_stride = scan.weight_logits_stride[4], size = (positions + 2) * width;
   A *before = states, *state = states + size;
   for (int64_t step = 0; step < lines; ++step) {
     const int64_t i = geometry.index(step);
     const int64_t next = step + 1 < lines ? geometry.index(step + 1) : i;
     const bool restart = geometry.restarts(i);
-    if (Shared && !restart) shared_weights<T, false>(line, logits, k_stride, i, positions);
+    if (Shared && !restart) shared_weights<T, false>(line, weight_logits, k_stride, i, positions);
     for (int64_t n = 0; n < positions; ++n) {
       ForwardPointers<T> p;
-      const T* l = logits.at(i, n);
+      const T* l = weight_logits.at(i, n);
       p.x = x.at(i, n);
-      p.logits = l;
+      p.weight_logits = l;
       p.before = before + n * width;
       p.k_stride = k_stride;
       p.width = width;
-      p.gate_in = in.at(i, n);
-      p.gate_out = out.at(i, n);
+      p.input_gate = input_gate.at(i, n);
+      p.output_gate = output_gate.at(i, n);
       p.state = state + (n + 1) * width;
       p.y = sum.result.at(i, n);
       p.partial = sum.partial.at(i, n);
@@ -137,9 +137,9 @@ static void forward_direction(const Scan& scan, const Plan& plan, const Block& b
       const int64_t ii = here ? i : next, nn = here ? n + distance : (n + distance - positions) % positions;
       const Ahead ahead = {x.at(ii, nn) - p.x,
                            0,
-                           logits.at(ii, nn) - l,
-                           in.at(ii, nn) - p.gate_in,
-                           out.at(ii, nn) - p.gate_out,
+                           weight_logits.at(ii, nn) - l,
+                           input_gate.at(ii, nn) - p.input_gate,
+                           output_gate.at(ii, nn) - p.output_gate,
                            sum.result.at(ii, nn) - p.y,
                            sum.partial.at(ii, nn) - p.partial};
       if (Shared) repeat_groups(line, n, block.channels);

@@ -59,17 +59,18 @@ template <class T> static Lines<T> output(const Geometry& geometry, const Scan& 
 template <class T> constexpr bool in_place() { return sizeof(T) == sizeof(typename Accumulator<T>::type); }
 
 // A sum over directions. An output in the accumulation type holds it itself; one in half precision is written at the end,
-// from a plane of the task's scratch. Shares of the directions sum in planes of their own, which `join_sums` adds up.
+// from a plane of the task's scratch. Where a second task has the later directions, each of these goes into a plane of its
+// own, and `join_sums` adds them to the sum of the earlier ones in the order in which one task alone would have.
 template <class T> struct Sum {
   typedef typename Accumulator<T>::type A;
   Lines<T> result;
   Lines<A> partial;
 
-  Sum(const Geometry& geometry, const Scan& scan, const Plan& plan, const Block& block, void* data, A* scratch) {
+  Sum(const Geometry& geometry, const Scan& scan, const Plan& plan, const Block& block, int64_t d, void* data, A* scratch) {
     const int64_t plane = scan.batch * scan.height * scan.width * scan.channels, width = padded(block.channels);
-    A* shared = plan.shares > 1 ? (A*)plan.sums + block.share * plane : nullptr;
-    result = output<T>(geometry, scan, block, in_place<T>() && block.share > 0 ? (void*)shared : data, scan.channels,
-                       block.channel);
+    const int64_t own = block.share == 0 ? 0 : 1 + d - first_of_second_share(scan);
+    A* shared = plan.shares > 1 ? (A*)plan.sums + own * plane : nullptr;
+    result = output<T>(geometry, scan, block, in_place<T>() && own > 0 ? (void*)shared : data, scan.channels, block.channel);
     partial = plan.shares > 1 ? output<A>(geometry, scan, block, shared, scan.channels, block.channel)
                               : geometry.view(scratch, scan.width * width, width);
     if (in_place<T>() || scan.directions == 1) partial = Lines<A>{scratch, 0, 0};  // not used
@@ -85,7 +86,8 @@ template <class A> static A merge_weight(const Scan& scan, int64_t d) {
 struct Directions {
   int64_t begin, end;
   Directions(const Scan& scan, const Plan& plan, const Block& block)
-      : begin(block.share * scan.directions / plan.shares), end((block.share + 1) * scan.directions / plan.shares) {}
+      : begin(block.share == 0 ? 0 : first_of_second_share(scan)),
+        end(plan.shares == 1 || block.share == 1 ? scan.directions : first_of_second_share(scan)) {}
 };
 
 // `add` to what is there, and `last`: the sum is complete.
@@ -99,7 +101,7 @@ static GSPN_INLINE void add_up(T* result, typename Accumulator<T>::type* partial
   else Tail ? store_some(sum, value, count) : store(sum, value);
 }
 
-// Add up the sums of the shares, for the elements [begin, end) of an output like x.
+// Add what each direction of the second share gave to the sum of the first, for the elements [begin, end) of an output like x.
 template <class T> static void join_sums(const Scan& scan, const Plan& plan, void* data, int64_t begin, int64_t end) {
   typedef typename Accumulator<T>::type A;
   constexpr int L = Simd<A>::lanes;
@@ -109,8 +111,8 @@ template <class T> static void join_sums(const Scan& scan, const Plan& plan, voi
   for (int64_t j = begin; j < end; j += L) {
     const int64_t count = end - j;
     typename Simd<A>::V sum = count < L ? load_some(first + j, count) : load(first + j);
-    for (int64_t share = 1; share < plan.shares; ++share)
-      sum += count < L ? load_some(sums + share * plane + j, count) : load(sums + share * plane + j);
+    for (int64_t own = 1; own < sum_planes(scan, plan); ++own)
+      sum += count < L ? load_some(sums + own * plane + j, count) : load(sums + own * plane + j);
     count < L ? store_some(result + j, sum, count) : store(result + j, sum);
   }
 }
@@ -130,14 +132,14 @@ template <class A> struct SharedLine {
 };
 
 template <class T, bool Backward>
-static void shared_weights(SharedLine<typename Accumulator<T>::type>& line, Lines<const T> logits, int64_t k_stride,
-                           int64_t i, int64_t positions) {
+static void shared_weights(SharedLine<typename Accumulator<T>::type>& line, Lines<const T> weight_logits,
+                           int64_t k_stride, int64_t i, int64_t positions) {
   typedef typename Accumulator<T>::type A;
   constexpr int L = Simd<A>::lanes;
   const int64_t groups = line.groups, plane = line.plane;
   for (int64_t n = 0; n < positions; ++n)
     for (int k = 0; k < 3; ++k) {
-      const T* from = logits.at(i, n) + k * k_stride;
+      const T* from = weight_logits.at(i, n) + k * k_stride;
       A* to = line.w + k * plane + n * groups;
       int64_t g = 0;
       for (; g + L <= groups; g += L) store(to + g, load(from + g));

@@ -1,6 +1,5 @@
 #define GSPN_ISA avx2
 #define GSPN_VECTOR_BYTES 32
 #define GSPN_TABLE kAvx2Kernels
-#define GSPN_NAME "AVX2"
 #include "kernels.h"
 #include "table.h"

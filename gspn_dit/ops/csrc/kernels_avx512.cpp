@@ -1,6 +1,5 @@
 #define GSPN_ISA avx512
 #define GSPN_VECTOR_BYTES 64
 #define GSPN_TABLE kAvx512Kernels
-#define GSPN_NAME "AVX-512"
 #include "kernels.h"
 #include "table.h"

@@ -3,28 +3,30 @@
 #include "tasks.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace gspn {
 namespace {
 
-const Kernels& kernels() {
+// The largest instruction set that the processor has; it has the smaller ones too.
+InstructionSet best_instruction_set() {
 #ifdef GSPN_X86
-  static const Kernels* chosen = [] {
-    const char* limit = getenv("GSPN_CPU_ISA");  // "baseline" or "avx2": for tests and measurements
-    const bool avx2 = !limit || limit[0] != 'b', avx512 = !limit;
-    __builtin_cpu_init();
-    if (avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return &kAvx512Kernels;
-    if (avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      return &kAvx2Kernels;
-    return &kBaselineKernels;
-  }();
-  return *chosen;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return kBaseline;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return kAvx512;
+  return kAvx2;
 #else
-  return kBaselineKernels;
+  return kBaseline;
 #endif
+}
+
+const Kernels& kernels(const Scan& scan) {
+#ifdef GSPN_X86
+  if (scan.instruction_set == kAvx512) return kAvx512Kernels;
+  if (scan.instruction_set == kAvx2) return kAvx2Kernels;
+#endif
+  return kBaselineKernels;
 }
 
 struct Call {
@@ -39,7 +41,7 @@ int run(const Call& call, int64_t tasks, int64_t scratch_bytes, TaskFunction fun
 // Channels per task. Memory wants long runs of channels (`reads` in the report of benchmarks/scan.py), so there are as few
 // blocks as keep the threads busy, and a single image shares out its directions first, unless its rows are long enough to be
 // cut.
-// What a plan leaves open is decided by the shape alone where it changes the order of a sum.
+// Where a choice changes the order of a sum, the shape of a sample alone decides.
 int64_t item_bytes(const Scan& scan) { return scan.dtype == kFloat64 ? 8 : scan.dtype == kFloat32 ? 4 : 2; }
 
 int64_t wanted_block(const Scan& scan, int64_t shares) {
@@ -96,7 +98,7 @@ int join_sums(const Call& call) {
   return run(call, (elements + kRange - 1) / kRange, 0, [](const void* context, int64_t task, char*) {
     const auto& [scan, plan] = *(const Call*)context;
     const int64_t end = scan.batch * scan.height * scan.width * scan.channels;
-    kernels().join_sums(scan, plan, scan.y ? scan.y : scan.grad_x, task * kRange, std::min(end, (task + 1) * kRange));
+    kernels(scan).join_sums(scan, plan, scan.y ? scan.y : scan.grad_x, task * kRange, std::min(end, (task + 1) * kRange));
   });
 }
 
@@ -107,20 +109,21 @@ int64_t logit_count(const Scan& scan) {
 int join_parts(const Call& call) {
   return run(call, (logit_count(call.scan) + kRange - 1) / kRange, 0, [](const void* context, int64_t task, char*) {
     const auto& [scan, plan] = *(const Call*)context;
-    kernels().join_parts(scan, plan, task * kRange, std::min(logit_count(scan), (task + 1) * kRange));
+    kernels(scan).join_parts(scan, plan, task * kRange, std::min(logit_count(scan), (task + 1) * kRange));
   });
 }
 
 int64_t sums_bytes(const Scan& scan, const Plan& plan) {
   const int64_t item = scan.dtype == kFloat64 ? 8 : 4;
-  return plan.shares > 1 ? plan.shares * scan.batch * scan.height * scan.width * scan.channels * item : 0;
+  return sum_planes(scan, plan) * scan.batch * scan.height * scan.width * scan.channels * item;
 }
 
 bool streams(const Scan& scan, const Plan& plan) {
   const int64_t item = item_bytes(scan), D = scan.directions;
   const int64_t bytes = scan.batch * scan.height * scan.width * D * (3 * scan.groups + 2 * scan.channels) * item;
-  const bool aligned = ((uintptr_t)scan.grad_logits | (uintptr_t)scan.grad_in | (uintptr_t)scan.grad_out |
-                        (uintptr_t)((scan.channels * item | plan.block * item) / 2)) % 64 == 0;  // whole pairs
+  const uintptr_t outputs =
+      (uintptr_t)scan.grad_weight_logits | (uintptr_t)scan.grad_input_gate | (uintptr_t)scan.grad_output_gate;
+  const bool aligned = (outputs | (uintptr_t)((scan.channels * item | plan.block * item) / 2)) % 64 == 0;  // whole pairs
   return aligned && bytes >= scan.stream_bytes;
 }
 
@@ -139,7 +142,7 @@ extern "C" {
 
 int64_t gspn_interface() { return (int64_t)sizeof(Scan) * 1000 + 1; }
 
-const char* gspn_instruction_set() { return kernels().name; }
+int64_t gspn_best_instruction_set() { return best_instruction_set(); }
 
 // Return 0, or 1 if scratch memory could not be had.
 int gspn_scan_forward(const Scan* scan) {
@@ -151,9 +154,9 @@ int gspn_scan_forward(const Scan* scan) {
   const int64_t tasks = scan->batch * plan.blocks * plan.shares;
   const auto block = [](const void* context, int64_t task, char* scratch) {
     const auto& [scan, plan] = *(const Call*)context;
-    kernels().forward(scan, plan, block_of(scan, plan, task), scratch);
+    kernels(scan).forward(scan, plan, block_of(scan, plan, task), scratch);
   };
-  if (run(call, tasks, kernels().forward_scratch(*scan, plan), block)) return 1;
+  if (run(call, tasks, kernels(*scan).forward_scratch(*scan, plan), block)) return 1;
   return plan.shares > 1 ? join_sums(call) : 0;
 }
 
@@ -172,9 +175,9 @@ int gspn_scan_backward(const Scan* scan) {
   const int64_t tasks = scan->batch * plan.blocks * plan.shares;
   const auto block = [](const void* context, int64_t task, char* scratch) {
     const auto& [scan, plan] = *(const Call*)context;
-    kernels().backward(scan, plan, block_of(scan, plan, task), scratch);
+    kernels(scan).backward(scan, plan, block_of(scan, plan, task), scratch);
   };
-  if (run(call, tasks, kernels().backward_scratch(*scan, plan), block)) return 1;
+  if (run(call, tasks, kernels(*scan).backward_scratch(*scan, plan), block)) return 1;
   for (int64_t d = 0; d < scan->directions; ++d) {
     double sum = 0;
     for (int64_t b = 0; b < scan->batch; ++b)

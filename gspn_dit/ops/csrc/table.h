@@ -28,8 +28,7 @@ static void any_join_sums(const Scan& scan, const Plan& plan, void* output, int6
 
 }  // namespace GSPN_ISA
 
-extern const Kernels GSPN_TABLE = {GSPN_NAME,
-                                   GSPN_ISA::any_forward_scratch,
+extern const Kernels GSPN_TABLE = {GSPN_ISA::any_forward_scratch,
                                    GSPN_ISA::any_backward_scratch,
                                    GSPN_ISA::any_forward,
                                    GSPN_ISA::any_backward,
