@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 
@@ -19,6 +23,23 @@ class UserError(Exception):
 
 class LocalUserError(UserError):
     """A `UserError` that one process alone meets (an unreadable image, say) and therefore prints itself."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to end; `args` holds its number."""
+
+
+@contextlib.contextmanager
+def advise_on_memory(advice: str) -> Iterator[None]:
+    """Turn memory that runs out, the host's or a device's, into a `LocalUserError` that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        words = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        raise LocalUserError(f"out of memory: {advice}" + (f" ({reason[:200]})" if reason else "")) from error
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
@@ -60,10 +81,11 @@ def _errors_of_the_scan() -> tuple[type[Exception], ...]:
     return () if ops is None else (ops.BackendUnavailableError,)
 
 
-def run_cli(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None], interrupted: str | None = None) -> None:
     """Run a command line: a `UserError` becomes one line on standard error and exit code 2.
 
-    So does a scan backend that was named and cannot run here, which the scan itself reports.
+    So does a scan backend that was named and cannot run here, which the scan itself reports, and, with exit code 128 +
+    its number, a signal that asks to end, where `interrupted` says what then is left.
 
     >>> run_cli(lambda: None)
     """
@@ -72,13 +94,47 @@ def run_cli(main: Callable[[], None]) -> None:
     # Read at torch's first allocation: large tensors come in huge pages, also where the system leaves them to madvise.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        main()
+        with _tidy_end():
+            main()
     except Exception as error:
         if not isinstance(error, (UserError, *_errors_of_the_scan())):
             raise
         if isinstance(error, LocalUserError) or os.environ.get("RANK", "0") == "0":
-            message = " ".join(str(error).split())
-            print(f"{_program_name()}: error: {message}", file=sys.stderr)
+            _complain(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+        if interrupted is not None and os.environ.get("RANK", "0") == "0":
+            _complain(f"stopped by {number.name}; {interrupted}")
+        sys.exit(128 + number)
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{_program_name()}: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """Let the first signal that asks to end raise `Stopped`, so that files are tidied up; a second one kills.
+
+    Not in a job of several processes, which may wait for one another where no exception is raised.
+    """
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    untouched = (signal.SIG_DFL, signal.default_int_handler)  # not those of nohup, nor those of a program around this
+    mine = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in asking if mine}
+    taken = {number: handler for number, handler in before.items() if handler in untouched}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    try:
+        for number in taken:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)

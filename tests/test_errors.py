@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +82,37 @@ def test_defects_of_the_program_keep_their_traceback() -> None:
 
 def test_interrupt_exits_with_130_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(KeyboardInterrupt(), capsys) == (130, "", "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_unwinds_and_says_what_is_left(name: str) -> None:
+    code = (
+        "import os, signal\nfrom gspn_dit.errors import run_cli\n"
+        "def main():\n    try: os.kill(os.getpid(), signal.{0})\n    finally: print('tidied')\n"
+        "run_cli(main, 'go on with --resume')"
+    )
+    done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.Signals[name], "tidied\n")
+    assert done.stderr == f"-c: stopped by {name}; go on with --resume\n"
+
+
+def test_a_second_signal_kills() -> None:
+    code = (
+        "import os, signal, time\nfrom gspn_dit.errors import run_cli\n"
+        "def main():\n    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "run_cli(main)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
+
+
+def test_signals_are_left_to_a_job_of_several_processes_and_to_nohup() -> None:
+    code = (
+        "import os, signal\nfrom gspn_dit.errors import run_cli\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "def main(): os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGTERM)\nrun_cli(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"})
+    assert done.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])

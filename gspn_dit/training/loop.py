@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from gspn_dit.checkpoint import load_tensors, read_manifest
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.data.latents import refuse_other_vae
-from gspn_dit.errors import LocalUserError, UserError
+from gspn_dit.errors import LocalUserError, UserError, advise_on_memory
 from gspn_dit.locks import sole_job
 from gspn_dit.training.draws import training_draws
 from gspn_dit.training.ema import EMA, PowerEMA
@@ -44,7 +45,10 @@ from gspn_dit.training.trackers import start_trackers
 
 GRACE_SECONDS = 5
 """How long a process that lost another one waits before it fails, so that the launcher finds the dead one first."""
-REFUSALS_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+REFUSALS_OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV),  # network drives
+)
 
 
 def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) -> None:
@@ -58,13 +62,14 @@ def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) ->
     @record  # hands the launcher the traceback; a user's mistake needs none
     def run() -> None:
         try:
-            _train(arguments, load_scorer)
+            with advise_on_memory(_what_to_lower(arguments.config)):
+                _train(arguments, load_scorer)
         except UserError as error:
             mistakes.append(error)
         except OSError as error:
             if error.errno not in REFUSALS_OF_THE_DISK:
                 raise
-            mistakes.append(LocalUserError(f"output_dir {arguments.config.output_dir} cannot be written: {error}"))
+            mistakes.append(_refused_by_the_disk(error, arguments.config.output_dir))
         except RuntimeError as error:
             if _lost_a_process(error):
                 time.sleep(GRACE_SECONDS)
@@ -73,6 +78,23 @@ def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) ->
     run()
     if mistakes:
         raise mistakes[0]
+
+
+def _refused_by_the_disk(error: OSError, output_dir: str) -> UserError:
+    file = error.filename if isinstance(error.filename, str) else output_dir
+    mine = Path(output_dir).absolute() in (Path(file).absolute(), *Path(file).absolute().parents)
+    place = f"output_dir {output_dir} cannot be written" if mine else f"{file} cannot be used"
+    return LocalUserError(f"{place}: {error}; checkpoints stay as they are, go on with --resume auto")
+
+
+def _what_to_lower(config: Config) -> str:
+    settings, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+    images = max(1, settings.batch_size // settings.gradient_accumulation_steps // processes)
+    return (
+        f"training.batch_size is {settings.batch_size}, of which each process takes {images} images at a time; lower "
+        "it, raise training.gradient_accumulation_steps, or set training.activation_checkpointing true, in a new "
+        "output_dir; --resume auto goes on from the last checkpoint with more memory or more processes"
+    )
 
 
 def _lost_a_process(error: RuntimeError) -> bool:

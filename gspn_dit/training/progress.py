@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -47,13 +49,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self._put(sys.stderr, self.bar.close)
 
     def advance(self) -> None:
         """Count one step."""
         self.step += 1
         if self.bar is not None:
-            self.bar.update()
+            self._put(sys.stderr, self.bar.update)
         if self.active and not self.estimated:
             self._estimate()
 
@@ -77,7 +79,7 @@ class Progress:
         """Show what was logged at this step."""
         text = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
+            self._put(sys.stderr, self.bar.set_postfix_str, text)
             return
         remaining = self.max_steps - self.step
         seconds_per_step = (time.perf_counter() - self.started) / max(1, self.step - self.first_step)
@@ -87,6 +89,15 @@ class Progress:
     def write(self, line: str) -> None:
         """Print a line without disturbing the bar."""
         if self.bar is not None:
-            self.bar.write(line)
+            self._put(sys.stdout, self.bar.write, line)
         elif self.active:
-            print(line, flush=True)
+            self._put(sys.stdout, lambda: print(line, flush=True))
+
+    def _put(self, stream: TextIO, put: Callable[..., object], *arguments: str) -> None:
+        """Show something; a terminal or pipe that is closed ends the showing, not the run."""
+        try:
+            put(*arguments)
+        except OSError:
+            self.bar, self.active = None, False
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())  # what is in the buffer is written at the end

@@ -164,14 +164,14 @@ def test_signal_saves_and_ends_cleanly(tmp_path: Path, monkeypatch: pytest.Monke
 
     def asked_to_stop_in_the_third_step(trainer: loop.Trainer) -> Any:
         if trainer.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
         return original(trainer)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(loop.Trainer, "train_step", asked_to_stop_in_the_third_step)
     run_training(tiny_config(tmp_path / "stopped", max_steps=6, checkpoint_every=100))
     assert list(find_checkpoints(tmp_path / "stopped")) == [3]
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
     run_training(tiny_config(tmp_path / "stopped", max_steps=6, checkpoint_every=100), resume="auto")
     run_training(tiny_config(tmp_path / "whole", max_steps=6, checkpoint_every=100))

@@ -1,0 +1,112 @@
+"""Signals that ask a run to end, a terminal that closes, memory and disks that give out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from gspn_dit.errors import UserError, advise_on_memory
+from gspn_dit.training import loop, stop
+from gspn_dit.training.progress import Progress
+from gspn_dit.training.stop import SIGNALS, StopSignal
+from tests.training.conftest import run_training, tiny_config
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_remembered(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    with StopSignal(1) as asked:
+        assert asked.agreed() is None
+        os.kill(os.getpid(), number)
+        assert asked.agreed() == number
+    assert {each: signal.getsignal(each) for each in SIGNALS} == before
+
+
+def test_a_second_interrupt_kills_but_not_the_echo_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now, kill, sent = [0.0], os.kill, []
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    with StopSignal(1) as asked:
+        kill(os.getpid(), signal.SIGINT)
+        now[0] = 0.9
+        kill(os.getpid(), signal.SIGINT)
+        now[0] = 100.0
+        kill(os.getpid(), signal.SIGTERM)  # a cluster's, while the checkpoint is being written
+        assert asked.agreed() == signal.SIGINT
+        monkeypatch.setattr(stop.os, "kill", lambda *call: sent.append(call))
+        kill(os.getpid(), signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGINT)] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert capfd.readouterr().err.count("Ctrl-C again kills at once") == 1
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(1) as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked.agreed() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_ends_the_showing_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        progress = Progress(0, 10, Accelerator(cpu=True))
+        for _ in range(3):
+            progress.advance()
+            progress.show({"loss": 1.0, "images_per_second": 2.0})
+        assert progress.step == 3
+
+
+@pytest.mark.parametrize("lost", ["output", "data"])
+def test_a_network_drive_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    file = tmp_path / "run" / "metrics.jsonl" if lost == "output" else "/net/images/1.png"
+
+    def vanish(*arguments: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(file))
+
+    monkeypatch.setattr(loop.Trainer, "train_step", vanish)
+    with pytest.raises(UserError) as caught:
+        run_training(tiny_config(tmp_path / "run"))
+    named = f"output_dir {tmp_path / 'run'} cannot be written" if lost == "output" else f"{file} cannot be used"
+    assert str(caught.value) == (
+        f"{named}: [Errno {errno.ESTALE}] Stale file handle: '{file}'; checkpoints stay as they are, go on with "
+        "--resume auto"
+    )
+
+
+def test_memory_that_runs_out_names_the_batch_and_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.Trainer, "train_step", lambda trainer: torch.empty(1 << 60))
+    with pytest.raises(UserError) as caught:
+        run_training(tiny_config(tmp_path / "run", gradient_accumulation_steps=2))
+    message = str(caught.value)
+    assert "out of memory: training.batch_size is 8, of which each process takes 4 images at a time; lower" in message
+    assert "training.gradient_accumulation_steps" in message and "DefaultCPUAllocator" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("x: out of memory")],
+)  # fmt: skip
+def test_every_kind_of_memory(error: Exception) -> None:
+    with pytest.raises(UserError, match="out of memory: lower --batch-size"), advise_on_memory("lower --batch-size"):
+        raise error
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shape"), advise_on_memory("lower --batch-size"):
+        raise RuntimeError("shape mismatch")
