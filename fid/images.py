@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fid.npz import IN_MEMORY_BYTES, open_npz
 from gspn_dit.data.folders import LeftOut, Walk, list_folder
 from gspn_dit.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from gspn_dit.data.images import Headers
 from gspn_dit.protocols import Protocol
 
 BUNDLED = ("digits",)
@@ -260,61 +263,63 @@ def _read_directory(folder: Path) -> LabelledImages:
         raise UserError(f"no PNG images in {folder} or its sub-folders (other formats lose what is to be measured)")
     if flat and by_class:
         raise UserError(f"{folder} has PNGs of its own and in sub-folders ({', '.join(by_class)}); keep one of them")
-    pixels, labels, class_names = _read_flat(folder, flat) if flat else _read_classes(by_class)
-    return LabelledImages(
-        pixels, str(folder), labels, class_names, remarks=f"left out: {left_out}" if str(left_out) else ""
-    )
+    files, labels, class_names = _flat_order(folder, flat) if flat else _class_order(by_class)
+    pixels, remarks = _read_pngs(files)
+    if str(left_out):
+        remarks.append(f"left out: {left_out}")
+    return LabelledImages(pixels, str(folder), labels, class_names, remarks="; ".join(remarks))
 
 
-_Read = tuple[np.ndarray | LazyPixels, np.ndarray | None, tuple[str, ...] | None]
+_Ordered = tuple[list[Path], np.ndarray | None, tuple[str, ...] | None]
 
 
-def _read_flat(folder: Path, files: list[Path]) -> _Read:
-    """Read images by index and class where all are so named, else in the order of their names and without labels."""
+def _flat_order(folder: Path, files: list[Path]) -> _Ordered:
+    """Return images by index, with class ids, where all are so named; else in the order of their names and without."""
     numbered = [INDEX_AND_CLASS.fullmatch(file.name) for file in files]
     found = [(int(match[1]), int(match[2]), file) for match, file in zip(numbered, files) if match]
     if len(found) < len(files):
-        return _read_pngs(files), None, None
+        return files, None, None
     found.sort()
     if len({index for index, _, _ in found}) < len(found):
         raise UserError(f"{folder} has two images of one index; the names must be <index>-<class id>.png")
-    return _read_pngs([file for _, _, file in found]), np.array([label for _, label, _ in found], dtype=np.int64), None
+    return [file for _, _, file in found], np.array([label for _, label, _ in found], dtype=np.int64), None
 
 
-def _read_classes(by_class: dict[str, list[str]]) -> _Read:
+def _class_order(by_class: dict[str, list[str]]) -> _Ordered:
+    """Return images class by class, with class ids and names."""
     labels = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class.values()])
-    files = [Path(file) for group in by_class.values() for file in group]
-    return _read_pngs(files), labels.astype(np.int64), tuple(by_class)
+    return [Path(file) for group in by_class.values() for file in group], labels.astype(np.int64), tuple(by_class)
 
 
-def _read_pngs(files: list[Path]) -> np.ndarray | LazyPixels:
+def _read_pngs(files: list[Path]) -> tuple[np.ndarray | LazyPixels, list[str]]:
+    """Return images, small sets decoded, and what a person should know of them."""
     from gspn_dit.data.decoding import as_pixels, decode_image
 
-    (width, height), grey = _common_header(files)
-    channels = 1 if grey else 3
+    headers = _common_headers(files)
+    (width, height), channels = next(iter(headers.sizes)), headers.channels
 
     def read(rows: np.ndarray) -> np.ndarray:
         return np.stack([as_pixels(decode_image(files[row], str(files[row]), channels)) for row in rows])
 
-    return decoded_if_small(LazyPixels(read, (len(files), height, width, channels)))
+    pixels = decoded_if_small(LazyPixels(read, (len(files), height, width, channels)))
+    return pixels, headers.remarks()
 
 
-def _common_header(files: list[Path]) -> tuple[tuple[int, int], bool]:
-    """(width, height) of all images as they are decoded, and whether all are greyscale, from their headers."""
-    from gspn_dit.data.decoding import GREY_MODES, read_header
+def _common_headers(files: list[Path]) -> Headers:
+    """Inspect images, which must have one size as they are decoded."""
+    from gspn_dit.data.images import Headers
 
+    headers = Headers()
     first: tuple[int, int] | None = None
-    grey = True
     for file in files:
-        size, mode = read_header(file, str(file))
-        first, grey = first or size, grey and mode in GREY_MODES
+        headers.add({"path": str(file)}, str(file))
+        first, size = first or next(iter(headers.sizes)), list(headers.sizes)[-1]
         if size != first:
             raise UserError(
                 f"{file} is {size[0]}x{size[1]} pixels, {files[0].name} is {first[0]}x{first[1]}; "
                 "all images must have one size"
             )
-    assert first is not None
-    return first, grey
+    return headers
 
 
 def sidecar_path(samples: Path) -> Path:

@@ -37,6 +37,15 @@ def write_whole(path: Path, content: bytes) -> None:
     write_atomically(path, content)
 
 
+def is_npz(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is meant as an NPZ file; anything else is a folder.
+
+    >>> is_npz("sets/G.NPZ"), is_npz("sets/npz")
+    (True, False)
+    """
+    return Path(path).suffix.lower() == ".npz"
+
+
 def is_temporary(name: str) -> bool:
     """Tell whether a file's name is that of what a killed `write_atomically` leaves behind.
 

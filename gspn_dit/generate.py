@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
+from gspn_dit.files import is_npz
 from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, preferred_samplers
 from gspn_dit.sample import choose_device, parse_classes, parse_guidance_channels
 
@@ -202,7 +203,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "protocol": options.protocol,
         "num_images": options.num_samples,
         "image_size": image_size,
-        "image_format": "npz" if options.out.endswith(".npz") else "png",
+        "image_format": "npz" if is_npz(options.out) else "png",
         "uint8": "truncate",
         "labels": options.labels,
         "classes": options.classes,

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from gspn_dit.errors import UserError
+from gspn_dit.files import is_npz
 
 NAME = ".gspn-dit.lock"
 BEAT_SECONDS = 3.0
@@ -86,7 +87,7 @@ def lock_file(output: Path) -> Path:
     >>> str(lock_file(Path("sets/a.npz")))
     'sets/.a.npz.lock'
     """
-    return output.with_name(f".{output.name}.lock") if output.suffix == ".npz" else output / NAME
+    return output.with_name(f".{output.name}.lock") if is_npz(output) else output / NAME
 
 
 def is_filled(directory: Path) -> bool:

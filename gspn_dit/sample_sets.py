@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gspn_dit.errors import UserError
-from gspn_dit.files import is_temporary, write_atomically
+from gspn_dit.files import is_npz, is_temporary, write_atomically
 
 FORMAT_VERSION = 1
 SETTINGS = "generation.json"
@@ -221,11 +221,7 @@ def _open_member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dt
 def open_set(path: str | os.PathLike[str], labels: np.ndarray, chunk_size: int) -> SampleSet:
     """Return the set that goes to a path: an .npz file or a folder."""
     path = Path(path)
-    return (NpzFile if _is_npz(path) else PngFolder)(path, labels, chunk_size)
-
-
-def _is_npz(path: Path) -> bool:
-    return path.suffix == ".npz"
+    return (NpzFile if is_npz(path) else PngFolder)(path, labels, chunk_size)
 
 
 def _parts_directory(path: Path) -> Path:
@@ -236,7 +232,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the settings of a set that is at a path, complete or not; None if there is none that says where from."""
     path = Path(path)
     candidates = [path / SETTINGS]
-    if _is_npz(path):
+    if is_npz(path):
         candidates = [_parts_directory(path) / SETTINGS, *([path.with_suffix(".json")] if path.is_file() else [])]
     for candidate in candidates:
         try:
@@ -251,7 +247,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 def check_place(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> None:
     """Raise UserError if a set cannot go to a path: something else is there, or a set without word what to do."""
     path = Path(path)
-    if _is_npz(path):
+    if is_npz(path):
         if path.is_dir():
             raise UserError(f"--out {path} is a directory; give a file, or a name without .npz for a folder")
         filled = path.exists() or _parts_directory(path).exists()
@@ -262,7 +258,7 @@ def check_place(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> 
     if not filled:
         return
     known = read_settings(path) is not None
-    if not known and (resume or not _is_npz(path)):
+    if not known and (resume or not is_npz(path)):
         raise UserError(f"--out {path} is not empty and holds no set with a {SETTINGS}; give another --out")
     if not (resume or overwrite):
         raise UserError(f"--out {path} exists; give --resume to go on with it, --overwrite to replace it, or another")

@@ -136,6 +136,8 @@ def test_a_file_holds_what_a_folder_holds(run_directory: Path, tmp_path: Path) -
         json.loads(path.read_text()) for path in (tmp_path / "set" / "generation.json", tmp_path / "set.json")
     )
     assert {key for key in folder if folder[key] != file[key]} == {"image_format"}
+    shouted = make(run_directory, tmp_path / "SET2.NPZ")
+    assert shouted.is_file() and shouted.read_bytes() == (tmp_path / "set.npz").read_bytes()
 
 
 def test_the_file_is_a_plain_uncompressed_archive(run_directory: Path, tmp_path: Path) -> None:
