@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
+from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, advise_on_memory, run_cli
 from gspn_dit.files import is_npz
+from gspn_dit.locks import Lock, refuse_if_held, sole_job
 from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, preferred_samplers
 from gspn_dit.sample import choose_device, parse_classes, parse_guidance_channels
 
@@ -96,6 +97,7 @@ def _check(options: argparse.Namespace) -> None:
     options.guidance_channels = parse_guidance_channels(options.guidance_channels)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
+    refuse_if_held(Path(options.out), "--out")
     check_place(options.out, options.resume, options.overwrite)
 
 
@@ -104,12 +106,25 @@ def run(options: argparse.Namespace) -> None:
 
     Raises UserError, before anything is written unless the disk or the model fails on the way.
     """
+    from gspn_dit.diffusion import CHUNK
+    from gspn_dit.sample_sets import check_place
+
+    state, device = _join(options.device)
+    advice = (
+        f"{CHUNK} images are generated at a time on {device}, however many are asked for; make room there, take "
+        "another --device or fewer processes; what is there is kept, go on with --resume"
+    )
+    with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
+        check_place(options.out, options.resume, options.overwrite)  # again: another job may have been here meanwhile
+        _run_alone(options, state, device, lock)
+
+
+def _run_alone(options: argparse.Namespace, state: PartialState, device: str | torch.device, lock: Lock) -> None:
     from gspn_dit.checkpoint import resolve_checkpoint
     from gspn_dit.diffusion import CHUNK
     from gspn_dit.pipeline import GSPNPipeline
     from gspn_dit.sample_sets import check_same_settings, draw_labels, open_set, read_settings
 
-    state, device = _join(options.device)
     _compute_exactly(options.tf32)
     checkpoint = resolve_checkpoint(options.checkpoint)
     pipeline = GSPNPipeline.from_checkpoint(checkpoint, options.weights, device, options.vae)
@@ -131,10 +146,11 @@ def run(options: argparse.Namespace) -> None:
         if state.is_main_process:
             output.begin(settings, options.overwrite)
         state.wait_for_everyone()
-        _generate(options, pipeline, output, _missing(state, output), state)
+        _generate(options, pipeline, output, _missing(state, output), state, lock)
         state.wait_for_everyone()
         if state.is_main_process:
             _require_all(output)
+            lock.check()
             output.finish()
     except OSError as error:
         raise LocalUserError(
@@ -285,7 +301,12 @@ def _require_all(output: SampleSet) -> None:
 
 
 def _generate(
-    options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet, missing: list[int], state: PartialState
+    options: argparse.Namespace,
+    pipeline: GSPNPipeline,
+    output: SampleSet,
+    missing: list[int],
+    state: PartialState,
+    lock: Lock,
 ) -> None:
     """Make this process's share of the missing chunks; each is decoded and written while the next one is computed."""
     rounds = [missing[start : start + state.num_processes] for start in range(0, len(missing), state.num_processes)]
@@ -299,7 +320,7 @@ def _generate(
                 latents = _make(options, pipeline, output, chunk)
                 if len(waiting) == QUEUE:
                     waiting.popleft().result()
-                waiting.append(writer.submit(_decode_and_write, pipeline, output, chunk, latents))
+                waiting.append(writer.submit(_decode_and_write, pipeline, output, chunk, latents, lock))
             progress.advance(size)
         for written in waiting:
             written.result()
@@ -324,9 +345,10 @@ def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet
     return latents
 
 
-def _decode_and_write(pipeline: GSPNPipeline, output: SampleSet, chunk: int, latents: Tensor) -> None:
+def _decode_and_write(pipeline: GSPNPipeline, output: SampleSet, chunk: int, latents: Tensor, lock: Lock) -> None:
     with _images_named(output.indices(chunk)):
         images = pipeline.decode(latents)
+    lock.check()
     output.write(chunk, images)
 
 
@@ -385,4 +407,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "what is there is kept; go on with --resume")

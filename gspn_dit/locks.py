@@ -115,7 +115,6 @@ def sole_job(output: Path, name: str) -> Iterator[Lock]:
     main, lock = PartialState().is_main_process, Lock(output)
     if output.exists() and lock.file.parent == output and not output.is_dir():
         raise UserError(f"{name} {output} is a file; give a directory")
-    made = [folder for folder in (lock.file.parent, *lock.file.parent.parents) if main and not folder.exists()]
     found: list[str | None] = ["", None]
     if main:
         try:
@@ -133,9 +132,6 @@ def sole_job(output: Path, name: str) -> Iterator[Lock]:
     finally:
         if main:
             lock.release()
-            with contextlib.suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
 
 
 class Lock:
@@ -143,6 +139,7 @@ class Lock:
 
     def __init__(self, output: Path) -> None:
         self.output, self.file, self.content = output, lock_file(output), ""
+        self._made: list[Path] = []
         self._ended = threading.Event()
 
     def take(self, name: str) -> str:
@@ -151,6 +148,7 @@ class Lock:
         Raises UserError if another job has it, and OSError if the disk refuses.
         """
         content = json.dumps(dataclasses.asdict(Holder.this_process()))
+        self._made = [folder for folder in (self.file.parent, *self.file.parent.parents) if not folder.exists()]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(self.file.parent):
             while not _make(self.file, content):
@@ -171,11 +169,18 @@ class Lock:
             raise UserError(f"another job has taken over {self.output}, or its lock {self.file} was deleted; stopping")
 
     def release(self) -> None:
-        """Give the lock back, if it is still this job's."""
+        """Give the lock back, if it is still this job's, and unmake what was made for it and is empty."""
         self._ended.set()
         with contextlib.suppress(OSError), _one_at_a_time(self.file.parent):
             if self.content and _read(str(self.file)) == self.content:
                 self.file.unlink()
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+    def keep_directory(self) -> None:
+        """Leave the output's directory even if it is empty: the job has begun to write."""
+        self._made = []
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

@@ -26,6 +26,7 @@ import numpy as np
 
 from gspn_dit.errors import UserError
 from gspn_dit.files import is_npz, is_temporary, write_atomically
+from gspn_dit.locks import is_filled
 
 FORMAT_VERSION = 1
 SETTINGS = "generation.json"
@@ -234,14 +235,15 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     candidates = [path / SETTINGS]
     if is_npz(path):
         candidates = [_parts_directory(path) / SETTINGS, *([path.with_suffix(".json")] if path.is_file() else [])]
-    for candidate in candidates:
-        try:
-            settings = json.loads(candidate.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(settings, dict) and "format_version" in settings:
-            return settings
-    return None
+    return next(filter(None, map(_read_settings, candidates)), None)
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    try:
+        settings = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and "format_version" in settings else None
 
 
 def check_place(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> None:
@@ -251,10 +253,16 @@ def check_place(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> 
         if path.is_dir():
             raise UserError(f"--out {path} is a directory; give a file, or a name without .npz for a folder")
         filled = path.exists() or _parts_directory(path).exists()
+        sidecar = path.with_suffix(".json")
+        if not overwrite and sidecar.exists() and "image_format" not in (_read_settings(sidecar) or {}):
+            raise UserError(
+                f"--out {path}: {sidecar}, in which the set would be described, is there already and not of a set; "
+                "give another --out, or --overwrite to replace it"
+            )
     else:
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a directory, or a name that ends in .npz")
-        filled = path.is_dir() and any(path.iterdir())
+        filled = is_filled(path)
     if not filled:
         return
     known = read_settings(path) is not None

@@ -32,8 +32,10 @@ from gspn_dit.data.latent_shards import (
     shard_name,
     to_json,
 )
-from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
+from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, advise_on_memory, run_cli
 from gspn_dit.files import is_temporary, write_atomically
+from gspn_dit.locks import NAME as LOCK
+from gspn_dit.locks import Lock, refuse_if_held, sole_job
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,6 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         for name in ("source", "vae"):
             if getattr(options, name) is None:
                 raise UserError(f"--{name} is missing")
+        refuse_if_held(Path(options.out), "--out")
         _check_out(Path(options.out), options.resume)
     return options
 
@@ -81,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _check_out(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
-    if not out.is_dir() or all(is_temporary(file.name) for file in out.iterdir()):
+    if not out.is_dir() or all(is_temporary(file.name) or file.name == LOCK for file in out.iterdir()):
         return
     if (out / MANIFEST).exists() and not resume:
         raise UserError(f"--out {out} holds encoded latents already; --verify checks them, or give another directory")
@@ -177,7 +180,7 @@ def share_of_shards(out: Path, count: int, accelerator: Accelerator) -> list[int
     return present[rank::world] + missing[rank::world]
 
 
-def encode_shards(encoder: Encoder, out: Path, accelerator: Accelerator) -> dict[int, tuple[dict, dict]]:
+def encode_shards(encoder: Encoder, out: Path, accelerator: Accelerator, lock: Lock) -> dict[int, tuple[dict, dict]]:
     """Encode this process's share; return each shard's manifest entry and facts by number."""
     images, size = encoder.images, encoder.options.shard_images
     mine = share_of_shards(out, -(-len(images) // size), accelerator)
@@ -188,7 +191,9 @@ def encode_shards(encoder: Encoder, out: Path, accelerator: Accelerator) -> dict
         if shard.is_intact():
             encoder.count_skipped(len(shard.facts["skipped"]), f"shard {shard.path.name} lacks images")
         else:
-            write_shard(shard.path, encoder.encode(number))
+            content = encoder.encode(number)
+            lock.check()
+            write_shard(shard.path, content)
             shard = Shard(shard.path)
             encoded += len(shard.labels)
             rate = encoded / (time.perf_counter() - began)
@@ -241,6 +246,14 @@ def finish(
 
 def run(options: argparse.Namespace) -> None:
     """Encode what the options ask for."""
+    accelerator = create_accelerator()
+    advice = f"--batch-size is {options.batch_size}; lower it, and begin again in another --out"
+    with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
+        _check_out(Path(options.out), options.resume)  # again: another job may have been here meanwhile
+        _run_alone(options, accelerator, lock)
+
+
+def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock) -> None:
     import torch
     from accelerate.utils import gather_object
 
@@ -248,17 +261,17 @@ def run(options: argparse.Namespace) -> None:
     from gspn_dit.data.vae import load_vae
     from gspn_dit.prepare.encoder import Encoder
 
-    accelerator = create_accelerator()
     out = Path(options.out)
     latent = KLLatent(load_vae(options.vae), options.image_size, where(options.vae))
     images = open_images(options.source, options.split, options.image_size, latent.image_channels)
+    lock.keep_directory()
     plan = begin(options, make_plan(options, images, latent), accelerator)
     if plan is None:
         accelerator.print(f"{out} is complete: nothing to do")
         return
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     latent.to(accelerator.device)
-    entries = encode_shards(Encoder(images, latent, options), out, accelerator)
+    entries = encode_shards(Encoder(images, latent, options), out, accelerator, lock)
     try:
         parts = gather_object([entries])
     except RuntimeError as error:
@@ -387,4 +400,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "what is there is kept; go on with --resume")
