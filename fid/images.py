@@ -18,14 +18,14 @@ import numpy as np
 
 from fid.npz import IN_MEMORY_BYTES, open_npz
 from gspn_dit.data.folders import LeftOut, Walk, list_folder
+from gspn_dit.data.image_sources import is_saved
+from gspn_dit.data.sources import image_sources
 from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from gspn_dit.data.images import Headers
 from gspn_dit.protocols import Protocol
 
-BUNDLED = ("digits",)
-SAVED_DATASET_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 SIDECAR = "generation.json"
 REPORT = "report.json"
 """Marks the folder of a report, which may lie among the samples it is about."""
@@ -166,16 +166,17 @@ def read_reference(reference: str | os.PathLike[str], image_size: int | None) ->
     a flat directory and arrays are taken as they are.
     """
     name, location = str(reference), Path(reference)
-    if name in BUNDLED:
+    bundled = [word for word, source in image_sources().items() if source.bundled]
+    if name in bundled:
         return _read_image_set(name, None, None)
     if location.is_file():
         return _read_npz(location)
     if not location.is_dir():
         raise UserError(
             f"no reference '{name}': it is neither a file or directory nor a bundled data set "
-            f"({', '.join(BUNDLED)}){nearest(name, BUNDLED)}"
+            f"({', '.join(bundled)}){nearest(name, bundled)}"
         )
-    if any((location / mark).is_file() for mark in SAVED_DATASET_MARKS):
+    if is_saved(location):
         return _read_image_set("hf", location, image_size)
     if list_folder(location, LeftOut()).images:
         return Reference(_read_directory(location))
@@ -183,7 +184,7 @@ def read_reference(reference: str | os.PathLike[str], image_size: int | None) ->
 
 
 def _read_image_set(name: str, path: Path | None, image_size: int | None) -> Reference:
-    from gspn_dit.data.images import ImageSet, load_images
+    from gspn_dit.data.images import ImageSet, load_splits
 
     def read(images: ImageSet, part: str) -> LabelledImages:
         source = f"{path or name}, {part}" if images.has_validation else str(path or name)
@@ -192,10 +193,9 @@ def _read_image_set(name: str, path: Path | None, image_size: int | None) -> Ref
         remarks = "; ".join(images.remarks)
         return LabelledImages(pixels, source, images.labels, tuple(images.class_names), remarks=remarks)
 
-    train = load_images(name, path, "train", image_size, validation_fraction=0)
-    if not train.has_validation:
+    train, held_out = load_splits(name, path, image_size, validation_fraction=0)
+    if held_out is None:
         return Reference(read(train, "all images"))
-    held_out = load_images(name, path, "validation", image_size, validation_fraction=0)
     return Reference(read(train, "training split"), read(held_out, "validation split"))
 
 

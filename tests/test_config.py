@@ -227,7 +227,6 @@ def test_stray_arguments_are_named(word: str) -> None:
         ("training.learning_rate", "true"),
         ("training.mixed_precision", "fp16"),
         ("training.trackers", "tensorboard"),
-        ("data.name", "digit"),
         ("data.horizontal_flip", "7"),
         ("objective.name", "noise"),
         ("sampling.guidance_interval", "0.5"),
@@ -350,7 +349,6 @@ def test_out_of_range_value_is_refused_by_its_key(section: type, name: str, valu
         (("--seed", "-1"), "seed is -1, but must lie in [0, 2^63)"),
         (("--training.max_steps", "0"), "training.max_steps is 0, but must be at least 1"),
         (("--output_dir", ""), "output_dir is empty, but must name a directory"),
-        (("--data.streaming", "true"), "data.streaming is for data.name hf, not digits"),
         (("--latent.name", "kl"), "latent.name is kl, but latent.vae names no autoencoder"),
         (("--latent.vae", "x"), "latent.vae is x, but latent.name is identity; set latent.name kl"),
         (

@@ -100,7 +100,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which labelled images."""
 
-    name: Literal["digits", "imagefolder", "hf", "latents"] = "digits"
+    name: str = "digits"
+    """digits, imagefolder, hf, latents, or what else is registered in `gspn_dit.data.sources.SOURCES`."""
     path: str | None = None
     """Directory of an image folder, a saved Hugging Face data set or encoded latents."""
     image_size: int | None = None
@@ -122,7 +123,6 @@ class DataConfig(Section):
             self.image_size is None or self.image_size >= 1,
             f"data.image_size is {self.image_size}, but must be at least 1",
         )
-        _require(not self.streaming or self.name == "hf", f"data.streaming is for data.name hf, not {self.name}")
         block = self.streaming_shuffle_images
         _require(block >= 1, f"data.streaming_shuffle_images is {block}, but must be at least 1")
 

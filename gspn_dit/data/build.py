@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from gspn_dit.config import Config
 from gspn_dit.data.batches import Batches, LatentBatches
-from gspn_dit.data.images import ImageSet, evenly_spaced, load_images
-from gspn_dit.data.latent_shards import open_latents
+from gspn_dit.data.images import ImageSet, evenly_spaced, load_splits
+from gspn_dit.data.latent_shards import LatentSet
 from gspn_dit.data.latents import KLLatent, Latent, create_latent, latent_from_spec
+from gspn_dit.data.sources import SOURCES, find_source
 from gspn_dit.errors import LocalUserError, UserError
 
 FINGERPRINT_IMAGES = 64
 """Evenly spaced images whose pixels enter the fingerprint of a data set."""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """What every set of images, latents or stream can tell of itself."""
 
     @property
@@ -42,7 +43,7 @@ class TrainingBatches(Protocol):
     """Batches by sample number."""
 
     @property
-    def images(self) -> Source: ...
+    def images(self) -> SampleSource: ...
     def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]: ...
     def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
@@ -67,19 +68,23 @@ class Data:
 
 def build_data(config: Config) -> Data:
     """Open what a config names; raises UserError for whatever does not exist or does not fit."""
-    if config.data.name == "latents":
-        return _build_latents(config)
-    return _build_stream(config) if config.data.streaming else _build_images(config)
+    data = config.data
+    source = find_source(data.name)
+    if data.streaming:
+        if source.stream is None:
+            able = ", ".join(name for name, source in SOURCES.items() if source.stream is not None)
+            raise UserError(f"data.streaming is for data.name {able}, not {data.name}")
+        return _build_stream(config, source.stream)
+    return _build_latents(config, source.latents) if source.latents is not None else _build_images(config)
 
 
 def _build_images(config: Config) -> Data:
     data = config.data
-    training = load_images(data.name, data.path, "train", data.image_size, data.validation_fraction)
+    training, held_out = load_splits(data.name, data.path, data.image_size, data.validation_fraction)
     latent = create_latent(config.latent, training.image_size, training.channels)
     training = dataclasses.replace(training, channels=latent.image_channels)
     validation = None
-    if training.has_validation or data.validation_fraction > 0:
-        held_out = load_images(data.name, data.path, "validation", data.image_size, data.validation_fraction)
+    if held_out is not None:
         validation = Batches(dataclasses.replace(held_out, channels=latent.image_channels), latent, config.seed)
     batches = Batches(training, latent, config.seed, data.horizontal_flip)
     try:  # every process decodes the same images before anything is written, so one of them tells
@@ -90,7 +95,7 @@ def _build_images(config: Config) -> Data:
         raise UserError(str(error)) from None
 
 
-def _build_latents(config: Config) -> Data:
+def _build_latents(config: Config, open_latents: Callable[[str | None, str, float], LatentSet]) -> Data:
     data = config.data
     training = open_latents(data.path, "train", data.validation_fraction)
     latent = latent_from_spec(training.manifest["latent"], config.latent.vae)
@@ -107,13 +112,13 @@ def _build_latents(config: Config) -> Data:
     return Data(batches, validation, latent, training.fingerprint)
 
 
-def _build_stream(config: Config) -> Data:
+def _build_stream(config: Config, read: Callable[[str | None], dict[str, Any]]) -> Data:
     from accelerate import PartialState
 
     from gspn_dit.data.streams import StreamBatches, open_stream
 
     data, state = config.data, PartialState()
-    stream, held_out = open_stream(data.path, data.image_size, config.training.validation_images)
+    stream, held_out = open_stream(data.path, data.image_size, config.training.validation_images, read)
     latent = create_latent(config.latent, stream.image_size, stream.channels)
     stream = dataclasses.replace(stream, channels=latent.image_channels)
     validation = None

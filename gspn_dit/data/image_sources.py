@@ -268,6 +268,11 @@ def is_hub_name(path: str | os.PathLike[str] | None) -> bool:
     return bool(path) and not Path(str(path)).exists() and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)))
 
 
+def is_saved(folder: Path) -> bool:
+    """Tell whether a directory is one that `save_to_disk` wrote."""
+    return any((folder / mark).is_file() for mark in ("dataset_dict.json", "dataset_info.json", "state.json"))
+
+
 def open_saved(path: str | os.PathLike[str] | None, streaming: bool = False) -> dict[str, Any]:
     """Open a data set of `datasets`: what `save_to_disk` wrote, or the hub holds; when streaming, also a directory of
     Parquet or other files.
@@ -285,7 +290,7 @@ def open_saved(path: str | os.PathLike[str] | None, streaming: bool = False) -> 
     if streaming and path and not hub and not Path(path).is_dir():
         raise UserError(f"the data path {path} is neither a directory nor OWNER/NAME of a data set of the hub")
     folder = Path(str(path)) if hub else require_directory("hf", path)
-    saved = any((folder / mark).exists() for mark in ("dataset_dict.json", "state.json"))
+    saved = is_saved(folder)
     try:
         if saved or not (hub or streaming):
             stored = load_from_disk(str(folder))
@@ -298,6 +303,11 @@ def open_saved(path: str | os.PathLike[str] | None, streaming: bool = False) -> 
         what = "neither a directory nor a data set of the hub" if hub else "not a data set that save_to_disk wrote"
         raise UserError(f"{folder} is {what}: {reason}") from error
     return {"all": stored} if isinstance(stored, Dataset) else {str(name): part for name, part in stored.items()}
+
+
+def stream_saved(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """`open_saved` for reading in order."""
+    return open_saved(path, streaming=True)
 
 
 def labelled_parts(parts: Mapping[str, _Data], place: Path, decode: bool = True) -> dict[str, _Data]:

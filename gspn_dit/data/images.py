@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,23 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gspn_dit.data.decoding import BACKGROUND, GREY_MODES, decode_cell, read_cell_header
-from gspn_dit.data.image_sources import (
-    Parts,
-    read_digits,
-    read_image_folder,
-    read_saved_dataset,
-    split_rows,
-)
+from gspn_dit.data.image_sources import split_rows
+from gspn_dit.data.sources import image_sources
 from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-READERS: dict[str, Callable[[str | os.PathLike[str] | None], Parts]] = {
-    "digits": read_digits,
-    "imagefolder": read_image_folder,
-    "hf": read_saved_dataset,
-}
 SPLITS = ("train", "validation")
 MAX_HEADERS = 20_000  # images whose headers are all read when a set is opened
 SAMPLED_HEADERS = 1_000  # of a larger set this many, evenly spaced
@@ -80,6 +71,12 @@ class ImageSet:
     @cached_property
     def _undecoded(self) -> Dataset:
         return _undecoded(self.dataset)
+
+    def describe(self) -> str:
+        """Return a line about the set, and one for each remark."""
+        size = f"{self.image_size}x{self.image_size} {'grey' if self.channels == 1 else 'RGB'}"
+        line = f"{self.name}: {len(self):,} images of {self.num_classes:,} classes, {size}"
+        return "\n".join([line, *self.remarks])
 
     def pixels(
         self,
@@ -147,36 +144,81 @@ def load_images(
     Raises:
         UserError: anything about the source that cannot be used, in one line.
     """
-    if name not in READERS:
-        allowed = ", ".join(f"'{known}'" for known in READERS)
-        raise UserError(f"no image set named '{name}'; allowed are {allowed}{nearest(name, READERS)}")
     if split is not None and split not in SPLITS:
         raise UserError(f"no split named '{split}'; allowed are 'train', 'validation' and None (all)")
-    if not 0 <= validation_fraction <= 0.5:
-        raise UserError(f"validation_fraction must lie between 0 and 0.5, not {validation_fraction}")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image_size must be at least 1, not {image_size}")
-    found = READERS[name](path)
-    parts = found.datasets
-    if split is not None:  # a further part, such as a test set without labels, is not looked at
-        parts = dict(list(parts.items())[:2])
-    label = name if not path else (Path(path).resolve().name or name)
-    remarks = [f"left out: {found.left_out}"] if found.left_out else []
-    check_parts(parts)
-    crop = image_size is not None
-    if image_size is None or channels is None:
-        headers = read_headers(parts)
-        image_size, channels = image_size or headers.common_size(label), channels or headers.channels
-        remarks += headers.remarks()
-    return ImageSet(
-        dataset=_choose(parts, split, validation_fraction, label),
-        name=label,
-        image_size=image_size,
-        channels=channels,
-        crop=crop,
-        has_validation="all" not in parts,
-        remarks=tuple(remarks),
-    )
+    return _Opened.open(name, path, image_size, channels, every_part=split is None).choose(split, validation_fraction)
+
+
+def load_splits(
+    name: str, path: str | os.PathLike[str] | None, image_size: int | None, validation_fraction: float
+) -> tuple[ImageSet, ImageSet | None]:
+    """Open the training and the validation images of a set at once; see `load_images`.
+
+    The latter are None where the source has no split of its own and `validation_fraction` is 0.
+    """
+    opened = _Opened.open(name, path, image_size, None, every_part=False)
+    training = opened.choose("train", validation_fraction)
+    held_out = training.has_validation or validation_fraction > 0
+    return training, opened.choose("validation", validation_fraction) if held_out else None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A set whose parts were found, checked and inspected."""
+
+    parts: dict[str, Dataset]
+    whole: ImageSet
+    """All of it."""
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        path: str | os.PathLike[str] | None,
+        image_size: int | None,
+        channels: int | None,
+        every_part: bool,
+    ) -> _Opened:
+        known = image_sources()
+        if name not in known:
+            allowed = ", ".join(f"'{word}'" for word in known)
+            raise UserError(f"no image set named '{name}'; allowed are {allowed}{nearest(name, known)}")
+        if image_size is not None and image_size < 1:
+            raise UserError(f"image_size must be at least 1, not {image_size}")
+        read = known[name].images
+        assert read is not None
+        found = read(path)
+        # A further part, such as a test set without labels, is not looked at.
+        parts = dict(list(found.datasets.items())[: None if every_part else 2])
+        label = name if not path else (Path(path).resolve().name or name)
+        remarks = [f"left out: {found.left_out}"] if found.left_out else []
+        check_parts(parts)
+        crop = image_size is not None
+        if image_size is None or channels is None:
+            headers = read_headers(parts)
+            image_size, channels = image_size or headers.common_size(label), channels or headers.channels
+            remarks += headers.remarks()
+        everything = next(iter(parts.values()))
+        return cls(parts, ImageSet(everything, label, image_size, channels, crop, "all" not in parts, tuple(remarks)))
+
+    def choose(self, split: str | None, fraction: float) -> ImageSet:
+        """Return a split, or all for None; raises UserError if there is none, or the set is too small for it."""
+        from datasets import concatenate_datasets
+
+        if not 0 <= fraction <= 0.5:
+            raise UserError(f"validation_fraction must lie between 0 and 0.5, not {fraction}")
+        datasets = list(self.parts.values())
+        if split is None:
+            chosen = concatenate_datasets(datasets) if len(datasets) > 1 else datasets[0]
+        elif self.whole.has_validation:
+            chosen = datasets[SPLITS.index(split)]
+        elif fraction == 0 and split == "train":
+            chosen = datasets[0]
+        else:
+            chosen = datasets[0].select(
+                split_rows(self.whole.labels, split, fraction, f"image set '{self.whole.name}'")
+            )
+        return dataclasses.replace(self.whole, dataset=chosen)
 
 
 def open_source(
@@ -188,7 +230,7 @@ def open_source(
 ) -> ImageSet:
     """Open what a command line names: "imagefolder:DIR", "hf:NAME_OR_DIR" or "digits"; see `load_images`."""
     kind, colon, place = source.partition(":")
-    if kind not in READERS or (colon and not place):
+    if kind not in image_sources() or (colon and not place):
         raise UserError(f"--source {source} is unknown; give imagefolder:DIR, hf:NAME_OR_DIR or digits")
     return load_images(kind, place or None, split, image_size, validation_fraction, channels)
 
@@ -274,17 +316,3 @@ def read_headers(parts: Mapping[str, Dataset]) -> Headers:
             for row, cell in zip(chunk, undecoded[chunk]["image"]):
                 headers.add(cell, int(row))
     return headers
-
-
-def _choose(parts: Mapping[str, Dataset], split: str | None, fraction: float, name: str) -> Dataset:
-    from datasets import concatenate_datasets
-
-    if split is None:
-        return concatenate_datasets(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
-    if "all" not in parts:
-        train, validation = list(parts.values())[:2]
-        return train if split == "train" else validation
-    everything = parts["all"]
-    if fraction == 0 and split == "train":
-        return everything
-    return everything.select(split_rows(_labels(everything), split, fraction, f"image set '{name}'"))

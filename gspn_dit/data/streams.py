@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from gspn_dit import rng
 from gspn_dit.data.batches import draw_flips, draw_posterior, mirror
 from gspn_dit.data.decoding import decode_cell
-from gspn_dit.data.image_sources import labelled_parts, open_saved
+from gspn_dit.data.image_sources import labelled_parts, stream_saved
 from gspn_dit.data.images import Headers, ImageSet, check_labels, check_parts, read_headers
 from gspn_dit.data.latents import Latent
 from gspn_dit.errors import LocalUserError, UserError
@@ -154,7 +154,10 @@ class StreamBatches:
 
 
 def open_stream(
-    path: str | None, image_size: int | None, validation_images: int
+    path: str | None,
+    image_size: int | None,
+    validation_images: int,
+    read: Callable[[str | None], dict[str, Any]] = stream_saved,
 ) -> tuple[ImageStream, ImageSet | None]:
     """Open a data set for streaming: training images, and as many validation images as are asked for.
 
@@ -166,6 +169,7 @@ def open_stream(
             or a name on the Hugging Face hub.
         image_size: centre-crop and resize to this size; None: all have the size of the first ones.
         validation_images: these are read at once and kept; none if the source has no held-out part.
+        read: opens the splits at the path.
 
     Raises:
         UserError: it cannot be opened, lacks classes, or does not say how many images it has.
@@ -173,8 +177,7 @@ def open_stream(
     from datasets import Dataset
 
     place = Path(str(path))
-    opened = open_saved(path, streaming=True)
-    parts = dict(list(labelled_parts(opened, place, decode=False).items())[:2])
+    parts = dict(list(labelled_parts(read(path), place, decode=False).items())[:2])
     saved = {name: part for name, part in parts.items() if isinstance(part, Dataset)}
     if saved:
         check_parts(saved)

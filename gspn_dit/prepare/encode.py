@@ -269,6 +269,7 @@ def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock
     if plan is None:
         accelerator.print(f"{out} is complete: nothing to do")
         return
+    accelerator.print(images.describe())
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     latent.to(accelerator.device)
     entries = encode_shards(Encoder(images, latent, options), out, accelerator, lock)

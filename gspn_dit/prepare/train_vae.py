@@ -181,6 +181,7 @@ def main() -> None:
     from gspn_dit.data.images import open_source
 
     images = open_source(options.source, "train", options.image_size)
+    print(images.describe())
     if images.image_size % options.factor:
         raise UserError(f"images of {images.image_size} pixels are not divisible by --factor {options.factor}")
     held_out = open_source(options.source, "validation", options.image_size)

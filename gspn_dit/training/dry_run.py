@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.config import Config, TrainingConfig
+from gspn_dit.data.sources import find_source
 from gspn_dit.diffusion import create_objective
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
@@ -48,12 +49,11 @@ def data_facts(config: Config) -> DataFacts:
     Raises UserError for data that are damaged, or where neither the data nor the config tell the size of the images.
     """
     data = config.data
-    if data.name != "digits" and not (data.path and Path(data.path).exists()):
+    source = find_source(data.name)
+    if not source.bundled and not (data.path and Path(data.path).exists()):
         return _imagenet(config)
-    if data.name == "latents":  # opened without the autoencoder, which may have to be downloaded
-        from gspn_dit.data.latent_shards import open_latents
-
-        latents = open_latents(data.path, "train", data.validation_fraction)
+    if source.latents is not None:  # opened without the autoencoder, which may have to be downloaded
+        latents = source.latents(data.path, "train", data.validation_fraction)
         spec, size_bytes = latents.manifest["latent"], sum(shard["bytes"] for shard in latents.manifest["shards"])
         return DataFacts(len(latents), latents.num_classes, spec["channels"], spec["size"], size_bytes, str(data.path))
     from gspn_dit.data.build import build_data
@@ -61,8 +61,8 @@ def data_facts(config: Config) -> DataFacts:
     built = build_data(config)
     images, latent = built.training.images, built.latent
     size_bytes = len(images) * latent.image_size**2 * latent.image_channels
-    source = data.path or f"the {data.name} that scikit-learn ships"
-    return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, source)
+    where = data.path or f"the {data.name} that are bundled"
+    return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where)
 
 
 def _imagenet(config: Config) -> DataFacts:
