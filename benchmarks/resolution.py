@@ -101,7 +101,7 @@ def figures(
     images: np.ndarray, labels: np.ndarray, size: int, samples: int, real: Any, net: FeatureNet
 ) -> dict[str, Any]:
     """Return the Fréchet distance of crops to real features, and how often the shrunk images show their class."""
-    from fid.features import extract
+    from fid.extraction import extract
     from fid.metrics import class_agreement, frechet_distance
 
     return {
@@ -114,7 +114,8 @@ def figures(
 def measure(runs: dict[str, str], options: Any) -> dict[str, Any]:
     """Draw every model at every size and score it."""
     from benchmarks.measure import CpuDevice, software
-    from fid.features import extract, load_feature_net
+    from fid.extraction import extract
+    from fid.features import load_feature_net
 
     net = load_feature_net(DATA_SETS[options.data].features)
     training, validation = (DATA_SETS[options.data].load(split) for split in ("train", "validation"))

@@ -75,8 +75,7 @@ def write(extraction: Extraction, path: Path) -> None:
     tensors: dict[str, Tensor] = {"features": extraction.features.contiguous()}
     if extraction.logits is not None:
         tensors["logits"] = extraction.logits.contiguous()
-    for layer in extraction.groups:
-        moments = extraction.moments(layer)
+    for layer, moments in extraction.moments.items():
         tensors[f"{layer}.count"] = torch.tensor([moments.count])
         tensors |= {f"{layer}.mean": moments.mean, f"{layer}.scatter": moments.scatter}
     try:
@@ -99,8 +98,8 @@ def read(path: Path) -> Extraction | None:
     except (SafetensorError, OSError):
         return None
     layers = [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
-    groups = {
-        layer: [Moments(int(tensors[f"{layer}.count"][0]), tensors[f"{layer}.mean"], tensors[f"{layer}.scatter"])]
+    moments = {
+        layer: Moments(int(tensors[f"{layer}.count"][0]), tensors[f"{layer}.mean"], tensors[f"{layer}.scatter"])
         for layer in layers
     }
-    return Extraction(tensors["features"], tensors.get("logits"), groups)
+    return Extraction(tensors["features"], tensors.get("logits"), moments)

@@ -128,7 +128,7 @@ def markdown_table(rows: list[tuple[str, ...]]) -> str:
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [f"| {' | '.join(heading)} |", "|---|" + "---:|" * (len(heading) - 1)]
     lines += [f"| {' | '.join(row)} |" for row in body]
-    lines += ["", "[…]: 95 % intervals of each report alone: bootstrap; jackknife for Fréchet distances."]
+    lines += ["", "[…]: 95 % intervals of each report alone; corrected infinitesimal jackknife for Fréchet distances."]
     if any(cell.endswith(MARK) for cell in heading):
         lines.append(f"{MARK} Another protocol, net, reference or number of samples than the first: does not compare.")
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from fid.images import (
     read_samples,
     require_samples,
 )
+from fid.measured import Measured, Target
 from fid.report import PUBLISHED_PROTOCOL, prepare_directory, published_rows, versions, write_report
 from fid.scores import (
-    Measured,
-    Target,
+    Scoring,
     compare_with_held_out,
     nearest_neighbours,
     score_intervals,
     score_names,
+    score_titles,
     scores_of,
 )
 from gspn_dit.errors import UserError, nearest
@@ -38,23 +40,45 @@ REPORT_FORMAT_VERSION = 2
 BATCH_SIZE = 256
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation is made."""
+
+    protocol: str | None = None
+    """A name of `gspn_dit.protocols.PROTOCOLS`; None: the chosen features with the settings of a small study."""
+    weights: str | os.PathLike[str] | None = None
+    """File of the Inception net, for the protocols that use it; None: torch-fidelity's usual place."""
+    allow_unknown_weights: bool = False
+    """Take another net than the published one; no score is called FID then."""
+    dinov2: str | os.PathLike[str] | None = None
+    """Local directory of a DINOv2 model, for FD-DINOv2 as well."""
+    held_out: str | os.PathLike[str] | None = None
+    """Real images to be scored as if they were samples (the validation split of a set that has one); None: the
+    reference's validation split, if any."""
+    cache: str | os.PathLike[str] | None = None
+    """Directory in which features of real images are kept between evaluations; None: do not."""
+    overwrite: bool = False
+    """Replace an earlier report."""
+    batch_size: int = BATCH_SIZE
+    """Images per forward pass."""
+    device: str = "cpu"
+    """Where the nets run; "cuda" under a launcher is each process's own."""
+    seed: int = 0
+    """Of the subsets that the kernel distance draws; protocols bring their own."""
+    show_progress: bool = False
+    """Say what is compared, and show a bar with the time that is left."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
+
+
 def evaluate(
     samples: str | os.PathLike[str],
     reference: str | os.PathLike[str] = "digits",
     features: str | os.PathLike[str] = "digits",
     out: str | os.PathLike[str] | None = None,
-    *,
-    protocol: str | None = None,
-    weights: str | os.PathLike[str] | None = None,
-    allow_unknown_weights: bool = False,
-    dinov2: str | os.PathLike[str] | None = None,
-    held_out: str | os.PathLike[str] | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    batch_size: int = BATCH_SIZE,
-    device: str = "cpu",
-    seed: int = 0,
-    show_progress: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Score generated images against real ones; with `out`, write report.json, report.md, index.html and grid.png.
 
@@ -64,19 +88,9 @@ def evaluate(
     Args:
         samples: a directory of PNGs or an NPZ, see `fid.images.read_samples`.
         reference: real images, see `fid.images.read_reference`.
-        features: "digits", or a file that `python -m fid.train_features` wrote; not used with `protocol`.
+        features: "digits", or a file that `python -m fid.train_features` wrote; not used with a protocol.
         out: directory of the report, new, empty, or (with `overwrite`) holding an earlier report.
-        protocol: a name of `gspn_dit.protocols.PROTOCOLS`; None: `features` with the settings of a small study.
-        weights: file of the Inception net, for the protocols that use it; None: torch-fidelity's usual place.
-        allow_unknown_weights: take another net than the published one; no score is called FID then.
-        dinov2: local directory of a DINOv2 model, for FD-DINOv2 as well.
-        held_out: real images to be scored as if they were samples (the validation split of a set that has one);
-            None: the reference's validation split, if any.
-        cache: directory in which features of real images are kept between evaluations; None: do not.
-        batch_size: images per forward pass.
-        device: where the nets run; "cuda" under a launcher is each process's own.
-        seed: of the subsets that the kernel distance draws; protocols bring their own.
-        show_progress: whether to show a bar with the time that is left.
+        options: fields of `Settings`.
 
     Returns:
         The content of report.json: "scores", "held_out", "comparison" and every setting that moved them; {} in the
@@ -85,41 +99,45 @@ def evaluate(
     Raises:
         UserError: in one line what was given and what is needed; nothing has been written then.
     """
+    settings = Settings(**options)
     if out is not None:
-        prepare_directory(out, overwrite)
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, not {batch_size}")
-    chosen = find_protocol(protocol) if protocol else Protocol("features", str(features), kid_seed=seed)
-    device = local_device(device)
+        prepare_directory(out, settings.overwrite)
+    protocol = find_protocol(settings.protocol) if settings.protocol else _of_small_study(features, settings.seed)
+    device = local_device(settings.device)
     resolve_device(device)
     require_samples(samples)
-    net = _load_net(chosen, weights, allow_unknown_weights)
-    others = [load_dinov2(dinov2)] if dinov2 is not None else []
+    net = _load_net(protocol, settings)
+    others = [load_dinov2(settings.dinov2)] if settings.dinov2 is not None else []
     drawn = read_samples(samples)
-    check_samples(chosen, drawn)
-    size = net.image_size or drawn.pixels.shape[1]
-    real = read_reference(reference, size)
-    if held_out is not None:
-        found = read_reference(held_out, size)
-        real = dataclasses.replace(real, held_out=found.held_out or found.images)
+    check_samples(protocol, drawn)
+    real = _read_real(reference, settings.held_out, net.image_size or drawn.pixels.shape[1])
     with connect() as world:
-        if show_progress and world.is_main:
+        if settings.show_progress and world.is_main:
             _show_sets(drawn, real)
-        report = score(
-            drawn,
-            real,
-            net,
-            batch_size=batch_size,
-            device=device,
-            protocol=chosen,
-            others=others,
-            cache=None if cache is None else Path(cache),
-            world=world,
-            show_progress=show_progress,
-        )
+        passes: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "device": device,
+            "world": world,
+            "cache": settings.cache,
+        }
+        passes["show_progress"] = settings.show_progress
+        report = score(drawn, real, net, protocol=protocol, others=others, **passes)
     if out is not None and report:
-        write_report(report, drawn, out, overwrite, net.class_names, real.images)
+        write_report(report, drawn, out, settings.overwrite, net.class_names, real.images)
     return report
+
+
+def _of_small_study(features: str | os.PathLike[str], seed: int = 0) -> Protocol:
+    return Protocol("features", str(features), kid_seed=seed)
+
+
+def _read_real(reference: str | os.PathLike[str], held_out: str | os.PathLike[str] | None, size: int) -> Reference:
+    """Read the reference, with held-out images of its own or from another place."""
+    real = read_reference(reference, size)
+    if held_out is None:
+        return real
+    found = read_reference(held_out, size)
+    return dataclasses.replace(real, held_out=found.held_out or found.images)
 
 
 def _show_sets(samples: LabelledImages, reference: Reference) -> None:
@@ -129,10 +147,10 @@ def _show_sets(samples: LabelledImages, reference: Reference) -> None:
             print(f"{what:<10}{images.describe()}", flush=True)
 
 
-def _load_net(protocol: Protocol, weights: str | os.PathLike[str] | None, allow_unknown: bool) -> FeatureNet:
+def _load_net(protocol: Protocol, settings: Settings) -> FeatureNet:
     if protocol.features == INCEPTION:
-        return load_inception(weights, allow_unknown)
-    if weights is not None or allow_unknown:
+        return load_inception(settings.weights, settings.allow_unknown_weights)
+    if settings.weights is not None or settings.allow_unknown_weights:
         raise UserError(
             f"--weights and --allow-unknown-weights are for the Inception net; protocol {protocol.name} uses "
             f"'{protocol.features}'"
@@ -140,59 +158,67 @@ def _load_net(protocol: Protocol, weights: str | os.PathLike[str] | None, allow_
     return load_feature_net(protocol.features)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the passes over the images are made."""
+
+    batch_size: int = BATCH_SIZE
+    device: str = "cpu"
+    world: World = field(default_factory=World)
+    """This process among those that share the images."""
+    cache: str | os.PathLike[str] | None = None
+    """Where features of real images are kept."""
+    show_progress: bool = False
+
+    def options(self, title: str) -> dict[str, Any]:
+        """The arguments of `extract_all` that say so."""
+        named = {key: getattr(self, key) for key in ("batch_size", "device", "world", "show_progress")}
+        return {**named, "title": title}
+
+
+Extracted = tuple[list[Extraction], str]
+
+
 def score(
     samples: LabelledImages,
     reference: Reference,
     net: FeatureNet,
     *,
-    batch_size: int = BATCH_SIZE,
-    device: str = "cpu",
-    seed: int = 0,
     protocol: Protocol | None = None,
     others: Sequence[FeatureNet] = (),
-    cache: Path | None = None,
-    world: World | None = None,
-    show_progress: bool = False,
+    seed: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
-    """`evaluate` on images that have been opened; writes nothing but what `cache` keeps.
+    """`evaluate` on images that have been opened; writes nothing but what the passes' cache keeps.
 
     Args:
         protocol: default: the settings of a small study, with `seed`.
         others: further nets, on each of which a Fréchet distance is computed in the same pass.
-        world: this process among those that share the images.
+        options: fields of `Passes`.
     """
-    protocol = protocol or Protocol("features", net.source, kid_seed=seed)
-    world = world or World()
+    protocol = protocol or _of_small_study(net.source, seed)
+    passes = Passes(**options)
     held_out = reference.held_out
     _check_set(samples, net, protocol, "samples", "sample images", others)
     _check_set(reference.images, net, protocol, "reference", "reference images", others)
     _check_pair(samples, reference.images)
     if held_out is not None:
         _check_set(held_out, net, protocol, "held-out images", None)
-    nets = [net, *others]
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "world": world,
-        "show_progress": show_progress,
-    }
+    nets, cache = [net, *others], None if passes.cache is None else Path(passes.cache)
     # the reference first: what is wrong with it shows before the samples' long pass
-    sets = {
-        "reference": (reference.images, extract_cached(reference.images, nets, cache, title="reference", **options))
-    }
+    found = extract_cached(reference.images, nets, cache, **passes.options("reference"))
+    sets = {"reference": (reference.images, found)}
     if held_out is not None:
-        sets["held_out"] = (held_out, extract_cached(held_out, nets, cache, title="held-out images", **options))
-    sets["samples"] = (samples, extract_all(samples, nets, title="samples", **options))
-    if not world.is_main:
+        sets["held_out"] = (held_out, extract_cached(held_out, nets, cache, **passes.options("held-out images")))
+    found = extract_all(samples, nets, keep_spatial=protocol.intervals, **passes.options("samples"))
+    sets["samples"] = (samples, found)
+    if not passes.world.is_main:
         return {}
     measured = {name: _measured(images, found, net, protocol) for name, (images, found) in sets.items()}
-    settings = {"batch_size": batch_size, "device": device, "processes": world.size, "tf32": False}
-    return _report(measured, reference, net, others, protocol, settings)
+    return _report(measured, reference, net, others, protocol, passes)
 
 
-def _measured(
-    images: LabelledImages, found: tuple[list[Extraction], str], net: FeatureNet, protocol: Protocol
-) -> Measured:
+def _measured(images: LabelledImages, found: Extracted, net: FeatureNet, protocol: Protocol) -> Measured:
     (first, *rest), sha256 = found
     return Measured(images, first, tuple(rest), sha256, net.class_names, protocol.order)
 
@@ -203,7 +229,7 @@ def _report(
     net: FeatureNet,
     others: Sequence[FeatureNet],
     protocol: Protocol,
-    settings: dict[str, Any],
+    passes: Passes,
 ) -> dict[str, Any]:
     drawn, real, held_out = measured["samples"], measured["reference"], measured.get("held_out")
     notes = _notes(drawn, held_out, reference, net, protocol)
@@ -212,13 +238,15 @@ def _report(
     subset = min(protocol.kid_subset_size, *(len(part) for part in (drawn, real, held_out) if part is not None))
     names = score_names(net, protocol, len(drawn))
     target = Target.build(real, reference.statistics if not net.score_suffix else {}, net, others)
-    scores = scores_of(drawn, target, names, protocol, subset, settings["device"])
-    own = None
-    if held_out is not None:
-        own = scores_of(held_out, target, names, protocol, subset, settings["device"])
-    comparison = compare_with_held_out(drawn, held_out, target, scores, own, names, protocol)
-    if own is not None and not net.class_names and len(drawn) != own.figures["n"]:
-        own.figures.update({names[key]: None for key in ("fd", "sfd") if names[key] in own.figures})
+    of_samples, of_held_out = (
+        None if part is None else Scoring(part, target, names, protocol, subset, passes.device)
+        for part in (drawn, held_out)
+    )
+    assert of_samples is not None
+    scores, own = scores_of(of_samples), None if of_held_out is None else scores_of(of_held_out)
+    comparison = compare_with_held_out(of_samples, scores, of_held_out, own)
+    if own is not None and not net.class_names and len(drawn) != own["n"]:
+        own.update({names[key]: None for key in ("fd", "sfd") if names[key] in own})
     published = is_published_reference(protocol, reference.images.source, "features" in reference.statistics)
     comparable = protocol.comparable and published and not net.score_suffix
     stated = drawn.images.generation or {}
@@ -228,9 +256,10 @@ def _report(
         "protocol": protocol.name,
         "comparable": comparable,
         "names": names,
-        "scores": scores.figures,
-        "intervals": score_intervals(drawn, target, scores, names, protocol),
-        "held_out": None if own is None else own.figures,
+        "titles": score_titles(of_samples),
+        "scores": scores,
+        "intervals": score_intervals(of_samples),
+        "held_out": own,
         "comparison": comparison,
         "published": [dataclasses.asdict(row) for row in rows],
         "neighbours": nearest_neighbours(drawn, target),
@@ -249,7 +278,10 @@ def _report(
                 "subset_size": subset,
                 "seed": protocol.kid_seed,
             },
-            **settings,
+            "batch_size": passes.batch_size,
+            "device": passes.device,
+            "processes": passes.world.size,
+            "tf32": False,
             "versions": versions(),
         },
         "notes": notes,

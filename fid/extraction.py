@@ -16,11 +16,9 @@ from torch import Tensor
 from fid.distributed import World
 from fid.features import FeatureNet, resolve_device
 from fid.images import LabelledImages, image_digests
-from fid.moments import Moments, merged
-from gspn_dit.data.image_sources import fixed_permutation
-from gspn_dit.errors import LocalUserError
+from fid.moments import Moments
+from gspn_dit.errors import LocalUserError, UserError
 
-GROUPS = 10  # parts of a set whose moments are kept apart, so that intervals can leave one out
 SUMMED_LAYERS = ("features", "spatial")
 WAITING_ROWS = 512
 MAX_WORKERS = 8
@@ -34,17 +32,18 @@ class Extraction:
     """float32 [n, d] on the CPU; no rows but on the main process."""
     logits: Tensor | None
     """float32 [n, classes], where the net has them."""
-    groups: dict[str, list[Moments]] = field(repr=False)
-    """By layer ("features", "spatial"): the moments of `GROUPS` random parts, on every process."""
-
-    def moments(self, layer: str = "features") -> Moments:
-        """The moments of all images."""
-        return merged(self.groups[layer])
+    moments: dict[str, Moments] = field(repr=False)
+    """Of all images, by layer ("features", "spatial"), on every process."""
+    spatial: Tensor | None = None
+    """float32 [n, d], where the net has them and they were to be kept."""
 
 
-def group_ids(count: int) -> np.ndarray:
-    """The part that each of `count` images belongs to: at random, so that the parts are alike whatever the order."""
-    return fixed_permutation(count) % GROUPS
+@dataclass(frozen=True)
+class Features:
+    """Features [n, d] and logits [n, classes] of n images, float32 on the CPU."""
+
+    features: Tensor
+    logits: Tensor
 
 
 def extract_all(
@@ -56,10 +55,14 @@ def extract_all(
     world: World | None = None,
     title: str = "images",
     show_progress: bool = False,
+    keep_spatial: bool = False,
 ) -> tuple[list[Extraction], str]:
     """Features of uint8 images by several nets in one pass, and the set's SHA-256.
 
     At most a few batches are in memory; the batches are the same for any number of processes.
+
+    Args:
+        keep_spatial: whether the rows of "spatial" are kept as well as their moments.
 
     Returns:
         One extraction per net, and `LabelledImages.sha256` ("" but on the main process).
@@ -68,7 +71,7 @@ def extract_all(
 
     world = world or World()
     place = resolve_device(device)
-    passes = [_Pass(net, place, group_ids(len(images))) for net in nets]
+    passes = [_Pass(net, place, keep_spatial) for net in nets]
     digests: list[np.ndarray] = [np.zeros((0, 32), np.uint8)]
     bar = tqdm(total=len(images), desc=title, unit="image", disable=None if show_progress and world.is_main else True)
     own_batches = world.own(len(images), batch_size)
@@ -87,41 +90,44 @@ def extract_all(
     return found, images.hash_of(gathered) if world.is_main else ""
 
 
-class GroupedMoments:
-    """The moments of `GROUPS` parts of a set; rows wait until there are enough of them to be worth a product."""
+def extract(net: FeatureNet, pixels: np.ndarray, batch_size: int = 256, device: str = "cpu") -> Features:
+    """Features of uint8 images [n, H, W, C] that have the net's size and channels; `extract_all` for one net alone."""
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
+    (found,), _ = extract_all(LabelledImages(pixels, "the images"), [net], batch_size=batch_size, device=device)
+    assert found.logits is not None, "a net with logits"
+    return Features(found.features, found.logits)
+
+
+class RunningMoments:
+    """The moments of rows that come in batches; they wait until there are enough of them to be worth a product."""
 
     def __init__(self, dim: int) -> None:
-        self.done = [Moments.zeros(dim) for _ in range(GROUPS)]
-        self.waiting: list[list[Tensor]] = [[] for _ in range(GROUPS)]
+        self.done = Moments.zeros(dim)
+        self.waiting: list[Tensor] = []
 
-    def add(self, rows: Tensor, ids: np.ndarray) -> None:
-        """Count rows [n, d] to the parts that `ids` [n] names."""
-        for group in np.unique(ids):
-            waiting = self.waiting[group]
-            waiting.append(rows[torch.from_numpy(np.flatnonzero(ids == group))])
-            if sum(map(len, waiting)) >= WAITING_ROWS:
-                self._settle(group)
+    def add(self, rows: Tensor) -> None:
+        """Count rows [n, d]."""
+        self.waiting.append(rows)
+        if sum(map(len, self.waiting)) >= WAITING_ROWS:
+            self.finish()
 
-    def _settle(self, group: int) -> None:
-        if self.waiting[group]:
-            self.done[group] = self.done[group].merge(Moments.of(torch.cat(self.waiting[group])))
-            self.waiting[group] = []
-
-    def finish(self) -> list[Moments]:
-        """The moments of every part."""
-        for group in range(GROUPS):
-            self._settle(group)
+    def finish(self) -> Moments:
+        """The moments of all rows so far."""
+        if self.waiting:
+            self.done = self.done.merge(Moments.of(torch.cat(self.waiting)))
+            self.waiting = []
         return self.done
 
 
 class _Pass:
     """One net's share of a pass: what it has computed on this process so far."""
 
-    def __init__(self, net: FeatureNet, place: torch.device, groups: np.ndarray) -> None:
-        self.net, self.groups = net, groups
+    def __init__(self, net: FeatureNet, place: torch.device, keep_spatial: bool) -> None:
+        self.net = net
         self.extractor = net.extractor.to(place)
-        self.rows: dict[str, list[Tensor]] = {layer: [] for layer in net.layers if layer != "spatial"}
-        self.sums: dict[str, GroupedMoments] = {}
+        self.rows: dict[str, list[Tensor]] = {layer: [] for layer in net.layers if layer != "spatial" or keep_spatial}
+        self.sums: dict[str, RunningMoments] = {}
 
     @torch.no_grad()
     def add(self, images: Tensor, batch: range, source: str) -> None:
@@ -138,13 +144,12 @@ class _Pass:
             if layer in self.rows:
                 self.rows[layer].append(values)
             if layer in SUMMED_LAYERS:
-                sums = self.sums.setdefault(layer, GroupedMoments(values.shape[1]))
-                sums.add(values, self.groups[batch.start : batch.stop])
+                self.sums.setdefault(layer, RunningMoments(values.shape[1])).add(values)
 
     def finish(self, world: World, count: int, batch_size: int) -> Extraction:
         rows = {layer: world.gather(torch.cat(parts), count, batch_size) for layer, parts in self.rows.items()}
-        groups = {layer: [world.reduce(part) for part in sums.finish()] for layer, sums in self.sums.items()}
-        return Extraction(rows["features"], rows.get("logits"), groups)
+        moments = {layer: world.reduce(sums.finish()) for layer, sums in self.sums.items()}
+        return Extraction(rows["features"], rows.get("logits"), moments, rows.get("spatial"))
 
 
 def _read_ahead(images: LabelledImages, batches: list[range]) -> Iterator[tuple[range, np.ndarray]]:

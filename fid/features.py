@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity import registry
@@ -70,14 +69,6 @@ class FeatureNet:
         if not self.score_suffix:
             return {"fd": "FID", "sfd": "sFID", "is": "IS", "kid": "KID"}
         return {key: f"{key.upper().replace('SFD', 'sFD')}-{self.score_suffix}" for key in ("fd", "sfd", "is", "kid")}
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features [n, d] and logits [n, classes] of n images, float32 on the CPU."""
-
-    features: Tensor
-    logits: Tensor
 
 
 def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
@@ -172,15 +163,3 @@ def resolve_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device '{device}' cannot be used here: {reason}") from error
     return resolved
-
-
-def extract(net: FeatureNet, pixels: np.ndarray, batch_size: int = 256, device: str = "cpu") -> Features:
-    """Features of uint8 images [n, H, W, C] that have the net's size and channels; `extract_all` for one net alone."""
-    from fid.extraction import extract_all
-    from fid.images import LabelledImages
-
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, not {batch_size}")
-    (found,), _ = extract_all(LabelledImages(pixels, "the images"), [net], batch_size=batch_size, device=device)
-    assert found.logits is not None, "a net with logits"
-    return Features(found.features, found.logits)

@@ -19,6 +19,7 @@ NEIGHBOURHOOD = 3
 KID_SUBSETS = 50
 KID_SUBSET_SIZE = 300
 PAIRWISE_CHUNK = 1024
+LISTED = 33  # of every sample: itself and its nearest neighbours, among which those of a half are looked for
 MAX_PAIRWISE_PRODUCTS = 2**44  # multiplications; beyond it the nearest-image search is left out
 
 
@@ -74,12 +75,6 @@ def inception_scores(logits: torch.Tensor, splits: int = IS_SPLITS) -> np.ndarra
     return _finite(np.array(scores), "the Inception score")
 
 
-def inception_score(logits: torch.Tensor, splits: int = IS_SPLITS) -> tuple[float, float]:
-    """Mean and standard deviation of `inception_scores`."""
-    scores = inception_scores(logits, splits)
-    return float(scores.mean()), float(scores.std())
-
-
 def _distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Euclidean distances float64 [n, m]; at most `PAIRWISE_CHUNK` of the rows at once are worth the memory."""
     blocks = [torch.cdist(rows.double(), block.double()) for block in others.split(8 * PAIRWISE_CHUNK)]
@@ -126,12 +121,42 @@ def manifold_membership(
     return realistic.cpu().numpy(), covered.cpu().numpy()
 
 
-def precision_recall(
-    features: torch.Tensor, reference: torch.Tensor, neighbourhood: int = NEIGHBOURHOOD
-) -> tuple[float, float]:
-    """Precision and recall: the means of `manifold_membership`."""
-    realistic, covered = manifold_membership(features, reference, neighbourhood)
-    return float(realistic.mean()), float(covered.mean())
+def half_sample_recalls(
+    features: torch.Tensor,
+    reference: torch.Tensor,
+    halves: np.ndarray,
+    neighbourhood: int = NEIGHBOURHOOD,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Recall, see `manifold_membership`, of parts of the samples, float64 [parts].
+
+    A sample's neighbours in a part are looked for among its nearest 32 in all; where a half holds fewer than k of
+    these, which happens once in ten million, the farthest of them counts.
+
+    Args:
+        features: samples [n, d].
+        reference: real images [m, d].
+        halves: bool [parts, n], about half of the samples each.
+    """
+    drawn, real = features.to(device), reference.to(device)
+    parts = torch.from_numpy(halves).to(device)
+    found = [
+        _distances(rows, drawn).topk(min(LISTED, len(drawn)), largest=False) for rows in drawn.split(PAIRWISE_CHUNK)
+    ]
+    values, indices = (torch.cat([getattr(part, name) for part in found])[:, 1:] for name in ("values", "indices"))
+    radii = []
+    for part in parts:
+        rank = part[indices].cumsum(dim=1)
+        places = torch.where(
+            rank[:, -1] >= neighbourhood, (rank >= neighbourhood).int().argmax(dim=1), len(rank[0]) - 1
+        )
+        radius = values.gather(1, places[:, None]).squeeze(1)
+        radii.append(torch.where(part, radius, -1.0))  # no distance is that small
+    covered = torch.zeros(len(parts), dtype=torch.int64, device=device)
+    for rows in real.split(PAIRWISE_CHUNK):
+        distances = _distances(rows, drawn)
+        covered += torch.stack([(distances <= radius).any(dim=1).sum() for radius in radii])
+    return (covered.double() / len(real)).cpu().numpy()
 
 
 def kernel_distances(
@@ -158,14 +183,6 @@ def kernel_distances(
         second = real[generator.choice(len(real), subset_size, replace=False)]
         estimates.append(kernel_mmd(first.astype(np.float64), second.astype(np.float64)))
     return _finite(np.array(estimates), "the kernel distance")
-
-
-def kernel_distance(
-    features: torch.Tensor, reference: torch.Tensor, subset_size: int, subsets: int = KID_SUBSETS, seed: int = 0
-) -> tuple[float, float]:
-    """Mean and standard deviation of `kernel_distances`."""
-    estimates = kernel_distances(features, reference, subset_size, subsets, seed)
-    return float(estimates.mean()), float(estimates.std())
 
 
 def nearest_features(features: torch.Tensor, reference: torch.Tensor, count: int = 3) -> tuple[np.ndarray, np.ndarray]:

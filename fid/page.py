@@ -38,11 +38,7 @@ def _number(value: Any) -> str:
 def score_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (name, samples, real held-out images) of the table of scores; the first one is the heading."""
     scores, own, comparison = report["scores"], report["held_out"], report["comparison"]
-    titles = {
-        "class_agreement": "class agreement",
-        "nearest_distance": "median distance to nearest reference image",
-        "n": "images",
-    }
+    titles = {**report["titles"], "n": "images"}
     rows: list[tuple[str, ...]] = [("score", "samples", *(("real, held out",) if own else ()))]
     for key, value in scores.items():
         real = (_number(own[key]),) if own else ()

@@ -36,7 +36,7 @@ class QuickScorer:
 
     def features(self, pixels: np.ndarray, device: str) -> Tensor:
         """Return features, float32 [n, feature_dim] on the CPU, of uint8 images [n, H, W, C]."""
-        from fid.features import extract
+        from fid.extraction import extract
 
         if pixels.shape[3] < self.net.channels:
             pixels = pixels.repeat(self.net.channels, axis=3)

@@ -1,9 +1,11 @@
-"""From features to figures: the scores of one set, their intervals, and what stands beside them."""
+"""From features to figures: the metrics, each with its interval, and what stands beside them.
+
+A metric is one entry of `METRICS`: the reports take its name, title, figure and interval from there.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.extraction import Extraction
+from fid import intervals
 from fid.features import FeatureNet
-from fid.images import LabelledImages, interleave
-from fid.intervals import bootstrap, jackknife
+from fid.images import LabelledImages
+from fid.intervals import Interval
+from fid.measured import Measured, Target
 from fid.metrics import (
     class_agreement,
+    half_sample_recalls,
     inception_scores,
     kernel_distances,
     manifold_membership,
@@ -25,7 +29,6 @@ from fid.metrics import (
     nearest_features,
 )
 from fid.moments import Gaussian, Moments
-from gspn_dit.errors import UserError
 from gspn_dit.protocols import Protocol
 
 NEIGHBOUR_ROWS = 12  # samples that are shown beside their nearest reference images
@@ -33,109 +36,129 @@ NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A set of images with what the nets say about it."""
+class Scoring:
+    """A set of images, the real ones, and everything else that a metric may look at."""
 
-    images: LabelledImages
-    extraction: Extraction
-    """Of the first net, in the images' own order."""
-    others: tuple[Extraction, ...]
-    sha256: str
-    net_classes: tuple[str, ...]
-    """The first net's classes; () where it has none of the samples'."""
-    wanted_order: str
-    """"stored" or "interleaved", see `Protocol.order`."""
-
-    def __len__(self) -> int:
-        return len(self.extraction.features)
+    images: Measured
+    target: Target
+    names: dict[str, str]
+    """What the scores of metrics that are named by the net are called, see `score_names`."""
+    protocol: Protocol
+    subset: int
+    """Images of one estimate of the kernel distance."""
+    device: str = "cpu"
 
     @cached_property
-    def was_sorted(self) -> bool:
-        """Whether the set is stored class by class though the protocol takes it as stored."""
-        labels = self.images.labels
-        return (
-            self.wanted_order == "stored"
-            and labels is not None
-            and labels[0] != labels[-1]
-            and bool((np.diff(labels) >= 0).all())
-        )
-
-    @property
-    def order_name(self) -> str:
-        """How the samples are ordered in the Inception score's splits, for the report."""
-        if self.wanted_order == "stored" and not self.was_sorted:
-            return "as stored, consecutive splits"
-        return "interleaved classes, consecutive splits"
+    def membership(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which images lie in the real manifold, and which real ones in theirs, in their own orders."""
+        features, real = self.images.extraction.features, self.target.real.features
+        return manifold_membership(features, real, self.protocol.neighbourhood, self.device)
 
     @cached_property
-    def order(self) -> np.ndarray:
-        """Indices of the images in the order of the splits."""
-        stored = self.wanted_order == "stored" and not self.was_sorted
-        return interleave(None if stored else self.images.labels, len(self))
+    def inception_scores(self) -> np.ndarray:
+        """Of every consecutive split."""
+        assert self.images.logits is not None, "asked of nets with logits alone"
+        return inception_scores(self.images.logits, self.protocol.inception_splits)
 
     @cached_property
-    def features(self) -> Tensor:
-        """Features of the first net in the order of the splits."""
-        return self.extraction.features[torch.from_numpy(self.order)]
+    def kernel_distances(self) -> np.ndarray:
+        """Of every pair of subsets."""
+        knobs = self.protocol.kid_subsets, self.protocol.kid_seed
+        return kernel_distances(self.images.features, self.target.real.features, self.subset, *knobs)
 
-    @cached_property
-    def logits(self) -> Tensor | None:
-        """Logits of the first net in the order of the splits."""
-        logits = self.extraction.logits
-        return None if logits is None else logits[torch.from_numpy(self.order)]
+    def has(self, layer: str) -> bool:
+        """Tell whether both sides have moments of a layer."""
+        return layer in self.images.extraction.moments and layer in self.target.gaussians
 
-    @cached_property
-    def labels(self) -> np.ndarray | None:
-        """Labels as ids of the net's classes in the images' own order, matched by name where the set names its own."""
-        images = self.images
-        if images.labels is None or not self.net_classes:
+    def distance(self, layer: str) -> float:
+        """The Fréchet distance of a layer of the first net."""
+        return self.target.gaussians[layer].frechet_distance(Gaussian.fit(self.images.extraction.moments[layer]))
+
+    def distance_interval(self, rows: Tensor | None, layer: str) -> Interval | None:
+        """The interval of that distance from a layer's rows, or None where they were not kept."""
+        if rows is None:
             return None
-        if images.class_names is None:
-            return images.labels
-        ids = {name: index for index, name in enumerate(self.net_classes)}
-        if any(name not in ids for name in images.class_names):
-            return None
-        return np.array([ids[name] for name in images.class_names], dtype=np.int64)[images.labels]
+        return intervals.frechet(rows, self.target.gaussians[layer], self.distance(layer), self.images.strata)
 
 
 @dataclass(frozen=True)
-class Target:
-    """The real images that samples are measured against."""
+class Metric:
+    """A score: how it is computed, how far it would move with other samples, and what tables call it."""
 
-    real: Measured
-    gaussians: dict[str, Gaussian]
-    """By layer of the first net."""
-    others: dict[str, Gaussian]
-    """By the name of the score on the other nets."""
-    statistics_sha256: str | None
-    """Hash of the statistics that came with the reference and took the place of its own images' moments."""
+    compute: Callable[[Scoring], Any]
+    """A float, {"mean", "std"} of splits or subsets, or None where it would not be worth the time."""
+    interval: Callable[[Scoring], Interval | None] | None = None
+    """Its 95 % interval, None where it has none."""
+    title: str = ""
+    """"" where its name will do."""
+    applies: Callable[[Scoring], bool] = lambda _: True
+    """Whether a set has it at all."""
 
-    @classmethod
-    def build(
-        cls,
-        real: Measured,
-        statistics: dict[str, tuple[np.ndarray, np.ndarray]],
-        net: FeatureNet,
-        others: Sequence[FeatureNet],
-    ) -> Target:
-        """From the reference's own images, or from statistics of the same net alone where it brings them."""
-        own = {layer: Gaussian.fit(real.extraction.moments(layer)) for layer in real.extraction.groups}
-        gaussians = {} if statistics else own
-        digest = hashlib.sha256()
-        for layer, (mean, covariance) in sorted(statistics.items()):
-            width = len(own[layer].mean) if layer in own else len(mean)
-            if len(mean) != width:
-                raise UserError(
-                    f"the statistics in {real.images.source} are of {len(mean)} {layer} values; the net gives {width}"
-                )
-            digest.update(np.ascontiguousarray(mean).data)
-            digest.update(np.ascontiguousarray(covariance).data)
-            gaussians[layer] = Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
-        other = {
-            each.names["fd"]: Gaussian.fit(extraction.moments())
-            for each, extraction in zip(others, real.others, strict=True)
-        }
-        return cls(real, gaussians, other, digest.hexdigest() if statistics else None)
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean()), "std": float(values.std())}
+
+
+def _recall_interval(scoring: Scoring) -> Interval:
+    features, halves = (
+        scoring.images.extraction.features,
+        intervals.half_samples(len(scoring.images), scoring.images.strata),
+    )
+    replicas = half_sample_recalls(
+        features, scoring.target.real.features, halves, scoring.protocol.neighbourhood, scoring.device
+    )
+    return intervals.delete_half(float(scoring.membership[1].mean()), replicas)
+
+
+def _kernel_interval(scoring: Scoring) -> Interval:
+    estimates = scoring.kernel_distances
+    disjoint = max(1, min(len(estimates), len(scoring.images) // scoring.subset))  # the subsets themselves overlap
+    return intervals.bootstrap(estimates, f"subsets, {disjoint} at a time", disjoint)
+
+
+def _class_agreement(scoring: Scoring) -> float | None:
+    logits, labels = scoring.images.extraction.logits, scoring.images.labels
+    return None if labels is None or logits is None else class_agreement(logits, labels)
+
+
+def _nearest_distance(scoring: Scoring) -> float | None:
+    nearest = _pixel_distances(scoring.images.images, scoring.target.real.images)
+    return None if nearest is None else float(np.median(nearest))
+
+
+METRICS: dict[str, Metric] = {
+    "fd": Metric(
+        lambda scoring: scoring.distance("features"),
+        lambda scoring: scoring.distance_interval(scoring.images.extraction.features, "features"),
+    ),
+    "sfd": Metric(
+        lambda scoring: scoring.distance("spatial"),
+        lambda scoring: scoring.distance_interval(scoring.images.extraction.spatial, "spatial"),
+        applies=lambda scoring: scoring.has("spatial"),
+    ),
+    "is": Metric(
+        lambda scoring: _spread(scoring.inception_scores),
+        lambda scoring: intervals.student(scoring.inception_scores, "consecutive splits"),
+        applies=lambda scoring: scoring.images.logits is not None,
+    ),
+    "kid": Metric(lambda scoring: _spread(scoring.kernel_distances), _kernel_interval),
+    "precision": Metric(
+        lambda scoring: float(scoring.membership[0].mean()),
+        lambda scoring: intervals.mean(scoring.membership[0], scoring.images.strata),
+    ),
+    "recall": Metric(lambda scoring: float(scoring.membership[1].mean()), _recall_interval),
+    "class_agreement": Metric(
+        _class_agreement,
+        title="class agreement",
+        applies=lambda scoring: bool(scoring.images.net_classes) and scoring.images.logits is not None,
+    ),
+    "nearest_distance": Metric(
+        _nearest_distance,
+        title="median distance to nearest reference image",
+        applies=lambda scoring: scoring.protocol.pixel_distances,
+    ),
+}
+"""By key: `FeatureNet.names` calls some of them after the net; the others' key is their name."""
 
 
 def score_names(net: FeatureNet, protocol: Protocol, count: int) -> dict[str, str]:
@@ -145,47 +168,36 @@ def score_names(net: FeatureNet, protocol: Protocol, count: int) -> dict[str, st
     return {key: f"{name}-{count}" for key, name in net.names.items()}
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The scores of one set of images, and the values whose means some of them are."""
-
-    figures: dict[str, Any]
-    """By name; means over splits or subsets as {"mean", "std"}."""
-    values: dict[str, tuple[np.ndarray, str, int]]
-    """By name: the values [m] behind a mean, what they are one of each, and how many of them are independent."""
+def scores_of(scoring: Scoring) -> dict[str, Any]:
+    """Every score of a set of images against the real ones, by name, and their number "n"."""
+    found = {scoring.names.get(key, key): metric.compute(scoring) for key, metric in _applicable(scoring)}
+    for (name, gaussian), extraction in zip(scoring.target.others.items(), scoring.images.others, strict=True):
+        found[name] = gaussian.frechet_distance(Gaussian.fit(extraction.moments["features"]))
+    return {**found, "n": len(scoring.images)}
 
 
-def scores_of(
-    images: Measured, target: Target, names: dict[str, str], protocol: Protocol, subset: int, device: str
-) -> Scores:
-    """Every score of a set of images against the real ones."""
-    found: dict[str, Any] = {}
-    values: dict[str, tuple[np.ndarray, str, int]] = {}
-    for key, layer in (("fd", "features"), ("sfd", "spatial")):
-        if layer in images.extraction.groups and layer in target.gaussians:
-            drawn = Gaussian.fit(images.extraction.moments(layer))
-            found[names[key]] = target.gaussians[layer].frechet_distance(drawn)
-    if images.logits is not None:
-        splits = inception_scores(images.logits, protocol.inception_splits)
-        values[names["is"]] = splits, "consecutive splits", len(splits)
-    real = target.real.features
-    estimates = kernel_distances(images.features, real, subset, protocol.kid_subsets, protocol.kid_seed)
-    disjoint = max(1, min(len(estimates), len(images) // subset))  # the subsets themselves overlap
-    values[names["kid"]] = estimates, f"subsets, {disjoint} at a time", disjoint
-    found |= {name: {"mean": float(part.mean()), "std": float(part.std())} for name, (part, *_) in values.items()}
-    realistic, covered = manifold_membership(images.features, real, protocol.neighbourhood, device)
-    values["precision"] = realistic, "samples", len(realistic)
-    values["recall"] = covered, "reference images", len(covered)
-    found |= {"precision": float(realistic.mean()), "recall": float(covered.mean())}
-    for (name, gaussian), extraction in zip(target.others.items(), images.others, strict=True):
-        found[name] = gaussian.frechet_distance(Gaussian.fit(extraction.moments()))
-    if images.net_classes and images.extraction.logits is not None:
-        labels = images.labels
-        found["class_agreement"] = None if labels is None else class_agreement(images.extraction.logits, labels)
-    if protocol.pixel_distances:
-        nearest = _pixel_distances(images.images, target.real.images)
-        found["nearest_distance"] = None if nearest is None else float(np.median(nearest))
-    return Scores({**found, "n": len(images)}, values)
+def score_intervals(scoring: Scoring) -> dict[str, Interval]:
+    """The 95 % interval of every score that has one, by name; {} where the protocol wants none."""
+    if not scoring.protocol.intervals:
+        return {}
+    found = {
+        scoring.names.get(key, key): metric.interval(scoring)
+        for key, metric in _applicable(scoring)
+        if metric.interval is not None
+    }
+    for (name, gaussian), extraction in zip(scoring.target.others.items(), scoring.images.others, strict=True):
+        distance = gaussian.frechet_distance(Gaussian.fit(extraction.moments["features"]))
+        found[name] = intervals.frechet(extraction.features, gaussian, distance, scoring.images.strata)
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def score_titles(scoring: Scoring) -> dict[str, str]:
+    """What tables call the scores, by name, where that is not their name."""
+    return {scoring.names.get(key, key): metric.title for key, metric in _applicable(scoring) if metric.title}
+
+
+def _applicable(scoring: Scoring) -> list[tuple[str, Metric]]:
+    return [(key, metric) for key, metric in METRICS.items() if metric.applies(scoring)]
 
 
 def _pixel_distances(images: LabelledImages, real: LabelledImages) -> np.ndarray | None:
@@ -194,40 +206,16 @@ def _pixel_distances(images: LabelledImages, real: LabelledImages) -> np.ndarray
     return nearest_distances(images.pixels, real.pixels)
 
 
-def score_intervals(
-    images: Measured, target: Target, scores: Scores, names: dict[str, str], protocol: Protocol
-) -> dict[str, dict[str, float | str]]:
-    """The 95 % interval of every score that has one, by name; {} where the protocol wants none."""
-    if not protocol.intervals:
-        return {}
-    found = {}
-    for key, layer in (("fd", "features"), ("sfd", "spatial")):
-        if names[key] in scores.figures:
-            name = names[key]
-            found[name] = jackknife(images.extraction.groups[layer], target.gaussians[layer], scores.figures[name])
-    for (name, gaussian), extraction in zip(target.others.items(), images.others, strict=True):
-        found[name] = jackknife(extraction.groups["features"], gaussian, scores.figures[name])
-    return found | {name: bootstrap(*values) for name, values in scores.values.items()}
-
-
 def compare_with_held_out(
-    drawn: Measured,
-    held_out: Measured | None,
-    target: Target,
-    scores: Scores,
-    own: Scores | None,
-    names: dict[str, str],
-    protocol: Protocol,
+    drawn: Scoring, scores: dict[str, Any], held_out: Scoring | None, own: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Samples beside held-out real images, at an equal number of each, because the Fréchet distance falls with n."""
     if held_out is None or own is None:
         return None
-    count = min(len(drawn), len(held_out))
-    (of_samples, recall), (of_held_out, own_recall) = (
-        _distance_and_recall(images, whole, count, target, names["fd"], protocol)
-        for images, whole in ((drawn, scores), (held_out, own))
-    )
-    distances = scores.figures.get("nearest_distance"), own.figures.get("nearest_distance")
+    count = min(len(drawn.images), len(held_out.images))
+    of_samples, recall = _distance_and_recall(drawn, scores, count)
+    of_held_out, own_recall = _distance_and_recall(held_out, own, count)
+    distances = scores.get("nearest_distance"), own.get("nearest_distance")
     return {
         "n": count,
         "fd_samples": of_samples,
@@ -239,15 +227,13 @@ def compare_with_held_out(
     }
 
 
-def _distance_and_recall(
-    images: Measured, scores: Scores, count: int, target: Target, name: str, protocol: Protocol
-) -> tuple[float, float]:
+def _distance_and_recall(scoring: Scoring, scores: dict[str, Any], count: int) -> tuple[float, float]:
     """Fréchet distance and recall of the first `count` images in the order of the splits."""
-    if count == len(images):
-        return scores.figures[name], scores.figures["recall"]
-    part = images.features[:count]
-    distance = target.gaussians["features"].frechet_distance(Gaussian.fit(Moments.of(part)))
-    _, covered = manifold_membership(part, target.real.features, protocol.neighbourhood)
+    if count == len(scoring.images):
+        return scores[scoring.names["fd"]], scores["recall"]
+    part = scoring.images.features[:count]
+    distance = scoring.target.gaussians["features"].frechet_distance(Gaussian.fit(Moments.of(part)))
+    _, covered = manifold_membership(part, scoring.target.real.features, scoring.protocol.neighbourhood)
     return distance, float(covered.mean())
 
 

@@ -30,7 +30,6 @@ from gspn_dit.locks import is_filled
 
 FORMAT_VERSION = 1
 SETTINGS = "generation.json"
-LABEL_RULES = ("uniform", "balanced")
 MAY_DIFFER = ("checkpoint", "guide_checkpoint", "vae", "complete", "environment", "resumed")
 """Settings that a resumed run may change: they name places and machines, not images (weights have hashes)."""
 _IMAGE = re.compile(r"\d{6,}-\d+\.png")

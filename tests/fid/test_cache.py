@@ -31,9 +31,9 @@ def test_what_is_kept_is_what_was_computed(tmp_path: Path, monkeypatch: pytest.M
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one.features, two.features)
         assert (one.logits is None) == (two.logits is None)
-        for layer in one.groups:
-            assert torch.equal(one.moments(layer).covariance, two.moments(layer).covariance)
-            assert one.moments(layer).count == two.moments(layer).count
+        for layer in one.moments:
+            assert torch.equal(one.moments[layer].covariance, two.moments[layer].covariance)
+            assert one.moments[layer].count == two.moments[layer].count
 
 
 def test_other_images_and_other_weights_have_other_keys() -> None:

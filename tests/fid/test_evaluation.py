@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 import fid
-from fid import evaluation, page, report
+from fid import evaluation, intervals, page, report
 from fid.cli import main
 from fid.features import FeatureNet
 from fid.images import LabelledImages, Reference
+from fid.scores import METRICS, Metric, Scoring
 from gspn_dit.data import load_images
 from gspn_dit.errors import UserError
 
@@ -62,6 +63,32 @@ def test_the_report_holds_every_setting(of_held_out: dict[str, Any], net: Featur
     assert settings["inception_score"]["splits"] == 10 and settings["precision_recall"]["neighbourhood"] == 3
     assert settings["kernel_distance"] == {"subsets": 50, "subset_size": 300, "seed": 0}
     assert {"torch", "torch-fidelity", "numpy", "gspn-dit", "python"} <= set(settings["versions"])
+
+
+def test_a_metric_is_one_entry(
+    net: FeatureNet, digits: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored beside the others, for the samples and the held-out images, with its interval and title."""
+
+    def ink(scoring: Scoring) -> np.ndarray:
+        return (scoring.images.images.pixels / 255).mean(axis=(1, 2, 3))
+
+    toy = Metric(
+        lambda scoring: float(ink(scoring).mean()),
+        lambda scoring: intervals.mean(ink(scoring), scoring.images.strata),
+        title="mean of the pixels",
+    )
+    monkeypatch.setitem(METRICS, "ink", toy)
+    monkeypatch.setitem(METRICS, "absent", Metric(lambda _: 1 / 0, applies=lambda scoring: len(scoring.images) > 5000))
+    drawn = LabelledImages(digits.images.pixels[:100], "some", digits.images.labels[:100])
+    result = fid.score(drawn, digits, net)
+    assert result["scores"]["ink"] == pytest.approx(drawn.pixels.mean() / 255) and "absent" not in result["scores"]
+    assert digits.held_out is not None
+    assert result["held_out"]["ink"] == pytest.approx(digits.held_out.pixels.mean() / 255)
+    assert result["intervals"]["ink"]["low"] < result["scores"]["ink"] < result["intervals"]["ink"]["high"]
+    report.write_report(result, drawn, tmp_path / "report")
+    rows = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert f"| mean of the pixels | {result['scores']['ink']:.4g} | {result['held_out']['ink']:.4g} |" in rows
 
 
 def test_training_images_as_samples_are_found_out(net: FeatureNet, digits: Reference) -> None:

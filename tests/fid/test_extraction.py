@@ -45,8 +45,8 @@ def test_batches_change_no_moment(net: FeatureNet, digits: Reference, net_name: 
     for batch_size in (1, 7, 64):
         (parts,), other = extract_all(images, [chosen], batch_size=batch_size)
         assert other == sha256 == images.sha256
-        for layer in whole.groups:
-            first, second = whole.moments(layer), parts.moments(layer)
+        for layer in whole.moments:
+            first, second = whole.moments[layer], parts.moments[layer]
             assert second.count == 150
             torch.testing.assert_close(second.mean, first.mean, rtol=0, atol=1e-6)
             torch.testing.assert_close(second.covariance, first.covariance, rtol=1e-6, atol=1e-6)
@@ -67,8 +67,14 @@ def test_several_nets_see_every_image_once() -> None:
     assert torch.equal(found[0].features, found[1].features) and found[1].logits is None
     alone, _ = extract_all(LabelledImages(pixels, "array"), nets, batch_size=4)
     assert torch.equal(found[0].features, alone[0].features)
-    assert set(found[0].groups) == {"features", "spatial"} and set(found[1].groups) == {"features"}
-    torch.testing.assert_close(found[0].moments().mean, found[0].features.double().mean(dim=0), rtol=0, atol=1e-9)
+    assert set(found[0].moments) == {"features", "spatial"} and set(found[1].moments) == {"features"}
+    means = found[0].moments["features"].mean
+    torch.testing.assert_close(means, found[0].features.double().mean(dim=0), rtol=0, atol=1e-9)
+    assert found[0].spatial is None
+    (kept,), _ = extract_all(LabelledImages(pixels, "array"), nets[:1], batch_size=4, keep_spatial=True)
+    assert kept.spatial is not None and kept.spatial.shape == (30, 6)
+    means = kept.moments["spatial"].mean
+    torch.testing.assert_close(means, kept.spatial.double().mean(dim=0), rtol=0, atol=1e-9)
 
 
 def test_grey_images_are_repeated_for_a_net_of_any_size() -> None:

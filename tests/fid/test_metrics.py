@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 
 from fid import metrics
 from fid.images import interleave
+from fid.intervals import half_samples
 from fid.metrics import (
     class_agreement,
     frechet_distance,
-    inception_score,
-    kernel_distance,
+    half_sample_recalls,
+    inception_scores,
+    kernel_distances,
+    manifold_membership,
     nearest_distances,
-    precision_recall,
 )
 from gspn_dit.errors import UserError
 
@@ -75,9 +77,9 @@ def test_features_that_are_not_finite_are_refused(bad: float) -> None:
     broken[3, 1] = broken[7, 0] = bad
     for metric in (
         lambda: frechet_distance(broken, good),
-        lambda: precision_recall(good, broken),
-        lambda: inception_score(broken),
-        lambda: kernel_distance(good, broken, 10),
+        lambda: manifold_membership(good, broken),
+        lambda: inception_scores(broken),
+        lambda: kernel_distances(good, broken, 10),
     ):
         with pytest.raises(UserError, match=r"the features of 2 of 20 (samples|reference images) are NaN or infinite"):
             metric()
@@ -90,12 +92,12 @@ def test_a_distance_that_overflows_is_an_error() -> None:
 
 def test_inception_score_of_perfect_classes_is_their_number() -> None:
     labels = torch.arange(10).repeat(20)
-    mean, deviation = inception_score(100.0 * torch.nn.functional.one_hot(labels, 10).float())
-    assert mean == pytest.approx(10, abs=1e-6) and deviation == pytest.approx(0, abs=1e-6)
+    scores = inception_scores(100.0 * torch.nn.functional.one_hot(labels, 10).float())
+    assert scores == pytest.approx([10] * 10, abs=1e-6)
 
 
 def test_inception_score_of_no_information_is_one() -> None:
-    assert inception_score(torch.zeros(50, 10)) == (pytest.approx(1.0), pytest.approx(0.0))
+    assert inception_scores(torch.zeros(50, 10)) == pytest.approx([1.0] * 10)
 
 
 def test_inception_score_by_hand() -> None:
@@ -103,41 +105,49 @@ def test_inception_score_by_hand() -> None:
     marginal = (0.9 + 0.2) / 2, (0.1 + 0.8) / 2
     divergences = [sum(p * math.log(p / q) for p, q in zip(row, marginal)) for row in probabilities[:2].tolist()]
     first = math.exp(sum(divergences) / 2)  # the second split has no information: 1
-    mean, deviation = inception_score(probabilities.log(), splits=2)
-    assert mean == pytest.approx((first + 1) / 2, abs=1e-12)
-    assert deviation == pytest.approx((first - 1) / 2, abs=1e-12)
+    assert inception_scores(probabilities.log(), splits=2) == pytest.approx([first, 1], abs=1e-12)
 
 
 def test_inception_score_depends_on_the_order_so_samples_are_interleaved() -> None:
     labels = np.arange(10).repeat(20)
     logits = 100.0 * torch.nn.functional.one_hot(torch.from_numpy(labels), 10).float()
-    assert inception_score(logits)[0] == pytest.approx(1)
-    assert inception_score(logits[interleave(labels, 200)])[0] == pytest.approx(10)
+    assert inception_scores(logits) == pytest.approx([1] * 10)
+    assert inception_scores(logits[interleave(labels, 200)]) == pytest.approx([10] * 10)
 
 
 def test_inception_score_needs_an_image_per_split() -> None:
     with pytest.raises(UserError, match="with 10 splits needs at least 10 samples, 9 given"):
-        inception_score(torch.zeros(9, 3))
+        inception_scores(torch.zeros(9, 3))
 
 
 def test_precision_and_recall_by_hand() -> None:
     reference = torch.tensor([[0.0], [1.0], [2.0]])  # each ball reaches 1 far
     samples = torch.tensor([[0.5], [1.5], [10.0], [10.5]])  # balls of 1, 1, 0.5, 0.5
-    precision, recall = precision_recall(samples, reference, neighbourhood=1)
-    assert precision == pytest.approx(2 / 4)
-    assert recall == pytest.approx(1.0)
+    realistic, covered = manifold_membership(samples, reference, neighbourhood=1)
+    assert (realistic.tolist(), covered.tolist()) == ([True, True, False, False], [True, True, True])
     # the other way round: of the reference, 0 lies 10 and 1 lies 9 from the nearest sample
-    precision, recall = precision_recall(torch.tensor([[2.0], [2.25], [10.0]]), reference, neighbourhood=1)
-    assert precision == pytest.approx(2 / 3)
-    assert recall == pytest.approx(1 / 3)
+    samples = torch.tensor([[2.0], [2.25], [10.0]])
+    realistic, covered = manifold_membership(samples, reference, neighbourhood=1)
+    assert (realistic.tolist(), covered.tolist()) == ([True, True, False], [False, False, True])
 
 
 def test_precision_and_recall_of_a_set_against_itself_and_far_away() -> None:
     features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
-    assert precision_recall(features, features) == (1.0, 1.0)
-    assert precision_recall(features, features + 1000) == (0.0, 0.0)
+    assert all(members.all() for members in manifold_membership(features, features))
+    assert not any(members.any() for members in manifold_membership(features, features + 1000))
     with pytest.raises(UserError, match="with k = 3 needs at least 4 samples, 3 given"):
-        precision_recall(features[:3], features)
+        manifold_membership(features[:3], features)
+
+
+@pytest.mark.parametrize(("count", "neighbourhood"), [(40, 3), (41, 1), (200, 3), (9, 3)])
+def test_recalls_of_halves_are_those_of_the_halves_alone(count: int, neighbourhood: int) -> None:
+    """Among few samples all neighbours are listed; among many a half nearly always finds its own in the list."""
+    generator = torch.Generator().manual_seed(count)
+    samples, real = torch.randn(count, 4, generator=generator), torch.randn(70, 4, generator=generator)
+    halves = half_samples(count)
+    expected = [manifold_membership(samples[part], real, neighbourhood)[1].mean() for part in torch.from_numpy(halves)]
+    assert half_sample_recalls(samples, real, halves, neighbourhood) == pytest.approx(expected, abs=1e-12)
+    assert np.std(expected) > 0
 
 
 def test_kernel_distance_is_the_unbiased_estimate() -> None:
@@ -149,16 +159,16 @@ def test_kernel_distance_is_the_unbiased_estimate() -> None:
 
     within = sum((kernel(x, x).sum() - np.trace(kernel(x, x))) / 30 for x in (first, second))
     expected = within - 2 * kernel(first, second).mean()
-    mean, deviation = kernel_distance(torch.from_numpy(first), torch.from_numpy(second), 6, subsets=3)
-    assert mean == pytest.approx(expected, rel=1e-9) and deviation == pytest.approx(0, abs=1e-9)
+    found = kernel_distances(torch.from_numpy(first), torch.from_numpy(second), 6, subsets=3)
+    assert found == pytest.approx([expected] * 3, rel=1e-9)
 
 
 def test_kernel_distance_repeats_with_its_seed() -> None:
     first, second = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0))
-    assert kernel_distance(first, second, 20, seed=1) == kernel_distance(first, second, 20, seed=1)
-    assert kernel_distance(first, second, 20, seed=1) != kernel_distance(first, second, 20, seed=2)
+    once, again, other = (kernel_distances(first, second, 20, seed=seed) for seed in (1, 1, 2))
+    assert (once == again).all() and (once != other).all()
     with pytest.raises(UserError, match="needs at least 60 samples, 50 given"):
-        kernel_distance(first, second, 60)
+        kernel_distances(first, second, 60)
 
 
 def test_nearest_distances_by_hand() -> None:

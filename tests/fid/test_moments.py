@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fid.extraction import GROUPS, GroupedMoments, group_ids
+from fid.extraction import RunningMoments
 from fid.moments import Gaussian, Moments, merged
 from gspn_dit.errors import UserError
 
@@ -93,22 +93,11 @@ def test_merged_moments_are_those_of_the_whole(sizes: list[int], offset: float) 
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100, 2000])
-def test_groups_do_not_depend_on_the_batches(batch_size: int) -> None:
-    values, ids = rows(1100, 4), group_ids(1100)
-    grouped = GroupedMoments(4)
-    for part, members in zip(values.split(batch_size), np.array_split(ids, range(batch_size, 1100, batch_size))):
-        grouped.add(part, members)
-    found = grouped.finish()
-    assert [part.count for part in found] == [110] * GROUPS
-    for group, part in enumerate(found):
-        expected = Moments.of(values[torch.from_numpy(ids == group)])
-        torch.testing.assert_close(part.mean, expected.mean, rtol=0, atol=1e-12)
-        torch.testing.assert_close(part.scatter, expected.scatter, rtol=0, atol=1e-10)
-
-
-def test_groups_mix_any_order() -> None:
-    """Whatever period the labels have, every group holds every class about equally often."""
-    ids = group_ids(1000)
-    for period in (2, 10, 100):
-        counts = np.bincount(ids[np.arange(1000) % period == 0], minlength=GROUPS)
-        assert counts.max() <= 3 * max(1, counts.mean())
+def test_running_moments_do_not_depend_on_the_batches(batch_size: int) -> None:
+    values, running = rows(1100, 4), RunningMoments(4)
+    for part in values.split(batch_size):
+        running.add(part)
+    found, expected = running.finish(), Moments.of(values)
+    assert found.count == 1100
+    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.scatter, expected.scatter, rtol=0, atol=1e-9)

@@ -68,7 +68,7 @@ def test_adm_statistics_take_the_place_of_the_images_moments(tmp_path: Path) -> 
     (found,), _ = extract_all(drawn, [tiny_net()])
     for name, layer, mean, covariance in (("FID", "features", "mu", "sigma"), ("sFID", "spatial", "mu_s", "sigma_s")):
         target = Gaussian(torch.from_numpy(arrays[mean]), torch.from_numpy(arrays[covariance]))
-        own = Gaussian.fit(found.moments(layer))
+        own = Gaussian.fit(found.moments[layer])
         assert scores[name] == pytest.approx(target.frechet_distance(own), abs=1e-9)
         assert report["intervals"][name]["low"] <= scores[name] <= report["intervals"][name]["high"]
     images_only = score(drawn, Reference(reference.images))["scores"]

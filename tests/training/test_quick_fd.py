@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from fid.features import extract, load_feature_net
+from fid.extraction import extract
+from fid.features import load_feature_net
 from fid.metrics import frechet_distance
 from fid.quick import load_scorer
 from gspn_dit.config import Config, TrainArguments
