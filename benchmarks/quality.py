@@ -139,9 +139,9 @@ def milliseconds_per_step(data: str, variants: list[str], size: str, work: Path)
     import torch
 
     from gspn_dit.config import parse_train_arguments
+    from gspn_dit.tasks import create_task
     from gspn_dit.training import loop
     from gspn_dit.training.run_directory import RunDirectory
-    from gspn_dit.training.setup import build_parts
 
     torch.set_num_threads(1)
     trainers = {}
@@ -150,7 +150,7 @@ def milliseconds_per_step(data: str, variants: list[str], size: str, work: Path)
         folder.mkdir(parents=True, exist_ok=True)
         config = parse_train_arguments(train_arguments(data, variant, size, 0, 100, folder)).config
         accelerator = loop.create_accelerator(config)
-        trainers[variant] = loop.Trainer(config, build_parts(config), accelerator, RunDirectory(folder, None))
+        trainers[variant] = loop.Trainer(config, create_task(config), accelerator, RunDirectory(folder, None))
     rounds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(CALIBRATION_STEPS):
         for variant, trainer in trainers.items():

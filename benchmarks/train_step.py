@@ -43,16 +43,16 @@ def measure(config_path: str, steps: int) -> dict[str, Any]:
 
     from benchmarks.measure import CpuDevice, milliseconds, software
     from gspn_dit.config import load_config
+    from gspn_dit.tasks import create_task
     from gspn_dit.training import loop
     from gspn_dit.training.run_directory import RunDirectory
-    from gspn_dit.training.setup import build_parts
 
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(load_config(config_path), output_dir=folder)
-        parts = build_parts(config)
-        trainer = loop.Trainer(config, parts, loop.create_accelerator(config), RunDirectory(Path(folder), None))
+        task = create_task(config)
+        trainer = loop.Trainer(config, task, loop.create_accelerator(config), RunDirectory(Path(folder), None))
         watches = {name: Stopwatch() for name in ("forward", "backward", "optimizer")}
-        parts.objective.loss = watches["forward"].wrap(parts.objective.loss)  # type: ignore[method-assign]
+        task.loss = watches["forward"].wrap(task.loss)  # type: ignore[method-assign]
         trainer.accelerator.backward = watches["backward"].wrap(trainer.accelerator.backward)  # type: ignore[method-assign]
         loop.optimizer_step = watches["optimizer"].wrap(loop.optimizer_step)  # type: ignore[assignment]
         rows = []

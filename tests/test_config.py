@@ -37,6 +37,7 @@ from gspn_dit.ops import DIRECTIONS
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 FIXED_KEYS = [
+    "task",
     "output_dir",
     "seed",
     "model.name",
@@ -228,7 +229,7 @@ def test_stray_arguments_are_named(word: str) -> None:
         ("training.mixed_precision", "fp16"),
         ("training.trackers", "tensorboard"),
         ("data.horizontal_flip", "7"),
-        ("objective.name", "noise"),
+        ("objective.timestep_sampling", "noise"),
         ("sampling.guidance_interval", "0.5"),
         ("sampling.guidance_interval", "[0.1, 0.5, 0.9]"),
         ("model", "GSPN-N/2"),

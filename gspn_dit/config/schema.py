@@ -141,7 +141,8 @@ class LatentConfig(Section):
 class ObjectiveConfig(Section):
     """What the model learns to predict, and at which times."""
 
-    name: Literal["velocity", "epsilon"] = "velocity"
+    name: str = "velocity"
+    """velocity, epsilon, or what else is registered in `gspn_dit.diffusion.OBJECTIVES`."""
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     logit_normal_mean: float = 0.0
     logit_normal_std: float = 1.0
@@ -297,6 +298,8 @@ class SamplingConfig(Section):
 class Config(Section):
     """Everything a run is a function of."""
 
+    task: str = "class-conditional"
+    """What the run learns, of `gspn_dit.tasks.TASKS`."""
     output_dir: str = "runs/default"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)

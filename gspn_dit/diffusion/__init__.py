@@ -1,16 +1,41 @@
 """Objectives, guidance and sampling; a model is any callable `model(latents, timesteps, class_labels)`."""
 
+from gspn_dit.config import ObjectiveConfig
+from gspn_dit.diffusion.epsilon import EpsilonObjective
 from gspn_dit.diffusion.guidance import Guidance
-from gspn_dit.diffusion.objective import Objective, create_objective
-from gspn_dit.diffusion.sampling import CHUNK, SAMPLERS, STEP_NOISE, draw_noise, sample_latents
+from gspn_dit.diffusion.objective import Denoiser, Objective
+from gspn_dit.diffusion.sampling import (
+    CHUNK,
+    SAMPLERS,
+    STEP_NOISE,
+    draw_latents,
+    draw_noise,
+    sample_latents,
+)
+from gspn_dit.diffusion.velocity import VelocityObjective
+from gspn_dit.errors import UserError, nearest
 
 __all__ = [
     "CHUNK",
+    "OBJECTIVES",
     "SAMPLERS",
     "STEP_NOISE",
+    "Denoiser",
     "Guidance",
     "Objective",
     "create_objective",
+    "draw_latents",
     "draw_noise",
     "sample_latents",
 ]
+
+OBJECTIVES: dict[str, type[Objective]] = {"velocity": VelocityObjective, "epsilon": EpsilonObjective}
+"""By the name that the config key `objective.name` gives."""
+
+
+def create_objective(config: ObjectiveConfig) -> Objective:
+    """Build the objective a config names; raises UserError for an unknown one."""
+    if config.name not in OBJECTIVES:
+        known = f"{', '.join(OBJECTIVES)}{nearest(config.name, OBJECTIVES)}"
+        raise UserError(f"unknown objective.name '{config.name}'; allowed are {known}")
+    return OBJECTIVES[config.name](config)

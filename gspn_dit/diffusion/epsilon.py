@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.config import ObjectiveConfig
-from gspn_dit.diffusion.objective import Model, Objective
+from gspn_dit.diffusion.objective import Denoiser, Objective
 
 NUM_TIMESTEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02
@@ -87,20 +87,12 @@ class EpsilonObjective(Objective):
         """Map uniforms to ⌊1000·t⌋, whole numbers of 0 … 999 in the dtype of `uniforms`."""
         return (NUM_TIMESTEPS * self.times(uniforms)).floor().clamp(max=NUM_TIMESTEPS - 1)
 
-    def loss(
-        self,
-        model: Model,
-        latents: Tensor,
-        class_labels: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        keep_mask: Tensor | None = None,
-    ) -> Tensor:
+    def loss(self, denoise: Denoiser, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the mean over channels and pixels of (epsilon - ε)², plus the variational bound's term, [B]."""
         steps = timesteps.long()
         alpha_bar = self._at(steps, latents).alpha_bar
         noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-        output = model(noisy, steps.to(latents.dtype), class_labels, keep_mask).to(latents.dtype)
+        output = denoise(noisy, steps.to(latents.dtype)).to(latents.dtype)
         epsilon, variance_values = output.chunk(2, dim=1)
         simple = (epsilon - noise).square().flatten(1).mean(dim=1)
         return simple + self.variational_bound(latents, noise, steps, epsilon.detach(), variance_values)

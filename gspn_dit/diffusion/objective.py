@@ -12,8 +12,8 @@ from torch import Tensor
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.errors import UserError
 
-Model = Callable[..., Tensor]
-"""`model(latents [B, C, H, W], timesteps [B], class_labels [B], keep_mask=None) -> [B, out_channels, H, W]`."""
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""`denoise(latents [B, C, H, W], timesteps [B]) -> [B, out_channels, H, W]`: a model that knows its conditioning."""
 
 
 class Objective(ABC):
@@ -61,18 +61,10 @@ class Objective(ABC):
         """Map uniform draws [B] in [0, 1) to training timesteps [B] in [0, 1000]."""
 
     @abstractmethod
-    def loss(
-        self,
-        model: Model,
-        latents: Tensor,
-        class_labels: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        keep_mask: Tensor | None = None,
-    ) -> Tensor:
+    def loss(self, denoise: Denoiser, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the loss of each sample, [B], in float32 or better.
 
-        latents and noise are [B, C, H, W], class_labels int64 [B], timesteps [B] in [0, 1000].
+        latents and noise are [B, C, H, W], timesteps [B] in [0, 1000].
         """
 
     @abstractmethod
@@ -82,11 +74,3 @@ class Objective(ABC):
     @abstractmethod
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split a model's output into the prediction [B, C, H, W] and what guidance must not touch (a variance)."""
-
-
-def create_objective(config: ObjectiveConfig) -> Objective:
-    """Build the objective a config names."""
-    from gspn_dit.diffusion.epsilon import EpsilonObjective
-    from gspn_dit.diffusion.velocity import VelocityObjective
-
-    return {"velocity": VelocityObjective, "epsilon": EpsilonObjective}[config.name](config)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn_dit import rng
 from gspn_dit.diffusion.guidance import Guidance
-from gspn_dit.diffusion.objective import Model, Objective
+from gspn_dit.diffusion.objective import Objective
+
+Model = Callable[..., Tensor]
+"""`model(latents [B, C, H, W], timesteps [B], class_labels [B]) -> [B, out_channels, H, W]`."""
 
 SAMPLERS = ("euler", "heun", "ddpm", "ddim", "dpm++", "unipc")
 """The samplers of all objectives: the first two of velocity, the others of epsilon."""
@@ -81,19 +84,11 @@ def sample_latents(
     stochastic = sampler in objective.stochastic_samplers
     if stochastic and (seed is None or indices is None):
         raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
-    latents, null_labels = noise, torch.full_like(class_labels, null_label)
+    predict = _prediction(model, objective, class_labels, null_label, guidance, guide)
+    latents = noise
     for step, timestep in enumerate(scheduler.timesteps):
-        times = timestep.to(noise).expand(len(noise))
-        if guidance.acts(float(timestep) / scheduler.config.num_train_timesteps):
-            if guide is None:
-                labels = torch.cat([class_labels, null_labels])
-                strong, weak = model(latents.repeat(2, 1, 1, 1), times.repeat(2), labels).chunk(2)
-            else:
-                strong, weak = (network(latents, times, class_labels) for network in (model, guide))
-            (conditional, variance), (weaker, _) = (objective.split_output(output) for output in (strong, weak))
-            prediction = guidance.combine(conditional, weaker)
-        else:
-            prediction, variance = objective.split_output(model(latents, times, class_labels))
+        guided = guidance.acts(float(timestep) / scheduler.config.num_train_timesteps)
+        prediction, variance = predict(latents, timestep.to(noise).expand(len(noise)), guided)
         if variance is not None and scheduler.config.get("variance_type") == "learned_range":
             prediction = torch.cat([prediction, variance], dim=1)
         options: dict[str, Any] = {}
@@ -104,3 +99,50 @@ def sample_latents(
         if on_step is not None:
             on_step()
     return latents
+
+
+def _prediction(
+    model: Model,
+    objective: Objective,
+    class_labels: Tensor,
+    null_label: int,
+    guidance: Guidance,
+    guide: Model | None,
+) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    """Return what maps (latents, timesteps, whether to guide) to the prediction and what guidance must not touch."""
+    both = torch.cat([class_labels, torch.full_like(class_labels, null_label)])
+
+    def predict(latents: Tensor, times: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        if not guided:
+            return objective.split_output(model(latents, times, class_labels))
+        if guide is None:
+            strong, weak = model(latents.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
+        else:
+            strong, weak = (network(latents, times, class_labels) for network in (model, guide))
+        (conditional, variance), (weaker, _) = (objective.split_output(output) for output in (strong, weak))
+        return guidance.combine(conditional, weaker), variance
+
+    return predict
+
+
+def draw_latents(
+    model: nn.Module,
+    objective: Objective,
+    shape: Sequence[int],
+    class_labels: Tensor,
+    null_label: int,
+    num_inference_steps: int,
+    seed: int,
+    indices: Sequence[int],
+    **options: Any,
+) -> Tensor:
+    """Return latents [B, *shape] by class and index on the model's device; latent i depends on (seed, i) and its label.
+
+    `options` are those of `sample_latents`, whose errors are raised.
+    """
+    weight = next(model.parameters())
+    noise = draw_noise(seed, indices, shape).to(weight)
+    labels = class_labels.to(weight.device)
+    return sample_latents(
+        model, objective, noise, labels, null_label, num_inference_steps, seed=seed, indices=indices, **options
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gspn_dit.diffusion.objective import Model, Objective
+from gspn_dit.diffusion.objective import Denoiser, Objective
 
 TIMESTEP_SCALE = 1000
 """The model receives 1000·t."""
@@ -25,19 +25,11 @@ class VelocityObjective(Objective):
         """Map uniforms to 1000·t."""
         return TIMESTEP_SCALE * self.times(uniforms)
 
-    def loss(
-        self,
-        model: Model,
-        latents: Tensor,
-        class_labels: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        keep_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean over channels and pixels of (model(x_t) - (ε - x₀))², [B]."""
+    def loss(self, denoise: Denoiser, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the mean over channels and pixels of (denoise(x_t) - (ε - x₀))², [B]."""
         t = (timesteps / TIMESTEP_SCALE).to(latents.dtype)[:, None, None, None]
         noisy = (1 - t) * latents + t * noise
-        velocity = model(noisy, timesteps.to(latents.dtype), class_labels, keep_mask)
+        velocity = denoise(noisy, timesteps.to(latents.dtype))
         error = velocity.to(latents.dtype) - (noise - latents)
         return error.square().flatten(1).mean(dim=1)
 

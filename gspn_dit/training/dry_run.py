@@ -18,7 +18,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds, scan_multiply_adds
 from gspn_dit.models.gspn import GSPNMixer
-from gspn_dit.training.setup import check_guided_channels
+from gspn_dit.tasks.class_conditional import check_guided_channels
 from gspn_dit.training.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4

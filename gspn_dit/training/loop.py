@@ -18,25 +18,21 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from gspn_dit.checkpoint import load_tensors, read_manifest
 from gspn_dit.config import Config, TrainArguments
-from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import LocalUserError, UserError, advise_on_memory
 from gspn_dit.locks import sole_job
-from gspn_dit.training.draws import training_draws
+from gspn_dit.tasks import Task, create_task
+from gspn_dit.training.companions import Companion
 from gspn_dit.training.ema import EMA, PowerEMA
-from gspn_dit.training.finetune import start_from
 from gspn_dit.training.optimizer import create_optimizer, learning_rate, optimizer_step
 from gspn_dit.training.parallel import (
     create_accelerator,
     peak_memory_bytes,
     prepare_training,
     prepare_weights,
-    training_flops,
 )
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.quick_fd import QuickFD, ScorerLoader, create_quick_fd
-from gspn_dit.training.repa import Alignment, check_alignment
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
-from gspn_dit.training.setup import Parts, build_parts
 from gspn_dit.training.sharding import backward, gathered, no_gradient_exchange, whole_tensors
 from gspn_dit.training.state import restore_tensors, save_state
 from gspn_dit.training.stop import StopSignal
@@ -112,18 +108,18 @@ def _train_alone(arguments: TrainArguments, load_scorer: ScorerLoader | None, ac
     config = arguments.config
     directory = open_run_directory(config, arguments.resume, arguments.overwrite)
     _check_same_step(directory, accelerator)
-    parts = build_parts(config)
-    _check_data(directory, parts)
-    check_alignment(config, parts.model, parts.description["data"]["images"], parts.latent.size)
-    if config.training.initialize_from is not None and directory.checkpoint is None:
-        start_from(config.training.initialize_from, parts)
-    quick_fd = create_quick_fd(config, parts, accelerator, load_scorer)
+    task = create_task(config)
+    if directory.checkpoint is not None:
+        task.check_resumed(directory.checkpoint, read_manifest(directory.checkpoint))
+    elif config.training.initialize_from is not None:
+        task.start_from(config.training.initialize_from)
+    quick_fd = create_quick_fd(config, task, accelerator, load_scorer)
     accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
     if accelerator.is_main_process:
         directory.begin(config, arguments.overwrite)
     accelerator.wait_for_everyone()
     try:
-        Trainer(config, parts, accelerator, directory, quick_fd).run()
+        Trainer(config, task, accelerator, directory, quick_fd).run()
     finally:
         accelerator.end_training()
 
@@ -138,53 +134,40 @@ def _check_same_step(directory: RunDirectory, accelerator: Accelerator) -> None:
         )
 
 
-def _check_data(directory: RunDirectory, parts: Parts) -> None:
-    if directory.checkpoint is None:
-        return
-    manifest = read_manifest(directory.checkpoint)
-    refuse_other_vae(manifest["latent"], parts.latent.spec())
-    before, now = manifest["data"], parts.description["data"]
-    if before["fingerprint"] != now["fingerprint"]:
-        raise UserError(
-            f"{directory.checkpoint} was trained on other data: {before['images']} images of '{before['name']}' then, "
-            f"{now['images']} of '{now['name']}' now; restore it, or start afresh"
-        )
-
-
 class Trainer:
     """Model, EMA and optimiser at a step, and the loop that moves them on."""
 
     def __init__(
         self,
         config: Config,
-        parts: Parts,
+        task: Task,
         accelerator: Accelerator,
         directory: RunDirectory,
         quick_fd: QuickFD | None = None,
     ) -> None:
-        self.config, self.parts, self.accelerator, self.directory = config, parts, accelerator, directory
+        self.config, self.task, self.accelerator, self.directory = config, task, accelerator, directory
         self.quick_fd = quick_fd
         self.step = 0
         """Optimiser steps done, skipped ones included."""
-        parts.latent.to(accelerator.device)
-        self.model = parts.model.to(accelerator.device)
-        self.dtype = next(self.model.parameters()).dtype
-        self.flops_per_image = training_flops(self.model, parts.latent.size)
+        task.to(accelerator.device)
+        self.model = task.model.to(accelerator.device)
+        self.flops_per_image = 6 * task.multiply_adds()
+        """Two for each multiply-add, thrice the forward pass. What is computed twice to save memory counts once."""
         self.ema = EMA(self.model, config.training.ema_decay)
-        self.sharding = prepare_weights(self.model, self.ema.model, config.training, accelerator)
+        self.sharding = prepare_weights(task, self.ema.model, config.training, accelerator)
         self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in config.training.ema_sigma_rel]
         self.forward_model, self.optimizer = prepare_training(
             self.model, create_optimizer(self.model, config.training), self.sharding, config.training, accelerator
         )
-        self.alignment: Alignment | None = None
-        if config.training.repa_features is not None:
-            self.alignment = Alignment(config, self.model, parts.latent.size, accelerator)
+        self.companions = {
+            name: Companion(module, config.training, accelerator) for name, module in task.companions.items()
+        }
         self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
             torch.zeros((), device=accelerator.device) for _ in range(3)
         )
         self.saved_step: int | None = None
-        self.losses: list[Tensor] = []
-        """This process's losses since the last line of metrics, 0-d."""
+        self.losses: dict[str, list[Tensor]] = {}
+        """This process's losses since the last line of metrics, by the task's names, 0-d."""
         if directory.checkpoint is not None:
             self._restore(directory)
 
@@ -199,28 +182,38 @@ class Trainer:
         self.nonfinite_in_a_row += manifest["nonfinite_in_a_row"]
         self.saved_step = self.step
         self.longest_failure += manifest["nonfinite_in_a_row"]
-        losses = (math.nan if loss is None else loss for loss in manifest["losses_since_log"])
-        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in losses]
+        since_log = {"loss": manifest["losses_since_log"], **manifest.get("metrics_since_log", {})}
+        for name, values in since_log.items():
+            numbers = (math.nan if value is None else value for value in values)
+            self.losses[name] = [torch.tensor(number, device=self.accelerator.device) for number in numbers]
         restore_tensors(directory.checkpoint, self.model, self.ema, self.power_emas, self.optimizer)
-        if self.alignment is not None:
-            self.alignment.load(load_tensors(directory.checkpoint, "repa"))
+        for name, companion in self.companions.items():
+            companion.load(load_tensors(directory.checkpoint, name))
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of this step and delete those no longer wanted."""
         if self.saved_step == self.step:
             return
         self._check_finite()
-        losses = self.accelerator.reduce(torch.stack(self.losses), reduction="mean").tolist() if self.losses else []
+        since_log = {name: self._averaged(values) for name, values in self.losses.items()}
         manifest = {
-            **self.parts.description,
+            **self.task.describe(),
             "config": self.config.to_dict(),
             "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
             "nonfinite_steps": int(self.nonfinite_steps),
             "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
-            "losses_since_log": [loss if math.isfinite(loss) else None for loss in losses],
+            "losses_since_log": since_log.pop("loss", []),
+            **({"metrics_since_log": since_log} if since_log else {}),
         }
         save_state(self, manifest, progress)
         self.saved_step = self.step
+
+    def _averaged(self, values: list[Tensor]) -> list[float | None]:
+        """Return the means over the processes, None for what is not finite."""
+        if not values:
+            return []
+        means = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
+        return [mean if math.isfinite(mean) else None for mean in means]
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -232,47 +225,30 @@ class Trainer:
         first += (micro_step * accelerator.num_processes + accelerator.process_index) * size
         return range(first, first + size)
 
-    def micro_loss(self, numbers: range) -> Tensor:
-        """Return the mean loss of the samples with these numbers, 0-d."""
-        device, dtype = self.accelerator.device, self.dtype
-        latents, labels = self.parts.training.training(numbers)
-        draws = training_draws(
-            self.config.seed,
-            numbers,
-            latents,
-            labels,
-            self.parts.objective,
-            self.config.training.class_dropout,
-            self.model.null_label,
-            self.model.drop_path_rates,
-        )
-        loss = self.parts.objective.loss(
-            self.forward_model,
-            latents.to(device, dtype),
-            draws.class_labels.to(device),
-            draws.noise.to(device, dtype),
-            draws.timesteps.to(device),
-            None if draws.keep_mask is None else draws.keep_mask.to(device),
-        ).mean()
-        return loss if self.alignment is None else loss + self.alignment.loss(numbers)
+    def micro_losses(self, numbers: range) -> dict[str, Tensor]:
+        """Return the task's mean losses of the samples with these numbers, 0-d; "loss" is minimised."""
+        return self.task.loss(self.forward_model, numbers)
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        """Take one optimiser step; return this process's mean loss and the gradients' norm, 0-d, on the device."""
+    def train_step(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Take one optimiser step; return this process's mean losses and the gradients' norm, 0-d, on the device."""
         settings = self.config.training
-        total = torch.zeros((), device=self.accelerator.device)
+        totals: dict[str, Tensor] = {}
         for micro_step in range(settings.gradient_accumulation_steps):
             last = micro_step == settings.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else no_gradient_exchange(self.forward_model, self.accelerator):
-                loss = self.micro_loss(self.sample_numbers(self.step, micro_step))
+                losses = self.micro_losses(self.sample_numbers(self.step, micro_step))
+                loss = losses["loss"]
                 # A loss that is not finite makes every gradient so, in all processes: the step will be skipped.
                 poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
                 scaled = loss * poison / settings.gradient_accumulation_steps
                 backward(self.forward_model, scaled, self.accelerator)
-            total += loss.detach() / settings.gradient_accumulation_steps
+            for name, value in losses.items():
+                part = value.detach() / settings.gradient_accumulation_steps
+                totals[name] = totals[name] + part if name in totals else part
         rate = learning_rate(settings, self.step)
         norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)
-        if self.alignment is not None:
-            self.alignment.step(rate, took_step)
+        for companion in self.companions.values():
+            companion.step(rate, took_step)
         self.ema.update(self.model, took_step)
         for average in self.power_emas:
             average.update(self.model, self.step + 1)
@@ -281,7 +257,7 @@ class Trainer:
         self.nonfinite_in_a_row *= 1 - took_step
         torch.maximum(self.longest_failure, self.nonfinite_in_a_row, out=self.longest_failure)
         self.step += 1
-        return total, norm
+        return totals, norm
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -292,15 +268,16 @@ class Trainer:
             self.accelerator.print(f"{self.directory.path} is already at step {self.step} of {settings.max_steps}")
             return
         if self.accelerator.is_main_process:
-            print(summarise(self.config, self.parts, self.directory.path, self.step, self.accelerator), flush=True)
+            print(summarise(self.config, self.task, self.directory.path, self.step, self.accelerator), flush=True)
         start_trackers(self.accelerator, self.config)
         progress = Progress(self.step, settings.max_steps, self.accelerator)
         with StopSignal(self.accelerator.num_processes) as stop, progress:
             started, first_step = time.perf_counter(), self.step
             asked: int | None = None
             while self.step < settings.max_steps and asked is None:
-                loss, norm = self.train_step()
-                self.losses.append(loss)
+                losses, norm = self.train_step()
+                for name, value in losses.items():
+                    self.losses.setdefault(name, []).append(value)
                 progress.advance()
                 if self._due(settings.log_every):
                     seconds = time.perf_counter() - started
@@ -332,10 +309,11 @@ class Trainer:
 
     def _log(self, norm: Tensor, images_per_second: float, progress: Progress) -> None:
         """Write the mean loss since the last line, and stop the run if steps keep failing."""
-        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
+        means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
+        means = {name: self.accelerator.reduce(mean, reduction="mean") for name, mean in means.items()}
         self.losses.clear()
         values = {
-            "loss": loss.item(),
+            **{name: mean.item() for name, mean in means.items()},
             "learning_rate": learning_rate(self.config.training, self.step - 1),
             "grad_norm": norm.item(),
             "images_per_second": images_per_second,
@@ -366,37 +344,21 @@ class Trainer:
                 self.accelerator.log(values, step=self.step)
 
     def _validate(self, progress: Progress) -> None:
-        from gspn_dit.training.validation import validation_loss
+        from gspn_dit.training.validation import validate
 
-        if self.parts.validation is None:
-            return
         with gathered(self.ema.model):
-            values = validation_loss(
-                self.ema.model,
-                self.parts.validation,
-                self.parts.objective,
-                self.config.seed,
-                self.config.training.validation_images,
-                len(self.sample_numbers(0, 0)),
-                self.accelerator,
-            )
-        self._record(values)
-        progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
+            values = validate(self.ema.model, self.task, len(self.sample_numbers(0, 0)), self.accelerator)
+        if values:
+            self._record(values)
+        if "val_loss" in values:
+            progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
 
     def _sample(self) -> None:
-        from gspn_dit.training.previews import save_preview
-
         with gathered(self.ema.model):
             if self.accelerator.is_main_process:
-                save_preview(
-                    self.directory.path / "samples" / f"step-{self.step:08d}.png",
-                    self.ema.model,
-                    self.parts.objective,
-                    self.parts.latent,
-                    self.parts.training.images.class_names,
-                    self.config.sampling,
-                    self.config.seed,
-                )
+                folder = self.directory.path / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                self.task.preview(self.ema.model, folder / f"step-{self.step:08d}.png")
             self.accelerator.wait_for_everyone()
 
     def _score(self, quick_fd: QuickFD, progress: Progress) -> None:

@@ -12,8 +12,7 @@ from torch import nn
 
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
-from gspn_dit.models import DiffusionModel
-from gspn_dit.models.flops import forward_multiply_adds
+from gspn_dit.tasks import Task
 from gspn_dit.training.sharding import chosen_sharding, shard
 from gspn_dit.training.trackers import FOLDER, check_trackers
 from gspn_dit.training.zero import STAGES, ZeroAdamW
@@ -55,23 +54,22 @@ def _choose_precision(settings: TrainingConfig) -> None:
     torch.backends.cudnn.allow_tf32 = settings.tf32
 
 
-def prepare_weights(
-    model: DiffusionModel, average: DiffusionModel, settings: TrainingConfig, accelerator: Accelerator
-) -> str:
+def prepare_weights(task: Task, average: nn.Module, settings: TrainingConfig, accelerator: Accelerator) -> str:
     """Set how the blocks run, and let FSDP split model and average if that is asked for; return `chosen_sharding`."""
-    model.gradient_checkpointing = settings.activation_checkpointing
+    if settings.activation_checkpointing:
+        task.checkpoint_activations()
     if settings.compile:
-        for block in model.blocks:  # compiled once for all blocks of a kind, and gathered one by one under FSDP
+        for block in task.blocks(task.model):  # once for all blocks of a kind, and gathered one by one under FSDP
             block.compile(fullgraph=True)
     sharding = chosen_sharding(settings, accelerator)
     if sharding == "fsdp":
-        for part in (model, average):
-            shard(part, accelerator.device)
+        for part in (task.model, average):
+            shard(part, task.blocks(part), accelerator.device)
     return sharding
 
 
 def prepare_training(
-    model: DiffusionModel,
+    model: nn.Module,
     optimizer: torch.optim.AdamW,
     sharding: str,
     settings: TrainingConfig,
@@ -84,14 +82,6 @@ def prepare_training(
         return forward, optimizer
     zero = ZeroAdamW(model, optimizer, settings, STAGES[sharding])
     return zero.engine, zero
-
-
-def training_flops(model: DiffusionModel, latent_size: int) -> int:
-    """Return the floating-point operations that one image costs: two per multiply-add, thrice the forward pass.
-
-    What is computed twice to save memory is not counted twice: this is what the model needs, not what it spends.
-    """
-    return 6 * forward_multiply_adds(model, latent_size, latent_size)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

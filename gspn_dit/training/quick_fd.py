@@ -1,8 +1,7 @@
 """A Fréchet distance to watch while training: few samples, so a trend within one run, never a figure to compare.
 
-Samples are drawn from the averaged weights without guidance, of all classes in turn, always from the same noise. The
-reference is training images as the latent decodes them, so that the model is measured and not its autoencoder; of a
-stream, which cannot be asked for an image, it is the held-out ones.
+Samples are drawn from the averaged weights without guidance, always from the same noise. The reference is real images
+as the task would draw them, through its autoencoder, so that the model is measured and not the autoencoder.
 """
 
 from __future__ import annotations
@@ -15,17 +14,16 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn_dit.config import Config
 from gspn_dit.data.images import evenly_spaced
-from gspn_dit.diffusion import CHUNK, draw_noise, sample_latents
+from gspn_dit.diffusion import CHUNK
 from gspn_dit.errors import UserError
-from gspn_dit.models import DiffusionModel
-from gspn_dit.training.setup import Parts
+from gspn_dit.tasks import GenerativeTask, Task
 
 MAX_REFERENCE_IMAGES = 10_000
-"""Training images, evenly spaced, whose features are compared with."""
+"""Real images, evenly spaced, whose features are compared with."""
 
 
 class Scorer(Protocol):
@@ -51,14 +49,16 @@ ScorerLoader = Callable[[str | None, str, int, int], Scorer]
 
 
 def create_quick_fd(
-    config: Config, parts: Parts, accelerator: Accelerator, load_scorer: ScorerLoader | None
+    config: Config, task: Task, accelerator: Accelerator, load_scorer: ScorerLoader | None
 ) -> QuickFD | None:
     """Return what `training.fd_every` asks for, None if it asks for nothing; raises UserError if it cannot be had."""
     if config.training.fd_every is None:
         return None
+    if not isinstance(task, GenerativeTask):
+        raise UserError(f"training.fd_every: task {config.task} draws no images to score; leave it out")
     if load_scorer is None:
         raise UserError("training.fd_every needs a feature net, which train.py hands in; start train.py")
-    return QuickFD(config, parts, accelerator, load_scorer)
+    return QuickFD(config, task, accelerator, load_scorer)
 
 
 class QuickFD:
@@ -67,16 +67,14 @@ class QuickFD:
     Raises UserError if no net fits, or there are too few images for its features.
     """
 
-    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, load_scorer: ScorerLoader) -> None:
-        latent, settings = parts.latent, config.training
-        data_name = parts.description["data"]["name"]
-        self.config, self.parts, self.accelerator = config, parts, accelerator
+    def __init__(
+        self, config: Config, task: GenerativeTask, accelerator: Accelerator, load_scorer: ScorerLoader
+    ) -> None:
+        settings, data_name = config.training, task.describe()["data"]["name"]
+        self.task, self.accelerator = task, accelerator
         self.count = settings.fd_samples
-        self.reference = parts.validation if config.data.streaming else parts.training
-        if self.reference is None:
-            raise UserError("training.fd_every: a stream without a validation split has no images to compare with")
-        self.reference_count = min(len(self.reference.images), MAX_REFERENCE_IMAGES)
-        self.scorer = load_scorer(settings.fd_features, data_name, latent.size * latent.factor, latent.image_channels)
+        self.reference_count = min(task.reference_count, MAX_REFERENCE_IMAGES)
+        self.scorer = load_scorer(settings.fd_features, data_name, task.image_size, task.image_channels)
         needed = self.scorer.feature_dim + 1
         if self.count < needed:
             raise UserError(
@@ -94,12 +92,12 @@ class QuickFD:
         """What the distance is called."""
         return self.scorer.name
 
-    def __call__(self, model: DiffusionModel) -> float:
+    def __call__(self, model: nn.Module) -> float:
         """Return the distance of this model's samples, the same in every process; NaN if they give none."""
 
         def draw(indices: range) -> np.ndarray | None:
             try:
-                return self._draw(model, indices)
+                return self.task.draw(model, indices)
             except UserError:  # samples that are not finite shall not end the run, nor one process alone
                 return None
 
@@ -112,13 +110,10 @@ class QuickFD:
     @cached_property
     def _real(self) -> Tensor:
         """Features of the reference, [m, d]."""
-        batches, latent = self.reference, self.parts.latent
-        assert batches is not None
-        chosen = evenly_spaced(len(batches.images), self.reference_count)
+        chosen = evenly_spaced(self.task.reference_count, self.reference_count)
 
         def decode(indices: range) -> np.ndarray:
-            latents, _ = batches.validation(chosen[indices.start : indices.stop].tolist())
-            return latent.decode(latents.to(self.accelerator.device))
+            return self.task.reference(chosen[indices.start : indices.stop].tolist())
 
         return self._features(self.reference_count, decode)
 
@@ -133,20 +128,3 @@ class QuickFD:
             features[start : indices.stop] = part
         # Each row is not zero in one process alone, so the sum is exact in any order.
         return self.accelerator.reduce(features.to(device), reduction="sum").cpu()
-
-    def _draw(self, model: DiffusionModel, indices: range) -> np.ndarray:
-        latent, sampling, weight = self.parts.latent, self.config.sampling, next(model.parameters())
-        labels = torch.tensor(indices) % model.num_classes
-        noise = draw_noise(self.config.seed, indices, (latent.channels, latent.size, latent.size)).to(weight)
-        latents = sample_latents(
-            model,
-            self.parts.objective,
-            noise,
-            labels.to(weight.device),
-            model.null_label,
-            sampling.steps,
-            sampler=sampling.sampler,
-            seed=self.config.seed,
-            indices=indices,
-        )
-        return latent.decode(latents)

@@ -8,7 +8,7 @@ What DeepSpeed splits is in `gspn_dit.training.zero`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
 from gspn_dit.errors import UserError
-from gspn_dit.models import DiffusionModel
 from gspn_dit.training.zero import STAGES, check_installed, launched_zero
 
 FOLDER = "sharded"
@@ -49,13 +48,13 @@ def chosen_sharding(settings: TrainingConfig, accelerator: Accelerator) -> str:
     return chosen
 
 
-def shard(model: DiffusionModel, device: torch.device) -> None:
+def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Split the weights of a model in place: one group per block, which is gathered while the block runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in model.blocks:
+    for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -43,8 +43,7 @@ def save_state(trainer: Trainer, manifest: Mapping[str, Any], progress: Progress
             "ema": trainer.ema.model.state_dict(),
             **{average.name: average.tensors for average in trainer.power_emas},
         }
-        if trainer.alignment is not None:
-            named["repa"] = trainer.alignment.state()
+        named |= {name: companion.state() for name, companion in trainer.companions.items()}
         if isinstance(trainer.optimizer, ZeroAdamW):
             named["optimizer"] = trainer.optimizer.tensors(keep=main)
         elif trainer.sharding == "fsdp":

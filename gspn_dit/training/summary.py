@@ -7,46 +7,31 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from gspn_dit.config import Config
-from gspn_dit.training.setup import Parts
+from gspn_dit.tasks import Task
 
 
-def summarise(config: Config, parts: Parts, directory: Path, step: int, accelerator: Accelerator) -> str:
+def summarise(config: Config, task: Task, directory: Path, step: int, accelerator: Accelerator) -> str:
     """Return what a run reads, trains and writes, a line each.
 
     Args:
         config: its config.
-        parts: what the config stands for.
+        task: what it learns.
         directory: where it writes.
         step: the step it starts from.
         accelerator: on which processes and devices.
     """
-    rows = [("data", _data(config, parts))]
-    rows += [("", remark) for remark in parts.training.images.remarks]
-    rows += [
-        ("model", f"{config.model.name}, {sum(weight.numel() for weight in parts.model.parameters()):,} parameters"),
-        ("run", _run(config, parts, step, accelerator)),
+    rows = [
+        *task.summary(),
+        ("run", _run(config, task, step, accelerator)),
         ("writes", _writes(config, directory)),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in rows)
 
 
-def _data(config: Config, parts: Parts) -> str:
-    images, latent = parts.training.images, parts.latent
-    text = f"{config.data.path or images.name}: {len(images):,} images of {images.num_classes:,} classes, "
-    text += f"{latent.image_size}x{latent.image_size} {'grey' if latent.image_channels == 1 else 'RGB'}"
-    if latent.factor > 1:
-        text += f", as latents {latent.channels}x{latent.size}x{latent.size}"
-    if parts.validation is None:
-        return f"{text}; none for validation"
-    held_out = len(parts.validation.images)
-    used = min(held_out, config.training.validation_images)
-    return f"{text}; {used:,}{f' of {held_out:,}' if used < held_out else ''} more for validation"
-
-
-def _run(config: Config, parts: Parts, step: int, accelerator: Accelerator) -> str:
+def _run(config: Config, task: Task, step: int, accelerator: Accelerator) -> str:
     settings, processes = config.training, accelerator.num_processes
     left = settings.max_steps - step
-    epochs = left * settings.batch_size / len(parts.training.images)
+    epochs = left * settings.batch_size / task.describe()["data"]["images"]
     text = f"{left:,} steps of {settings.batch_size:,} images, {epochs:.3g} epochs, seed {config.seed}, "
     text += f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, "
     text += {"no": "float32"}.get(settings.mixed_precision, settings.mixed_precision)

@@ -1,4 +1,4 @@
-"""The validation loss: fixed images, times and noise, so that two steps, and two runs, can be compared."""
+"""Figures over fixed samples that a task validates on, shared out over the processes."""
 
 from __future__ import annotations
 
@@ -6,46 +6,25 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from gspn_dit.data.batches import Batches, LatentBatches
-from gspn_dit.diffusion import Objective
-from gspn_dit.training.draws import validation_draws
-
-QUARTILES = 4
+from gspn_dit.tasks import Task
 
 
 @torch.no_grad()
-def validation_loss(
-    model: nn.Module,
-    batches: Batches | LatentBatches,
-    objective: Objective,
-    seed: int,
-    max_images: int,
-    batch_size: int,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Return `val_loss` and `val_loss_q1` … `val_loss_q4`, the mean loss by quartile of t (q1: nearly clean).
+def validate(model: nn.Module, task: Task, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Return the mean of each of the task's figures over all its samples, the same in every process; {} without any.
 
-    The images are shared out over the processes; every process returns the same values.
+    Sums are float64, so that how they are shared out changes their last digits alone.
     """
-    count = min(max_images, len(batches.images))
-    weight = next(model.parameters())
-    sums = torch.zeros(2, QUARTILES, dtype=torch.float64)  # losses, counts
+    count = task.validation_count
+    if count == 0:
+        return {}
+    sums: dict[str, torch.Tensor] = {}
+    # Every process needs the names, so one without a share of its own looks at the first sample and counts nothing.
     starts = range(accelerator.process_index * batch_size, count, accelerator.num_processes * batch_size)
-    for start in starts:
-        indices = range(start, min(start + batch_size, count))
-        latents, labels = batches.validation(indices)
-        draws = validation_draws(seed, indices, count, latents, labels, objective)
-        losses = objective.loss(
-            model,
-            latents.to(weight),
-            draws.class_labels.to(weight.device),
-            draws.noise.to(weight),
-            draws.timesteps.to(weight.device),
-        )
-        quartiles = (draws.timesteps * QUARTILES / 1000).long().clamp(0, QUARTILES - 1)
-        sums[0].index_add_(0, quartiles, losses.double().cpu())
-        sums[1].index_add_(0, quartiles, torch.ones(len(quartiles), dtype=torch.float64))
-    sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    values = {"val_loss": (sums[0].sum() / sums[1].sum()).item()}
-    by_quartile = (sums[0] / sums[1]).tolist()
-    return {**values, **{f"val_loss_q{number + 1}": value for number, value in enumerate(by_quartile)}}
+    for start in starts or [0]:
+        figures = task.validate(model, range(start, min(start + batch_size, count)) if starts else range(1))
+        for name, pair in figures.items():
+            both = torch.stack([value.detach().double().cpu() for value in pair])
+            sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + (both if starts else 0 * both)
+    whole = accelerator.reduce(torch.stack(list(sums.values())).to(accelerator.device), reduction="sum").cpu()
+    return dict(zip(sums, (whole[:, 0] / whole[:, 1]).tolist(), strict=True))

@@ -134,22 +134,21 @@ def test_an_extreme_variance_has_a_finite_gradient_where_only_the_divergence_cou
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-def test_noisy_latents_timesteps_and_labels_reach_the_model() -> None:
+def test_noisy_latents_and_timesteps_reach_the_model() -> None:
     model = Answer(torch.zeros(2, 2, 1, 2, dtype=torch.float64))
-    latents, noise, labels, mask = pixels(2)[:, :1, :1, :2], drawn(2, 1, 1, 2), torch.tensor([4, 2]), torch.ones(3, 2)
-    objective().loss(model, latents, labels, noise, torch.tensor([250.0, 999.0]).double(), mask)
-    ((noisy, timesteps, passed_labels, passed_mask),) = model.calls
+    latents, noise = pixels(2)[:, :1, :1, :2], drawn(2, 1, 1, 2)
+    objective().loss(model, latents, noise, torch.tensor([250.0, 999.0]).double())
+    ((noisy, timesteps),) = model.calls
     for row, t in enumerate((250, 999)):
         expected = math.sqrt(ALPHA_BAR[t]) * latents[row] + math.sqrt(1 - ALPHA_BAR[t]) * noise[row]
         torch.testing.assert_close(noisy[row], expected, rtol=1e-12, atol=0)
     assert (timesteps.tolist(), timesteps.dtype) == ([250, 999], torch.float64)
-    assert passed_labels is labels and passed_mask is mask
 
 
 @pytest.mark.parametrize("t", [0, 1, 700])
 def test_hybrid_loss_is_mean_square_plus_bound(t: int) -> None:
     latents, noise, answer = pixels(1), drawn(1, 2, 3, 4), drawn(1, 4, 3, 4, seed=5)
-    loss = objective().loss(Answer(answer), latents, torch.tensor([0]), noise, torch.tensor([float(t)]))
+    loss = objective().loss(Answer(answer), latents, noise, torch.tensor([float(t)]))
     epsilon, variance_values = answer[:, :2], answer[:, 2:]
     expected = (epsilon - noise).square().mean() + direct_bound(t, latents, noise, epsilon, variance_values)
     assert loss.shape == (1,)
@@ -160,7 +159,7 @@ def test_hybrid_loss_is_mean_square_plus_bound(t: int) -> None:
 def test_the_bound_teaches_the_variance_alone(t: int) -> None:
     """Epsilon's gradient is that of the mean square; the variance's is that of the bound."""
     latents, noise, answer = pixels(1), drawn(1, 2, 3, 4), drawn(1, 4, 3, 4, seed=5).requires_grad_()
-    objective().loss(Answer(answer), latents, torch.tensor([0]), noise, torch.tensor([float(t)])).backward()
+    objective().loss(Answer(answer), latents, noise, torch.tensor([float(t)])).backward()
     gradient = answer.grad
     assert gradient is not None
     torch.testing.assert_close(gradient[:, :2], 2 * (answer.detach()[:, :2] - noise) / noise.numel())
@@ -172,7 +171,7 @@ def test_the_bound_teaches_the_variance_alone(t: int) -> None:
 def test_loss_of_a_half_precision_answer_is_float32() -> None:
     latents, noise = pixels(1).float(), drawn(1, 2, 3, 4).float()
     answer = torch.cat([noise, -torch.ones_like(noise)], dim=1)
-    loss = objective().loss(Answer(answer.bfloat16()), latents, torch.tensor([0]), noise, torch.tensor([500.0]))
+    loss = objective().loss(Answer(answer.bfloat16()), latents, noise, torch.tensor([500.0]))
     assert loss.dtype == torch.float32
     assert 0 < loss.item() < 1e-4  # what rounding epsilon to bfloat16 costs
 

@@ -42,20 +42,17 @@ def test_noisy_latents_and_loss_by_hand() -> None:
     """t = 0.25 and 1: x_t = 0.75·x₀ + 0.25·ε and ε; the target is ε - x₀."""
     latents, noise = image(4, 8, 1, 2), image(0, -4, 5, 6)
     model = Recorder(image(0, 0, 4, 7))
-    labels = torch.tensor([2, 0])
-    loss = objective().loss(model, latents, labels, noise, torch.tensor([250.0, 1000.0]))
-    ((noisy, timesteps, passed_labels, keep_mask),) = model.calls
+    loss = objective().loss(model, latents, noise, torch.tensor([250.0, 1000.0]))
+    ((noisy, timesteps),) = model.calls
     assert noisy.flatten().tolist() == [3, 5, 5, 6]
     assert timesteps.tolist() == [250, 1000]
-    assert passed_labels is labels
-    assert keep_mask is None
     # Targets -4, -12 and 4, 4: squared errors 16, 144 and 0, 9, averaged over each image.
     assert loss.tolist() == [80, 4.5]
 
 
 def test_the_true_velocity_has_no_loss() -> None:
     latents, noise = torch.randn(2, 4, 3, 8, 8)
-    loss = objective().loss(Recorder(noise - latents), latents, torch.zeros(4).long(), noise, 1000 * torch.rand(4))
+    loss = objective().loss(Recorder(noise - latents), latents, noise, 1000 * torch.rand(4))
     assert loss.tolist() == [0, 0, 0, 0]
 
 
@@ -63,28 +60,20 @@ def test_the_true_velocity_has_no_loss() -> None:
 def test_ends_of_the_path(time: float, which: str) -> None:
     tensors = {"latents": torch.randn(1, 1, 2, 2), "noise": torch.randn(1, 1, 2, 2)}
     model = Recorder(torch.zeros(1, 1, 2, 2))
-    objective().loss(model, **tensors, class_labels=torch.zeros(1).long(), timesteps=torch.tensor([time]))
+    objective().loss(model, **tensors, timesteps=torch.tensor([time]))
     assert torch.equal(model.calls[0][0], tensors[which])
-
-
-def test_keep_mask_reaches_the_model() -> None:
-    model, mask = Recorder(image(0, 0)), torch.ones(3, 1, dtype=torch.bool)
-    objective().loss(model, image(1, 1), torch.zeros(1).long(), image(1, 1), torch.tensor([1.0]), mask)
-    assert model.calls[0][3] is mask
 
 
 def test_loss_of_a_bfloat16_model_is_float32() -> None:
     model = Recorder(image(1, 3).bfloat16())
-    loss = objective().loss(model, image(0, 0), torch.zeros(1).long(), image(1, 1), torch.tensor([500.0]).double())
+    loss = objective().loss(model, image(0, 0), image(1, 1), torch.tensor([500.0]).double())
     assert (loss.dtype, loss.tolist()) == (torch.float32, [2.0])
     assert model.calls[0][0].dtype == model.calls[0][1].dtype == torch.float32
 
 
 def test_gradient_reaches_the_model_and_is_that_of_the_mean_square() -> None:
     answer = image(1, 3).requires_grad_()
-    objective().loss(
-        Recorder(answer), image(0, 0), torch.zeros(1).long(), image(1, 1), torch.tensor([500.0])
-    ).backward()
+    objective().loss(Recorder(answer), image(0, 0), image(1, 1), torch.tensor([500.0])).backward()
     assert answer.grad is not None
     assert answer.grad.flatten().tolist() == [0, 2]
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gspn_dit.tasks import create_task
 from gspn_dit.training.loop import Trainer, create_accelerator
 from gspn_dit.training.run_directory import RunDirectory
-from gspn_dit.training.setup import build_parts
 from tests.training.conftest import tiny_config
 
 EXCHANGES: list[int] = []
@@ -46,7 +46,7 @@ def main() -> None:
         count_calls(name)
     for accumulation in (1, 4):
         config = tiny_config(folder, sharding=sharding, gradient_accumulation_steps=accumulation)
-        trainer = Trainer(config, build_parts(config), create_accelerator(config), RunDirectory(folder, None))
+        trainer = Trainer(config, create_task(config), create_accelerator(config), RunDirectory(folder, None))
         if sharding == "none":
             trainer.forward_model.register_comm_hook(None, average)  # type: ignore[operator]
         counts = []

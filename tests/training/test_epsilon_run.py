@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,10 @@ import pytest
 from torch import Tensor
 
 from gspn_dit.checkpoint import find_checkpoints, read_manifest
-from gspn_dit.config import ObjectiveConfig, SamplingConfig
-from gspn_dit.data.latents import IdentityLatent
-from gspn_dit.diffusion import Guidance, create_objective, sample_latents
+from gspn_dit.diffusion import Guidance, draw_latents
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
-from gspn_dit.training import previews
-from tests.tiny import CLASS_NAMES, SIZE, tiny_model
+from gspn_dit.tasks import class_conditional, create_task
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, metrics_of, tensors_of
 
@@ -45,18 +43,19 @@ def test_grids_are_drawn_as_the_config_says(tmp_path: Path, monkeypatch: pytest.
     calls: list[tuple[Any, ...]] = []
 
     def remember(*arguments: Any, **options: Any) -> Tensor:
-        calls.append((arguments[6], arguments[7], options))
-        return sample_latents(*arguments, **options)
+        calls.append((arguments, options))
+        return draw_latents(*arguments, **options)
 
-    monkeypatch.setattr(previews, "sample_latents", remember)
-    model, latent = tiny_model(0), IdentityLatent(SIZE, 1)
-    objective = create_objective(ObjectiveConfig())
-    config = SamplingConfig(2, 1.5, (0.1, 0.9), 2, 3, "heun", 1)
-    previews.save_preview(tmp_path / "grid.png", model, objective, latent, CLASS_NAMES, config, 11)
-    ((guidance, sampler, options),) = calls
-    assert guidance == Guidance(1.5, (0.1, 0.9), 1)
-    assert sampler == "heun"
-    assert options == {"seed": 11, "indices": range(6)}
+    monkeypatch.setattr(class_conditional, "draw_latents", remember)
+    sampling = {"steps": 2, "guidance_scale": 1.5, "guidance_interval": (0.1, 0.9), "guidance_channels": 1}
+    sampling |= {"per_class": 2, "max_classes": 3, "sampler": "heun"}
+    task = create_task(dataclasses.replace(changed(tiny_config(tmp_path), sampling=sampling), seed=11))
+    task.preview(task.model, tmp_path / "grid.png")
+    ((arguments, options),) = calls
+    assert arguments[2] == (1, 8, 8)
+    assert arguments[3].tolist() == [0, 0, 1, 1, 2, 2]
+    assert arguments[4:] == (10, 2, 11, range(6))
+    assert options == {"guidance": Guidance(1.5, (0.1, 0.9), 1), "sampler": "heun"}
     assert (tmp_path / "grid.png").exists()
 
 

@@ -46,7 +46,7 @@ def continue_run(output_dir: Path, kill: tuple[int, float] | None = None) -> Non
 @pytest.mark.multiprocess
 def test_twenty_random_kills_change_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gspn_dit.training.loop", "gspn_dit.training.previews"])
+    context.set_forkserver_preload(["gspn_dit.training.loop", "gspn_dit.grid"])
 
     def run(name: str, kill: tuple[int, float] | None = None) -> int | None:
         process = context.Process(target=continue_run, args=(tmp_path / name, kill))

@@ -19,7 +19,7 @@ from gspn_dit.data.latent_shards import MANIFEST, open_latents
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.prepare import encode
-from gspn_dit.training.setup import build_parts
+from gspn_dit.tasks import create_task
 from tests.data.tiny_vae import CHANNELS, SIZE, write_folder, write_vae
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, tensors_of
@@ -53,9 +53,9 @@ def on_the_fly(place: Path, run: Path) -> Config:
 
 
 def test_batches_of_latents_are_draws_by_sample_number(place: Path, tmp_path: Path) -> None:
-    parts = build_parts(config_of(place, tmp_path))
-    assert (len(parts.training.images), len(parts.validation.images)) == (18, 2)
-    latents, labels = parts.training.training(range(30, 40))
+    task = create_task(config_of(place, tmp_path))
+    assert (len(task.train_data.images), len(task.validation_data.images)) == (18, 2)
+    latents, labels = task.train_data.training(range(30, 40))
     stored = open_latents(place / "latents", "train", 0.1)
     items = rng.data_indices(0, range(30, 40), 18)
     flips = (rng.uniform(0, rng.Stream.FLIP, range(30, 40)) < 0.5).numpy()
@@ -65,12 +65,12 @@ def test_batches_of_latents_are_draws_by_sample_number(place: Path, tmp_path: Pa
     expected = (mean + torch.exp(log_variance / 2) * noise - 0.25) * 0.5
     torch.testing.assert_close(latents, expected, rtol=1e-6, atol=1e-6)
     assert labels.tolist() == stored.labels[items].tolist()
-    parts_of_batch = [parts.training.training([number])[0] for number in range(30, 40)]
+    parts_of_batch = [task.train_data.training([number])[0] for number in range(30, 40)]
     assert torch.equal(torch.cat(parts_of_batch), latents)
 
 
 def test_validation_latents_are_never_mirrored_and_drawn_from_their_own_stream(place: Path, tmp_path: Path) -> None:
-    batches = build_parts(config_of(place, tmp_path)).validation
+    batches = create_task(config_of(place, tmp_path)).validation_data
     latents, _ = batches.validation([1, 0])
     moments = torch.from_numpy(batches.images.moments(np.array([1, 0]), np.zeros(2, dtype=bool)))
     noise = rng.normal(0, rng.Stream.VALIDATION_POSTERIOR, [1, 0], (CHANNELS, 4, 4))
@@ -79,14 +79,14 @@ def test_validation_latents_are_never_mirrored_and_drawn_from_their_own_stream(p
 
 def test_latents_and_images_through_the_autoencoder_give_the_same_batches(place: Path, tmp_path: Path) -> None:
     """But for the half precision of the stored moments."""
-    stored, direct = (build_parts(config) for config in (config_of(place, tmp_path), on_the_fly(place, tmp_path)))
+    stored, direct = (create_task(config) for config in (config_of(place, tmp_path), on_the_fly(place, tmp_path)))
     assert stored.latent.spec() == direct.latent.spec()
     for numbers in (range(8), range(25, 33)):
-        (one, labels), (other, other_labels) = (part.training.training(numbers) for part in (stored, direct))
+        (one, labels), (other, other_labels) = (part.train_data.training(numbers) for part in (stored, direct))
         torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3)
         assert torch.equal(labels, other_labels)
     torch.testing.assert_close(
-        stored.validation.validation([0, 1])[0], direct.validation.validation([0, 1])[0], rtol=5e-3, atol=5e-3
+        stored.validation_data.validation([0, 1])[0], direct.validation_data.validation([0, 1])[0], rtol=5e-3, atol=5e-3
     )
 
 
@@ -98,7 +98,7 @@ def test_run_is_resumed_bit_by_bit_and_sampled(place: Path, tmp_path: Path, make
     run_training(halves, resume="auto")
     assert_same_tensors(tensors_of(tmp_path / "whole", 4), tensors_of(tmp_path / "halves", 4))
     pipeline = GSPNPipeline.from_checkpoint(tmp_path / "whole")
-    assert pipeline.latent.spec() == build_parts(whole).latent.spec()
+    assert pipeline.latent.spec() == create_task(whole).latent.spec()
     images = pipeline(["ant", "bee"], num_inference_steps=1, output_type="np").images
     assert images.shape == (2, SIZE, SIZE, 1)
 
@@ -111,7 +111,7 @@ def test_another_autoencoder_is_refused_by_name(place: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"but given is the VAE .*other \(hash"):
         GSPNPipeline.from_checkpoint(tmp_path / "run", vae=str(place / "other"))
     with pytest.raises(UserError, match=r"but given is the VAE .*other \(hash"):
-        build_parts(changed(config_of(place, tmp_path), latent={"vae": str(place / "other")}))
+        create_task(changed(config_of(place, tmp_path), latent={"vae": str(place / "other")}))
 
 
 def test_other_latents_are_noticed_on_resume(place: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_other_latents_are_noticed_on_resume(place: Path, tmp_path: Path) -> Non
 
 def test_size_that_was_not_encoded_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.image_size is 16, but .*latents was encoded from 8 pixels"):
-        build_parts(config_of(place, tmp_path, image_size=16))
+        create_task(config_of(place, tmp_path, image_size=16))
 
 
 def test_stream_is_resumed_bit_by_bit(tmp_path: Path) -> None:

@@ -107,13 +107,13 @@ def test_accumulation_changes_the_order_of_sums_alone(tmp_path: Path) -> None:
 
 
 def test_nonfinite_loss_with_finite_gradients_is_skipped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.Trainer.micro_loss
+    original = loop.Trainer.micro_losses
 
-    def micro_loss(trainer: loop.Trainer, numbers: range) -> torch.Tensor:
-        loss = original(trainer, numbers)
-        return loss + float("inf") if trainer.step == 2 else loss
+    def micro_losses(trainer: loop.Trainer, numbers: range) -> dict[str, torch.Tensor]:
+        (loss,) = original(trainer, numbers).values()
+        return {"loss": loss + float("inf") if trainer.step == 2 else loss}
 
-    monkeypatch.setattr(loop.Trainer, "micro_loss", micro_loss)
+    monkeypatch.setattr(loop.Trainer, "micro_losses", micro_losses)
     run_training(tiny_config(tmp_path, checkpoint_every=1))
     assert_same_tensors(tensors_of(tmp_path, 2), tensors_of(tmp_path, 3))
     assert metrics_of(tmp_path)[-2]["nonfinite_steps"] == 1

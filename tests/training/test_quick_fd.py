@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -22,8 +21,8 @@ from gspn_dit.config import Config, TrainArguments
 from gspn_dit.data.images import load_images
 from gspn_dit.diffusion import draw_noise, sample_latents
 from gspn_dit.errors import UserError
+from gspn_dit.tasks import create_task
 from gspn_dit.training.quick_fd import QuickFD
-from gspn_dit.training.setup import build_parts
 from tests.training.conftest import changed, tiny_config
 from tests.training.test_loop import assert_same_tensors, metrics_of, tensors_of
 
@@ -61,23 +60,23 @@ def quick_lines(run_directory: Path) -> list[dict[str, Any]]:
 
 def test_it_is_the_distance_of_samples_by_hand(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, fd_every=1, fd_samples=70)
-    parts = build_parts(config)
-    quick = QuickFD(config, parts, Accelerator(cpu=True), load_scorer)
+    task = create_task(config)
+    quick = QuickFD(config, task, Accelerator(cpu=True), load_scorer)
     assert quick.name == "FD-digits"
     labels = torch.arange(70) % 10
     latents = sample_latents(
-        parts.model, parts.objective, draw_noise(config.seed, range(70), (1, 8, 8)), labels, 10, config.sampling.steps
+        task.model, task.objective, draw_noise(config.seed, range(70), (1, 8, 8)), labels, 10, config.sampling.steps
     )
     net = load_feature_net("digits")
-    drawn = extract(net, parts.latent.decode(latents)).features
+    drawn = extract(net, task.latent.decode(latents)).features
     real = extract(net, load_images("digits", None, "train").pixels()).features
-    assert quick(parts.model) == pytest.approx(frechet_distance(drawn, real), rel=1e-3)
+    assert quick(task.model) == pytest.approx(frechet_distance(drawn, real), rel=1e-3)
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     """What two processes compute adds up to what one computes, bit by bit."""
     config = tiny_config(tmp_path, fd_every=1, fd_samples=150)
-    parts = build_parts(config)
+    task = create_task(config)
 
     class One:
         """One of several processes, which adds nothing of the others."""
@@ -94,8 +93,8 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     def features(index: int, processes: int) -> tuple[torch.Tensor, list[int]]:
         scorer = Brightness()
         one: Any = One(index, processes)
-        quick = QuickFD(config, parts, one, lambda *arguments: scorer)
-        return quick._features(150, lambda indices: quick._draw(parts.model, indices)), scorer.batches
+        quick = QuickFD(config, task, one, lambda *arguments: scorer)
+        return quick._features(150, lambda indices: task.draw(task.model, indices)), scorer.batches
 
     whole, sizes = features(0, 1)
     shares = [features(index, 2) for index in range(2)]
@@ -128,12 +127,12 @@ def test_what_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_samples_that_are_not_finite_are_null_and_do_not_end_the_run(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, fd_every=1, fd_samples=3)
-    parts = build_parts(config)
-    quick = QuickFD(config, parts, Accelerator(cpu=True), lambda *arguments: Brightness())
-    assert math.isfinite(quick(parts.model))
+    task = create_task(config)
+    quick = QuickFD(config, task, Accelerator(cpu=True), lambda *arguments: Brightness())
+    assert math.isfinite(quick(task.model))
     with torch.no_grad():
-        next(parts.model.parameters()).fill_(math.nan)
-    assert math.isnan(quick(parts.model))
+        next(task.model.parameters()).fill_(math.nan)
+    assert math.isnan(quick(task.model))
 
 
 def test_what_the_scorer_is_asked_for(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_what_the_scorer_is_asked_for(tmp_path: Path) -> None:
         return Brightness()
 
     config = tiny_config(tmp_path, fd_every=1, fd_samples=3, fd_features="some.file")
-    QuickFD(config, build_parts(config), Accelerator(cpu=True), load)
+    QuickFD(config, create_task(config), Accelerator(cpu=True), load)
     assert asked == [("some.file", "digits", 8, 1)]
 
 
@@ -193,7 +192,8 @@ def test_it_may_be_turned_on_and_off_on_resume(tmp_path: Path) -> None:
 
 
 def test_stream_without_held_out_images_is_refused_before_a_net_is_looked_for(tmp_path: Path) -> None:
-    parts = dataclasses.replace(build_parts(tiny_config(tmp_path)), validation=None)
     config = changed(tiny_config(tmp_path, fd_every=2), data={"name": "hf", "path": "somewhere", "streaming": True})
+    task = create_task(tiny_config(tmp_path))
+    task.config, task.validation_data = config, None  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="a stream without a validation split has no images to compare with"):
-        QuickFD(config, parts, Accelerator(cpu=True), load_scorer)
+        QuickFD(config, task, Accelerator(cpu=True), load_scorer)

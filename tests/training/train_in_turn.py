@@ -38,14 +38,14 @@ class CheckedTrainer(loop.Trainer):
 
     poison = False
 
-    def micro_loss(self, numbers: range) -> Tensor:
-        loss = super().micro_loss(numbers)
+    def micro_losses(self, numbers: range) -> dict[str, Tensor]:
+        loss = super().micro_losses(numbers)["loss"]
         if self.poison and self.accelerator.process_index == 1:
             if self.step == 1:
-                return loss * math.nan
+                loss = loss * math.nan
             if self.step == 3:
                 loss.register_hook(lambda gradient: gradient * math.inf)
-        return loss
+        return {"loss": loss}
 
     def run(self) -> None:
         super().run()

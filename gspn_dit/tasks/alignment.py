@@ -1,29 +1,24 @@
 """Representation alignment (REPA, arXiv 2410.06940): hidden tokens learn to predict features of the clean image.
 
-The features are computed beforehand by a model of one's choice; the projector is small, belongs to training alone and
-has an optimiser of its own, so that a model trained with it is saved and sampled like any other.
+The features are computed beforehand by a model of one's choice; the projector is small and belongs to training alone,
+so that a model trained with it is saved and sampled like any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gspn_dit import rng
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
-from gspn_dit.training.optimizer import (
-    create_optimizer,
-    empty_optimizer_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
 
 WIDTH = 2048
 """Hidden width of the projector."""
@@ -53,65 +48,43 @@ class Alignment:
         config: of the run; `training.repa_features`, `repa_weight` and `repa_depth` are used.
         model: whose block's output is read.
         latent_size: of an image.
-        accelerator: whose processes average the projector's gradients.
     """
 
-    def __init__(self, config: Config, model: DiffusionModel, latent_size: int, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, model: DiffusionModel, latent_size: int) -> None:
         settings = config.training
         assert settings.repa_features is not None
         self.features = load_features(settings.repa_features, image_tokens(model, latent_size))
-        self.seed, self.weight, self.accelerator = config.seed, settings.repa_weight, accelerator
+        self.seed, self.weight, self.depth = config.seed, settings.repa_weight, settings.repa_depth
         hidden, width = model.patch_embed.out_features, min(WIDTH, 4 * model.patch_embed.out_features)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.projector = nn.Sequential(
                 nn.Linear(hidden, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                 nn.Linear(width, self.features.shape[2]),
-            ).to(accelerator.device, model.patch_embed.weight.dtype)  # fmt: skip
-        self.optimizer = create_optimizer(self.projector, settings)
+            ).to(model.patch_embed.weight.dtype)  # fmt: skip
         self.tokens: Tensor | None = None
-        model.blocks[settings.repa_depth - 1].register_forward_hook(self._remember)
 
-    def _remember(self, block: nn.Module, arguments: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled():  # a block that is run again in the backward pass comes after `loss`
+    @contextmanager
+    def reading(self, model: DiffusionModel) -> Iterator[None]:
+        """Remember the tokens of the forward pass made inside, for `loss`."""
+
+        def remember(block: nn.Module, arguments: Any, output: Tensor) -> None:
             self.tokens = output
 
+        hook = model.blocks[self.depth - 1].register_forward_hook(remember)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def loss(self, numbers: range) -> Tensor:
-        """Return weight · (1 - mean cosine) of the tokens of the last forward pass, whose sample numbers these are."""
+        """Return weight · (1 - mean cosine) of the tokens that were read, whose sample numbers these are."""
         assert self.tokens is not None
         tokens, self.tokens = self.tokens, None
         chosen = self.features[rng.data_indices(self.seed, numbers, len(self.features))]
         target = torch.from_numpy(chosen.astype(np.float32)).to(tokens.device)
-        with self.accelerator.autocast():
-            projected = self.projector(tokens.flatten(1, -2))
+        projected = self.projector(tokens.flatten(1, -2))
         return self.weight * (1 - F.cosine_similarity(projected.float(), target, dim=-1).mean())
-
-    def step(self, rate: float, took_step: Tensor) -> None:
-        """Average the gradients over the processes and step where the model did."""
-        for parameter in self.projector.parameters():
-            assert parameter.grad is not None
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.found_inf = 1 - took_step  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the projector and its optimiser as named tensors."""
-        weights = {f"weight/{name}": tensor for name, tensor in self.projector.state_dict().items()}
-        moments = optimizer_tensors(self.optimizer, self.projector)
-        return weights | {f"optimizer/{name}": tensor for name, tensor in moments.items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        self.projector.load_state_dict(part("weight/"))
-        state = empty_optimizer_tensors(self.projector)
-        state.update(part("optimizer/"))
-        load_optimizer_tensors(self.optimizer, self.projector, state)
 
 
 def image_tokens(model: DiffusionModel, latent_size: int) -> int:

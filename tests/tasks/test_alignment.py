@@ -12,7 +12,7 @@ from gspn_dit import rng
 from gspn_dit.checkpoint import find_checkpoints, load_tensors
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
-from gspn_dit.training.repa import Alignment, load_features
+from gspn_dit.tasks.alignment import Alignment, load_features
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, tensors_of
 
@@ -28,14 +28,13 @@ def features(tmp_path: Path) -> str:
 
 
 def test_loss_is_the_mean_cosine_of_projected_tokens_and_the_images_features(tmp_path: Path, features: str) -> None:
-    from gspn_dit.training.parallel import create_accelerator
-
     config = tiny_config(tmp_path, repa_features=features, repa_depth=2, repa_weight=0.25)
     model = create_model("GSPN-N/4", 10, 1, 8, hidden_size=16, depth=2)
-    alignment = Alignment(config, model, 8, create_accelerator(config))
+    alignment = Alignment(config, model, 8)
     outputs = []
     model.blocks[1].register_forward_hook(lambda block, arguments, output: outputs.append(output))
-    model(torch.randn(3, 1, 8, 8), torch.full((3,), 500.0), torch.arange(3))
+    with alignment.reading(model):
+        model(torch.randn(3, 1, 8, 8), torch.full((3,), 500.0), torch.arange(3))
     numbers = range(40, 43)
     projected = alignment.projector(outputs[0].flatten(1, 2)).double()
     wanted = torch.from_numpy(np.load(features)[rng.data_indices(config.seed, numbers, IMAGES)]).double()

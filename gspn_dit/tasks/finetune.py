@@ -1,4 +1,4 @@
-"""Fine-tuning: start from the weights of another run, whose classes may be others."""
+"""Fine-tuning: start from the weights of another run, even if the classes differ."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.config import SCAN_DIRECTIONS
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
+from gspn_dit.models import DiffusionModel
 from gspn_dit.models.presets import PRESETS, parse_name
-from gspn_dit.training.setup import Parts
 
 LABEL_TABLE = "class_embed.weight"
 
 
-def start_from(checkpoint: str, parts: Parts) -> None:
-    """Give the model the averaged weights of a run directory or checkpoint.
+def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the averaged weights of a run directory or checkpoint, for a model that a checkpoint describes so.
 
     The label table [classes + 1, C] is resized: a class of the same name keeps its row, the last row stays that of "no
-    class", and a new class keeps the row that the seed drew for it.
+    class", and a new class keeps the row that the model has.
 
     Raises UserError if there is no such checkpoint, or it is of another model or of latents of another autoencoder.
     """
     directory = resolve_checkpoint(checkpoint)
     manifest = read_manifest(directory)
     weights = "ema" if "ema.safetensors" in manifest["files"] else "model"
-    tensors, own = load_tensors(directory, weights), parts.model.state_dict()
-    before, now = manifest["latent"], parts.latent.spec()
+    tensors, own = load_tensors(directory, weights), model.state_dict()
+    before, now = manifest["latent"], description["latent"]
     if before.get("name") != now["name"] or now["name"] == "kl":
         refuse_other_vae({**before, "image_size": now["image_size"]}, now)
-    unseen_before, unseen_now = (
-        _unseen_options(arguments) for arguments in (manifest["model"], parts.description["model"])
-    )
+    unseen_before, unseen_now = (_unseen_options(arguments) for arguments in (manifest["model"], description["model"]))
     for key, value in unseen_before.items():
         if value != unseen_now[key]:
             raise UserError(
@@ -51,9 +49,9 @@ def start_from(checkpoint: str, parts: Parts) -> None:
                 f"training.initialize_from {checkpoint} belongs to another model: '{name}' has shape {shapes[0]} there "
                 f"and {shapes[1]} here"
             )
-    names = parts.description["class_names"]
+    names = description["class_names"]
     tensors[LABEL_TABLE] = resize_label_table(tensors[LABEL_TABLE], manifest["class_names"], own[LABEL_TABLE], names)
-    parts.model.load_state_dict(tensors)
+    return tensors
 
 
 def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

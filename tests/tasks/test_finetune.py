@@ -12,9 +12,9 @@ from PIL import Image
 
 from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.errors import UserError
+from gspn_dit.tasks import create_task
+from gspn_dit.tasks.finetune import LABEL_TABLE, resize_label_table
 from gspn_dit.training import loop
-from gspn_dit.training.finetune import LABEL_TABLE, resize_label_table, start_from
-from gspn_dit.training.setup import build_parts
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import tensors_of
 
@@ -52,7 +52,7 @@ def test_run_on_own_classes_starts_from_the_averaged_weights(
 ) -> None:
     config = tiny_config(tmp_path / "run", max_steps=1, initialize_from=str(pretrained))
     config = changed(config, data={"name": "imagefolder", "path": str(own_classes)})
-    scratch = build_parts(config).model.state_dict()
+    scratch = create_task(config).model.state_dict()
     started: list[dict[str, torch.Tensor]] = []
     original = loop.Trainer.run
     monkeypatch.setattr(
@@ -75,9 +75,9 @@ def test_run_on_own_classes_starts_from_the_averaged_weights(
 
 
 def test_checkpoint_of_another_model_is_refused(pretrained: Path, tmp_path: Path) -> None:
-    parts = build_parts(changed(tiny_config(tmp_path), model={"hidden_size": 32}))
+    task = create_task(changed(tiny_config(tmp_path), model={"hidden_size": 32}))
     with pytest.raises(UserError, match=r"initialize_from .* belongs to another model: '.*' has shape \[.*\] there"):
-        start_from(str(pretrained), parts)
+        task.start_from(str(pretrained))
     with pytest.raises(UserError, match="does not exist; give a run directory"):
         run_training(tiny_config(tmp_path / "run", initialize_from=str(tmp_path / "absent")))
     assert not (tmp_path / "run").exists()
@@ -89,12 +89,12 @@ def test_checkpoint_of_another_model_is_refused(pretrained: Path, tmp_path: Path
 )
 def test_option_that_no_shape_shows_is_compared(tmp_path: Path, key: str, value: Any) -> None:
     model = {"name": "DiT-N/4", "hidden_size": 16, "depth": 1, "num_heads": 4}
-    parts = build_parts(changed(tiny_config(tmp_path), model=model))
+    task = create_task(changed(tiny_config(tmp_path), model=model))
     for name, options in (("same", {}), ("other", {key: value})):
-        manifest = {**parts.description, "model": {**parts.description["model"], **options}}
-        saved = save_checkpoint(tmp_path / name, 1, {"ema": parts.model.state_dict()}, manifest)
+        manifest = {**task.describe(), "model": {**task.describe()["model"], **options}}
+        saved = save_checkpoint(tmp_path / name, 1, {"ema": task.model.state_dict()}, manifest)
         if not options:
-            start_from(str(saved), parts)
+            task.start_from(str(saved))
             continue
         with pytest.raises(UserError, match=re.escape(f"belongs to another model: {key} is {value} there and")):
-            start_from(str(saved), parts)
+            task.start_from(str(saved))

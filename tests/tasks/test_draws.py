@@ -6,7 +6,7 @@ import torch
 
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.diffusion import create_objective
-from gspn_dit.training.draws import Draws, training_draws, validation_draws
+from gspn_dit.tasks.draws import Draws, training_draws, validation_draws
 
 OBJECTIVE = create_objective(ObjectiveConfig())
 RATES = [0.0, 0.2, 0.5]

@@ -1,0 +1,210 @@
+"""Class-conditional generation: labelled images, the latent behind them, and a model that is told the class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gspn_dit.config import Config
+from gspn_dit.data.build import build_data
+from gspn_dit.data.latents import refuse_other_vae
+from gspn_dit.diffusion import Guidance, create_objective, draw_latents
+from gspn_dit.errors import UserError
+from gspn_dit.models import DiffusionModel, create_model
+from gspn_dit.models.flops import forward_multiply_adds
+from gspn_dit.tasks.alignment import Alignment, check_alignment
+from gspn_dit.tasks.base import GenerativeTask
+from gspn_dit.tasks.draws import Draws, training_draws, validation_draws
+from gspn_dit.tasks.finetune import pretrained_weights
+
+QUARTILES = 4
+"""Of t, by which the validation loss is told apart; the first is nearly clean."""
+
+
+class ClassConditional(GenerativeTask):
+    """A model learns to denoise latents given their class, or none."""
+
+    model: DiffusionModel
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.objective = create_objective(config.objective)
+        self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
+        data = build_data(config)
+        self.train_data, self.validation_data, self.latent = data.training, data.validation, data.latent
+        self.image_size, self.image_channels = self.latent.size * self.latent.factor, self.latent.image_channels
+        check_guided_channels(config, self.latent.channels)
+        self.class_names = self.train_data.images.class_names
+        arguments = {
+            "name": config.model.name,
+            "num_classes": self.train_data.images.num_classes,
+            "latent_channels": self.latent.channels,
+            "latent_size": self.latent.size,
+            "out_channels": self.objective.out_channels(self.latent.channels),
+            **config.model.overrides(),
+        }
+        self.description = {
+            "model": arguments,
+            "latent": self.latent.spec(),
+            "class_names": self.class_names,
+            "data": data.facts,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            try:
+                self.model = create_model(**arguments)
+            except ValueError as error:
+                raise UserError(f"model: {error}") from None
+        self.alignment: Alignment | None = None
+        check_alignment(config, self.model, data.facts["images"], self.latent.size)
+        if config.training.repa_features is not None:
+            self.alignment = Alignment(config, self.model, self.latent.size)
+            self.companions = {"repa": self.alignment.projector}
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.latent.to(device)
+
+    def multiply_adds(self) -> int:
+        return forward_multiply_adds(self.model, self.latent.size, self.latent.size)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def loss(self, model: nn.Module, numbers: range) -> dict[str, Tensor]:
+        settings = self.config.training
+        latents, labels = self.train_data.training(numbers)
+        draws = training_draws(
+            self.config.seed,
+            numbers,
+            latents,
+            labels,
+            self.objective,
+            settings.class_dropout,
+            self.model.null_label,
+            self.model.drop_path_rates,
+        )
+        if self.alignment is None:
+            return {"loss": self._losses(model, latents, draws).mean()}
+        with self.alignment.reading(self.model):
+            loss = self._losses(model, latents, draws).mean()
+        with self.autocast():
+            return {"loss": loss + self.alignment.loss(numbers)}
+
+    def _losses(self, model: nn.Module, latents: Tensor, draws: Draws) -> Tensor:
+        """Return the loss of each sample, [B]."""
+        weight = next(self.model.parameters())
+        labels, device = draws.class_labels.to(weight.device), weight.device
+        keep_mask = None if draws.keep_mask is None else draws.keep_mask.to(device)
+
+        def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return model(noisy, timesteps, labels, keep_mask)
+
+        latents, noise = (tensor.to(device, weight.dtype) for tensor in (latents, draws.noise))
+        return self.objective.loss(denoise, latents, noise, draws.timesteps.to(device))
+
+    @property
+    def validation_count(self) -> int:
+        data = self.validation_data
+        return 0 if data is None else min(self.config.training.validation_images, len(data.images))
+
+    def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the loss of fixed images, times and noise, and the same by quartile of t."""
+        assert self.validation_data is not None
+        latents, labels = self.validation_data.validation(indices)
+        draws = validation_draws(self.config.seed, indices, self.validation_count, latents, labels, self.objective)
+        losses = self._losses(model, latents, draws).double().cpu()
+        quartiles = (draws.timesteps * QUARTILES / 1000).long().clamp(0, QUARTILES - 1)
+        members = {"val_loss": torch.ones_like(quartiles)}
+        members |= {f"val_loss_q{number + 1}": (quartiles == number).long() for number in range(QUARTILES)}
+        return {name: ((losses * chosen).sum(), chosen.sum()) for name, chosen in members.items()}
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Write a grid: `per_class` images of the first classes."""
+        from gspn_dit.grid import class_grid, save_png
+
+        sampling = self.config.sampling
+        labels = torch.arange(min(sampling.max_classes, len(self.class_names))).repeat_interleave(sampling.per_class)
+        guidance = Guidance(sampling.guidance_scale, sampling.guidance_interval, sampling.guidance_channels)
+        images = self._sample(model, labels, range(len(labels)), guidance)
+        save_png(class_grid(images, labels.tolist(), self.class_names), path)
+
+    def draw(self, model: nn.Module, indices: range) -> np.ndarray:
+        """Return images of all classes in turn."""
+        return self._sample(model, torch.tensor(indices) % self.model.num_classes, indices, None)
+
+    def _sample(self, model: nn.Module, labels: Tensor, indices: range, guidance: Guidance | None) -> np.ndarray:
+        sampling = self.config.sampling
+        latents = draw_latents(
+            model,
+            self.objective,
+            (self.latent.channels, self.latent.size, self.latent.size),
+            labels,
+            self.model.null_label,
+            sampling.steps,
+            self.config.seed,
+            indices,
+            guidance=guidance,
+            sampler=sampling.sampler,
+        )
+        return self.latent.decode(latents)
+
+    @property
+    def _reference(self) -> Any:
+        """Training images; of a stream, which cannot be asked for an image, the held-out ones."""
+        return self.validation_data if self.config.data.streaming else self.train_data
+
+    @property
+    def reference_count(self) -> int:
+        if self._reference is None:
+            raise UserError("training.fd_every: a stream without a validation split has no images to compare with")
+        return len(self._reference.images)
+
+    def reference(self, indices: Sequence[int]) -> np.ndarray:
+        latents, _ = self._reference.validation(indices)
+        return self.latent.decode(latents.to(self.device))
+
+    # -- between runs --------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        return self.description
+
+    def summary(self) -> list[tuple[str, str]]:
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        return [
+            ("data", self._data_summary()),
+            *(("", remark) for remark in self.train_data.images.remarks),
+            ("model", f"{self.config.model.name}, {parameters:,} parameters"),
+        ]
+
+    def _data_summary(self) -> str:
+        images, latent = self.train_data.images, self.latent
+        text = f"{self.config.data.path or images.name}: {len(images):,} images of {images.num_classes:,} classes, "
+        text += f"{latent.image_size}x{latent.image_size} {'grey' if latent.image_channels == 1 else 'RGB'}"
+        if latent.factor > 1:
+            text += f", as latents {latent.channels}x{latent.size}x{latent.size}"
+        if self.validation_data is None:
+            return f"{text}; none for validation"
+        used, held_out = self.validation_count, len(self.validation_data.images)
+        return f"{text}; {used:,}{f' of {held_out:,}' if used < held_out else ''} more for validation"
+
+    def check_resumed(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        refuse_other_vae(manifest["latent"], self.latent.spec())
+        super().check_resumed(checkpoint, manifest)
+
+    def start_from(self, checkpoint: str) -> None:
+        """Take averaged weights; a class of the same name keeps its row of the label table."""
+        self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))
+
+
+def check_guided_channels(config: Config, latent_channels: int) -> None:
+    """Raise UserError where more channels shall be guided than a latent has."""
+    guided = config.sampling.guidance_channels
+    if guided is not None and guided > latent_channels:
+        raise UserError(f"sampling.guidance_channels is {guided}, but the latent has {latent_channels} channels")
