@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     VALIDATION_NOISE = 10
     VALIDATION_TIMESTEP = 11
     VALIDATION_POSTERIOR = 12
+    CAPTION = 20
 
 
 def _generators(seed: int, stream: Stream, numbers: Sequence[int], part: int = 0) -> Iterator[np.random.Generator]:

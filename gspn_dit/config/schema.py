@@ -108,6 +108,8 @@ class DataConfig(Section):
     """Pixels; images are centre-cropped and resized to it. null: all images share one size."""
     validation_fraction: float = 0.1
     """Share held out where the source has no validation split of its own."""
+    caption_column: str = "text"
+    """Where the captions are, one or several for an image: a key of metadata.jsonl or a column; text-to-image alone."""
     horizontal_flip: bool = False
     """Mirror half of the training images, chosen by sample number."""
     streaming: bool = False
