@@ -401,6 +401,7 @@ ODD_TEXTS = ["no", "1e5", "123", "true", "[1]", "{a: 1}", " a b ", "é: ü", "a'
 def no_default() -> Config:
     """A config with another value than the default in every leaf that has one."""
     return Config(
+        task="text-to-image",
         output_dir="other",
         seed=2**63 - 1,
         model=ModelConfig("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2, True, ["down", "right"]),
