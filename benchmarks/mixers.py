@@ -164,19 +164,19 @@ def disagreement() -> str | None:
     """Compare both mixers with their formulas in float64; return a sentence about the first that is wrong."""
     import torch
 
-    from gspn_dit.models.dit import AttentionMixer, ScanMixer
+    from gspn_dit.models.mixers import AttentionMixer, AttentionOptions, ScanMixer, ScanOptions
     from gspn_dit.ops import gspn_scan
 
     torch.manual_seed(0)
     tokens = torch.randn(1, 5, 7, 32, dtype=torch.float64)
     with torch.no_grad():
-        attention = AttentionMixer(32, 2).double()
+        attention = AttentionMixer(32, AttentionOptions(num_heads=2)).double()
         q, k, v = attention.qkv(tokens).flatten(1, 2).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         mixed = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).reshape(tokens.shape)
         if not torch.allclose(attention(tokens), attention.proj(mixed)):
             return "attention differs from softmax(QKᵀ/√d)V"
         for groups, window in ((None, None), (None, 4), (4, None)):
-            mixer = ScanMixer(32, groups, window).double()
+            mixer = ScanMixer(32, ScanOptions(weight_groups=groups, scan_window=window)).double()
             x, scan = mixer.in_proj(tokens), mixer.scan
             maps = (scan.to_logits, scan.to_input_gate, scan.to_output_gate)
             logits, u, v = (layer(scan.to_proxy(x)).unflatten(-1, (4, -1)) for layer in maps)

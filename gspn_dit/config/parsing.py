@@ -29,6 +29,9 @@ PATHS = (
 )
 """Keys whose value is a path, or can be one."""
 
+MAPPINGS = ("model.mixer_options.",)
+"""What begins the keys that are not known here."""
+
 
 @functools.cache
 def _types() -> dict[str, tuple[Any, ...]]:
@@ -68,7 +71,7 @@ def _check_keys(keys: Sequence[str], source: str, also: Sequence[str] = ()) -> N
     for key in keys:
         if key in sections:
             raise UserError(f"{source}: '{key}' is a section; give its keys as {key}.KEY")
-        if key not in _types():
+        if key not in _types() and not key.startswith(MAPPINGS):
             last_words = [known.split(".")[-1] for known in _types()]
             hint = nearest(key, [*_types(), *also]) or nearest(key.split(".")[-1], last_words)
             raise UserError(f"{source}: unknown key '{key}'{hint}")

@@ -28,6 +28,7 @@ class Section:
         section = type(self).__name__.removesuffix("Config").lower()
         for spec in dataclasses.fields(self):
             name, given = f"{section}.{spec.name}".removeprefix("."), getattr(self, spec.name)
+            given = list(given.values()) if isinstance(given, dict) else given
             for value in given if isinstance(given, (list, tuple)) else [given]:
                 if isinstance(value, float):
                     _require(math.isfinite(value), f"{name} is {given}, but must be finite")
@@ -54,12 +55,13 @@ class ModelConfig(Section):
     """Lines after which the scan restarts (local GSPN); null: global."""
     drop_path_rate: float | None = None
     """Probability that stochastic depth drops the last block's branch; rises linearly from 0."""
-    mixer: Literal["attention", "gspn"] | None = None
-    """What mixes the tokens of a DiT model; null: attention."""
+    mixer: str | None = None
+    """What mixes the tokens of a DiT model: attention (what null means), gspn, conv, linear or another of
+    `gspn_dit.models.mixers.MIXERS`."""
     num_heads: int | None = None
-    """Heads of attention; DiT models alone."""
+    """Heads of attention, linear or not; DiT models alone."""
     positions: bool | None = None
-    """Add sines and cosines of the place to the patches of a DiT model; null: with attention, not with scans."""
+    """Add sines and cosines of the place to the patches of a DiT model; null: with attention alone."""
     scan_directions: list[str] | None = None
     """Directions of the scan, of right, left, down and up; null: all four."""
     long_skips: bool | None = None
@@ -67,10 +69,21 @@ class ModelConfig(Section):
     conditioning: Literal["additive", "adaln-zero"] | None = None
     """How timestep and class act: added once to the tokens (additive, what null means), or by modulating every block;
     GSPN models alone."""
+    mixer_options: dict[str, Any] | None = None
+    """Options of the mixer that have no key here, by name."""
+    lpu: bool | None = None
+    """Add a depthwise 3×3 convolution to the tokens before each block of a DiT model; null: false."""
+    scan_skip: bool | None = None
+    """Add (a linear map of the proxy) ⊙ tokens to the merged scan; null: false."""
+    proxy_channels: int | None = None
+    """Width of the proxy from which a scan's weights and gates come; null: the model's width by `proxy_ratio`."""
+    proxy_ratio: int | None = None
+    """Null: 16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window"):
+        sizes = ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window", "proxy_channels", "proxy_ratio")
+        for name in sizes:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         rate = self.drop_path_rate
@@ -80,8 +93,10 @@ class ModelConfig(Section):
             given is None or (0 < len(given) == len(set(given)) and set(given) <= set(SCAN_DIRECTIONS)),
             f"model.scan_directions is {given}, but must hold different ones of {', '.join(SCAN_DIRECTIONS)}",
         )
+        for name in self.mixer_options or {}:
+            _require(not hasattr(self, name), f"model.mixer_options.{name} has a key of its own, model.{name}")
         for family, other, names in (
-            ("DiT", "GSPN-", ("mixer", "num_heads", "positions")),
+            ("DiT", "GSPN-", ("mixer", "mixer_options", "lpu", "num_heads", "positions")),
             ("GSPN", "DiT-", ("long_skips", "conditioning")),
         ):
             for name in names:
@@ -93,6 +108,7 @@ class ModelConfig(Section):
     def overrides(self) -> dict[str, Any]:
         """Return the options that were set, for `create_model`."""
         values = dataclasses.asdict(self)
+        values.update(values.pop("mixer_options") or {})
         return {key: value for key, value in values.items() if key != "name" and value is not None}
 
 

@@ -22,19 +22,29 @@ _HOMES = {
     "DiffusionModel": "gspn_dit.models.base",
     "GSPNTransformer": "gspn_dit.models.gspn",
 }
-_OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "scan_directions", "scan_window", "weight_groups")
+_OF_BOTH = ("depth", "drop_path_rate", "hidden_size")
 _OPTIONS = {
     "GSPN": (*_OF_BOTH, "long_skips", "conditioning"),
     "DiT": (
         *_OF_BOTH,
         "num_heads",
         "mixer",
+        "lpu",
         "positions",
         "interpolate_positions",
         "mlp_norm_epsilon",
         "timestep_endpoint",
     ),
 }
+"""Of each family; those of its mixers come on top."""
+
+
+def _options_by_family() -> dict[str, list[str]]:
+    from gspn_dit.models.mixers import MIXERS, option_names
+
+    of_family = {"GSPN": ["gspn"], "DiT": list(MIXERS)}
+    names = {family: [name for mixer in mixers for name in option_names(mixer)] for family, mixers in of_family.items()}
+    return {family: list(dict.fromkeys([*own, *names[family]])) for family, own in _OPTIONS.items()}
 
 
 def __getattr__(name: str) -> Any:
@@ -59,9 +69,9 @@ def create_model(
         latent_channels: channels of the latent.
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
-        overrides: `hidden_size`, `depth`, `weight_groups`, `scan_window`, `scan_directions`, `drop_path_rate`; for GSPN
-            also `long_skips` and `conditioning` ("additive", the default, or "adaln-zero"); for DiT also `mixer`
-            ("attention", the default, or "gspn"), `num_heads` and the rest of `DiT`'s. None keeps the preset's.
+        overrides: `hidden_size`, `depth`, `drop_path_rate`; for GSPN also `long_skips`, `conditioning` ("additive", the
+            default, or "adaln-zero") and those of `ScanOptions`; for DiT also `mixer` (of `MIXERS`; "attention" is the
+            default), its options, `num_heads`, `lpu` and the rest of `DiT`'s. None keeps the preset's.
 
     Raises:
         ValueError: an unknown name or override, a size that the patch does not divide, or a value out of range.
@@ -74,11 +84,12 @@ def create_model(
             f"choose another image size or another patch, such as {family}-{size}/1"
         )
     given = {key: value for key, value in overrides.items() if value is not None}
-    if unknown := sorted(set(given) - set(_OPTIONS[family])):
-        other = next((other for other, options in _OPTIONS.items() if unknown[0] in options), None)
+    allowed = _options_by_family()
+    if unknown := sorted(set(given) - set(allowed[family])):
+        other = next((other for other, options in allowed.items() if unknown[0] in options), None)
         if other:
             raise ValueError(f"{unknown[0]} is an option of {other} models, but the model is {name}; leave it out")
-        raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(_OPTIONS[family])}")
+        raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(allowed[family])}")
     options: dict[str, Any] = {**vars(PRESETS[family][size]), **given, "patch_size": patch_size}
     if family == "GSPN":
         from gspn_dit.models.gspn import GSPNTransformer

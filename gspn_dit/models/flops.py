@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gspn_dit.models.base import DiffusionModel
-from gspn_dit.models.dit import AttentionMixer
 from gspn_dit.models.embeddings import Modulation
-from gspn_dit.models.gspn import GSPNMixer
 from gspn_dit.ops import DIRECTIONS
 
 
@@ -30,7 +28,7 @@ def forward_multiply_adds(model: DiffusionModel, latent_height: int, latent_widt
     """Count the multiply-adds of a forward pass of one image: linear maps, convolutions, attention and scans.
 
     It is what the literature calls "Gflops" (DiT-XL/2 at 32×32: 118.6·10⁹) and half of what torch's counter says.
-    Norms, activations, embedding look-ups and additions are left out there as here.
+    Norms, activations, embedding look-ups and additions are left out there as here. A mixer says itself what it costs.
 
     Args:
         model: on any device; its weights are not read.
@@ -42,15 +40,14 @@ def forward_multiply_adds(model: DiffusionModel, latent_height: int, latent_widt
     patch = model.patch_size
     if latent_height % patch or latent_width % patch:
         raise ValueError(f"a latent of {latent_height}×{latent_width} is not divisible by the patch size {patch}")
-    tokens = (latent_height // patch) * (latent_width // patch)
-    total, once_per_image = 0, {*model.timestep_embed.modules()}
-    for module in model.modules():
-        if isinstance(module, Modulation) or (isinstance(module, nn.Linear) and module in once_per_image):
-            total += module.weight.numel()
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):  # convolutions keep the size of the grid
-            total += tokens * module.weight.numel()
-        elif isinstance(module, AttentionMixer):
-            total += attention_multiply_adds(tokens, module.proj.in_features)
-        elif isinstance(module, GSPNMixer):
-            total += scan_multiply_adds(tokens, module.to_proxy.in_features, len(module.directions))
-    return total
+    grid, once_per_image = (latent_height // patch, latent_width // patch), {*model.timestep_embed.modules()}
+
+    def count(module: nn.Module) -> int:
+        if (cost := getattr(module, "multiply_adds", None)) is not None:  # a mixer
+            return cost(*grid)
+        own = module.weight.numel() if isinstance(module, (nn.Linear, nn.Conv2d)) else 0
+        if not isinstance(module, Modulation) and module not in once_per_image:
+            own *= grid[0] * grid[1]  # convolutions keep the size of the grid
+        return own + sum(map(count, module.children()))
+
+    return count(model)

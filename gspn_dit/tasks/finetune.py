@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
-from gspn_dit.config import SCAN_DIRECTIONS
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
+from gspn_dit.models.mixers import unseen_options
 from gspn_dit.models.presets import PRESETS, parse_name
 
 LABEL_TABLE = "class_embed.weight"
@@ -57,9 +57,9 @@ def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapp
 def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a model, given `create_model`'s arguments, that its weights need but do not show."""
     family, size, _ = parse_name(arguments["name"])
-    defaults = {"timestep_endpoint": False, "scan_directions": list(SCAN_DIRECTIONS)}
-    options = {**defaults, **vars(PRESETS[family][size]), **arguments}
-    return {key: options.get(key) for key in ("num_heads", "timestep_endpoint", "scan_directions")}
+    unseen = {"timestep_endpoint": False, **unseen_options()}
+    options = {**unseen, **vars(PRESETS[family][size]), **arguments}
+    return {key: list(value) if isinstance(value := options[key], tuple) else value for key in unseen}
 
 
 def resize_label_table(table: Tensor, names: list[str], fresh: Tensor, new_names: list[str]) -> Tensor:

@@ -16,8 +16,8 @@ from gspn_dit.data.sources import find_source
 from gspn_dit.diffusion import create_objective
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
-from gspn_dit.models.flops import forward_multiply_adds, scan_multiply_adds
-from gspn_dit.models.gspn import GSPNMixer
+from gspn_dit.models.flops import forward_multiply_adds
+from gspn_dit.models.mixers import GSPNMixer, Mixer
 from gspn_dit.tasks.class_conditional import check_guided_channels
 from gspn_dit.training.zero import STAGES, bucket_elements
 
@@ -142,15 +142,15 @@ def estimate_memory(
         optimizer=3 * part if sharding in STAGES else 2 * copy,
         copies=once,
         activations=activations,
-        working=micro_batch * _scan_bytes(model, latent_size, 2 if settings.mixed_precision == "bf16" else 4),
+        working=micro_batch * _working_bytes(model, latent_size, 2 if settings.mixed_precision == "bf16" else 4),
     )
 
 
-def _scan_bytes(model: DiffusionModel, latent_size: int, element_bytes: int) -> int:
-    """Return the bytes of the logits and gates of one scan of an image, and of their gradients."""
-    mixers = [module for module in model.modules() if isinstance(module, GSPNMixer)]
-    maps = [sum(part.out_features for part in (m.to_logits, m.to_input_gate, m.to_output_gate)) for m in mixers]
-    return 2 * element_bytes * max(maps, default=0) * (latent_size // model.patch_size) ** 2
+def _working_bytes(model: DiffusionModel, latent_size: int, element_bytes: int) -> int:
+    """Return the bytes of what the mixer that needs most makes again in the backward pass for an image."""
+    side = latent_size // model.patch_size
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    return element_bytes * max(mixer.working_elements(side, side) for mixer in mixers)
 
 
 def _saved_bytes(model: DiffusionModel, latent_size: int, mixed_precision: str, checkpointing: bool) -> tuple[int, int]:
@@ -238,14 +238,14 @@ def estimate(config: Config, processes: int) -> Estimate:
     check_guided_channels(config, facts.channels)
     model = _model_without_memory(config, facts, objective.out_channels(facts.channels))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = (facts.size // model.patch_size) ** 2
-    mixers = [module for module in model.modules() if isinstance(module, GSPNMixer)]
+    side = facts.size // model.patch_size
+    scans = [module for module in model.modules() if isinstance(module, GSPNMixer)]
     average = {"float16": 2, "float32": 4}[settings.ema_snapshot_dtype]
     return Estimate(
         data=facts,
         parameters=parameters,
         multiply_adds=forward_multiply_adds(model, facts.size, facts.size),
-        scan_multiply_adds=sum(scan_multiply_adds(tokens, mixer.to_proxy.in_features) for mixer in mixers),
+        scan_multiply_adds=sum(scan.scan_multiply_adds(side, side) for scan in scans),
         processes=processes,
         micro_batch=settings.batch_size // shares,
         memory=estimate_memory(model, facts.size, settings.batch_size // shares, settings, processes),

@@ -12,7 +12,7 @@ import torch
 from benchmarks import mixers
 from benchmarks.mixers import Cell, Study, exponent, targets, times_faster
 from gspn_dit.errors import UserError
-from gspn_dit.models.dit import ScanMixer
+from gspn_dit.models.mixers import ScanMixer
 
 
 def cell(tokens: int, variant: str, *seconds: float, name: str = "mixer C=384") -> Cell:

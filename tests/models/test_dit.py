@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.models import DIT_PRESETS, DiffusionModel, DiT, create_model
-from gspn_dit.models.dit import AttentionMixer, DiTBlock, ScanMixer
+from gspn_dit.models.dit import DiTBlock
 from gspn_dit.models.embeddings import sincos_positions
+from gspn_dit.models.mixers import MIXERS, AttentionMixer, AttentionOptions, ScanMixer
 from tests.models.conftest import lively
 
 EXACT = {
@@ -27,7 +28,8 @@ EXACT = {
     ("XL", "gspn"): 649_223_568,
 }
 PUBLISHED_MILLIONS = {"S": 33.0, "B": 130.5, "L": 458.1, "XL": 675.1}
-MIXERS = pytest.mark.parametrize("mixer", ["attention", "gspn"])
+EACH_MIXER = pytest.mark.parametrize("mixer", list(MIXERS))
+GLOBAL_MIXERS = pytest.mark.parametrize("mixer", ["attention", "gspn", "linear"])
 
 Build = Callable[..., DiffusionModel]
 
@@ -106,7 +108,7 @@ def test_attention_is_the_default_mixer() -> None:
             "long_skips is an option of GSPN models, but the model is DiT-S/2; leave it",
         ),
         ("DiT-S/2", {"conditioning": "additive"}, "conditioning is an option of GSPN models"),
-        ("DiT-S/2", {"mixer": "mamba"}, "unknown mixer 'mamba'; allowed are attention, gspn"),
+        ("DiT-S/2", {"mixer": "mamba"}, "unknown mixer 'mamba'; allowed are attention, gspn, conv, linear"),
         ("DiT-S/2", {"num_heads": 5}, "num_heads 5 does not divide the 384 channels"),
         ("DiT-S/2", {"hidden_size": 18, "num_heads": 2}, "hidden_size 18 is not divisible by 4"),
         ("DiT-S/2", {"weight_groups": 4}, "weight_groups and scan_window are options of scans"),
@@ -200,7 +202,7 @@ def test_gates_start_so_that_a_sum_over_directions_keeps_the_scale(directions: l
 # -- structure -------------------------------------------------------------------------------------------------------
 
 
-@MIXERS
+@EACH_MIXER
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (2, 2), (2, 10), (6, 12)])
 def test_any_height_and_width_that_the_patch_divides(dit: Build, mixer: str, height: int, width: int) -> None:
     output = dit(mixer=mixer, out_channels=4)(*inputs(height=height, width=width))
@@ -210,7 +212,7 @@ def test_any_height_and_width_that_the_patch_divides(dit: Build, mixer: str, hei
 
 def test_attention_by_its_formula() -> None:
     torch.manual_seed(0)
-    mixer = AttentionMixer(8, 2).double()
+    mixer = AttentionMixer(8, AttentionOptions(num_heads=2)).double()
     tokens = torch.randn(2, 3, 4, 8, dtype=torch.float64)
     q, k, v = (tokens.flatten(1, 2) @ mixer.qkv.weight.T + mixer.qkv.bias).split(8, dim=-1)
     heads = []
@@ -223,7 +225,7 @@ def test_attention_by_its_formula() -> None:
 
 def test_a_block_is_what_the_paper_says() -> None:
     torch.manual_seed(0)
-    block = DiTBlock(8, AttentionMixer(8, 2)).double()
+    block = DiTBlock(8, AttentionMixer(8, AttentionOptions(num_heads=2))).double()
     lively(block)
     tokens, conditioning = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
     silu = conditioning / (1 + torch.exp(-conditioning))
@@ -240,7 +242,7 @@ def test_a_block_is_what_the_paper_says() -> None:
     torch.testing.assert_close(block(tokens, conditioning), expected, rtol=1e-10, atol=1e-10)
 
 
-@MIXERS
+@EACH_MIXER
 def test_every_block_starts_as_the_identity_and_the_output_at_zero(mixer: str) -> None:
     torch.manual_seed(0)
     model = create_model("DiT-N/2", 3, 2, 8, mixer=mixer, depth=2)
@@ -254,7 +256,7 @@ def test_every_block_starts_as_the_identity_and_the_output_at_zero(mixer: str) -
     assert 0.015 < float(model.class_embed.weight.detach().std()) < 0.025
 
 
-@MIXERS
+@EACH_MIXER
 def test_every_parameter_has_a_gradient(dit: Build, mixer: str) -> None:
     model = dit(mixer=mixer)
     model(*inputs(4)).square().sum().backward()
@@ -262,7 +264,7 @@ def test_every_parameter_has_a_gradient(dit: Build, mixer: str) -> None:
     assert dead == []
 
 
-@MIXERS
+@GLOBAL_MIXERS
 def test_every_pixel_reaches_every_pixel(dit: Build, mixer: str) -> None:
     latents, timesteps, labels = inputs(1, 16, 16)
     latents.requires_grad_()
@@ -339,7 +341,7 @@ def test_checkpointed_blocks_give_equal_gradients_from_fewer_kept_bytes(build: B
         torch.testing.assert_close(gradient, truth, rtol=1e-12, atol=1e-12)
 
 
-@MIXERS
+@EACH_MIXER
 def test_bfloat16_autocast_stays_near_float32(dit: Build, mixer: str) -> None:
     model, (latents, timesteps, labels) = dit(mixer=mixer).float(), inputs()
     expected = model(latents.float(), timesteps, labels)
@@ -357,7 +359,7 @@ def test_pure_bfloat16_runs(dit: Build) -> None:
 
 
 @pytest.mark.slow
-@MIXERS
+@EACH_MIXER
 def test_compiled_in_one_graph_equals_eager(dit: Build, mixer: str) -> None:
     model, arguments = dit(depth=1, mixer=mixer), inputs()
     parameters = list(model.parameters())

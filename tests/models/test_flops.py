@@ -40,6 +40,8 @@ def scans(model: DiffusionModel, tokens: int) -> int:
         ("DiT-N/2", {"depth": 2}),
         ("DiT-N/2", {"depth": 2, "mixer": "gspn"}),
         ("DiT-N/2", {"depth": 1, "mixer": "gspn", "weight_groups": 4}),
+        ("DiT-N/2", {"depth": 1, "mixer": "conv", "lpu": True}),
+        ("DiT-N/2", {"depth": 1, "mixer": "linear"}),
         ("GSPN-N/2", {"depth": 2, "hidden_size": 32}),
         ("GSPN-N/2", {"depth": 2, "scan_directions": ["up"], "long_skips": False, "conditioning": "adaln-zero"}),
     ],

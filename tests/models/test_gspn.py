@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn_dit.models import GSPN_PRESETS, GSPNTransformer, create_model
-from gspn_dit.models.gspn import GSPNBlock, GSPNMixer
+from gspn_dit.models.gspn import GSPNBlock
+from gspn_dit.models.mixers import GSPNMixer
 from gspn_dit.ops import DIRECTIONS, gspn_scan
 from tests.models.conftest import lively
 

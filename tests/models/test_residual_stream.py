@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.models import DIT_PRESETS, GSPN_PRESETS, DiffusionModel, create_model
+from gspn_dit.models.mixers import MIXERS
 
 WIDTH = 48
 """Of every model here: the presets' numbers of heads divide it, and dtypes do not depend on it."""
@@ -21,7 +22,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"name": "GSPN-N/2", "long_skips": False},
     {"name": "GSPN-N/2", "weight_groups": 4, "scan_window": 2, "scan_directions": ["right", "up"]},
     {"name": "DiT-N/2", "positions": False},
-    {"name": "DiT-N/2", "mixer": "gspn"},
+    *({"name": "DiT-N/2", "mixer": mixer} for mixer in MIXERS),
+    *({"name": "DiT-N/2", "mixer": mixer, "lpu": True} for mixer in MIXERS),
+    {"name": "DiT-N/2", "mixer": "gspn", "scan_skip": True, "proxy_ratio": 8},
+    {"name": "GSPN-N/2", "scan_skip": True, "proxy_channels": 5},
     {"name": "DiT-N/2", "mixer": "gspn", "positions": True},
     {"name": "DiT-N/2", "mixer": "gspn", "weight_groups": 4, "scan_window": 2, "scan_directions": ["down"]},
 ]
