@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.paths import path_argument
 
 if TYPE_CHECKING:
     from typing import Any
@@ -26,26 +27,38 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--samples",
         required=True,
+        type=path_argument,
         help="generated images: a directory of PNGs (<index>-<class id>.png, one sub-folder per class, or flat), or "
         "an NPZ (arr_0 uint8 NHWC, optionally arr_1 class ids)",
     )
     parser.add_argument(
         "--reference",
         required=True,
+        type=path_argument,
         help="real images: 'digits', an image folder, a data set saved with save_to_disk, a directory of PNGs, or "
         "an NPZ, ADM's with mu and sigma too; a set with a validation split also gives the real images' own scores",
     )
     parser.add_argument("--protocol", help="adm-50k, adm-50k-512, quick or digits: net and every setting under a name")
-    parser.add_argument("--features", help="without --protocol: 'digits' or a file that fid.train_features wrote")
-    parser.add_argument("--out", required=True, help="directory of the report")
+    parser.add_argument(
+        "--features", type=path_argument, help="without --protocol: 'digits' or a file that fid.train_features wrote"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="directory of the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in --out")
-    parser.add_argument("--weights", help="file of the Inception net, if not at torch-fidelity's usual place")
+    parser.add_argument(
+        "--weights", type=path_argument, help="file of the Inception net, if not at torch-fidelity's usual place"
+    )
     parser.add_argument(
         "--allow-unknown-weights", action="store_true", help="take another Inception net; no score is called FID then"
     )
-    parser.add_argument("--dinov2", metavar="DIR", help="local directory of a DINOv2 model, for FD-DINOv2 as well")
-    parser.add_argument("--held-out", help="real images that are scored as if they were samples, for comparison")
-    parser.add_argument("--cache", metavar="DIR", help="where a protocol's features of real images are kept")
+    parser.add_argument(
+        "--dinov2", type=path_argument, metavar="DIR", help="local directory of a DINOv2 model, for FD-DINOv2 as well"
+    )
+    parser.add_argument(
+        "--held-out", type=path_argument, help="real images that are scored as if they were samples, for comparison"
+    )
+    parser.add_argument(
+        "--cache", type=path_argument, metavar="DIR", help="where a protocol's features of real images are kept"
+    )
     parser.add_argument("--no-cache", action="store_true", help="keep no features of real images")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: 256, Inception 64)")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 
 from gspn_dit.errors import ArgumentParser, UserError
 from gspn_dit.files import write_whole
+from gspn_dit.paths import path_argument
 
 FORMAT_VERSION = 2
 MARK = "*"
@@ -28,8 +29,12 @@ KNOBS = ("sampler", "num_inference_steps", "guidance_scale", "seed", "weights", 
 def build_parser() -> ArgumentParser:
     """The arguments of `python -m fid compare`."""
     parser = ArgumentParser(prog="python -m fid compare", description="Put reports side by side in one table.")
-    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report directories, or report.json files")
-    parser.add_argument("--out", metavar="FILE", help="also write the table (Markdown) to this file")
+    parser.add_argument(
+        "reports", type=path_argument, nargs="+", metavar="REPORT", help="report directories, or report.json files"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="also write the table (Markdown) to this file"
+    )
     parser.add_argument(
         "--allow-mixed",
         action="store_true",

@@ -20,6 +20,7 @@ import numpy as np
 from fid.images import LabelledImages
 from fid.page import markdown, page
 from gspn_dit.errors import UserError
+from gspn_dit.files import cannot_hold
 from gspn_dit.grid import class_grid, save_png
 
 FILES = ("report.json", "report.md", "index.html", "grid.png")
@@ -79,9 +80,8 @@ def versions() -> dict[str, str]:
 def prepare_directory(out: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuse a report directory that is not new or empty, unless `overwrite` and it holds nothing but a report."""
     target = Path(out)
-    parent = next(folder for folder in target.resolve().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out {target} cannot be created: {parent} is not a directory that can be written")
+    if problem := cannot_hold(target):
+        raise UserError(f"--out {problem}")
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {target} is a file; give a directory")
     if not target.is_dir():

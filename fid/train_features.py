@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.paths import path_argument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,13 +114,15 @@ def build_parser() -> ArgumentParser:
     """The arguments of `python -m fid.train_features`."""
     parser = ArgumentParser(prog="python -m fid.train_features", description="Train a feature net for python -m fid.")
     parser.add_argument("--data", default="digits", help="data set: digits, imagefolder or hf")
-    parser.add_argument("--data-path", default=None, help="directory of an imagefolder or hf data set")
+    parser.add_argument(
+        "--data-path", type=path_argument, default=None, help="directory of an imagefolder or hf data set"
+    )
     parser.add_argument("--image-size", type=int, default=None, help="crop and resize the images to this size")
     parser.add_argument("--architecture", default="conv", choices=("conv", "plain"), help="kind of classifier")
     parser.add_argument("--images", type=int, default=None, help="train on so many images, evenly spaced; default all")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the training images")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, order and augmentation")
-    parser.add_argument("--out", required=True, help="the safetensors file to write")
+    parser.add_argument("--out", type=path_argument, required=True, help="the safetensors file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     return parser
 

@@ -37,6 +37,14 @@ def write_whole(path: Path, content: bytes) -> None:
     write_atomically(path, content)
 
 
+def cannot_hold(path: str | os.PathLike[str]) -> str | None:
+    """Say why nothing can be written at a path that may not exist yet, or return None."""
+    parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if parent.is_dir() and os.access(parent, os.W_OK):
+        return None
+    return f"{path} cannot be created: {parent} is not a directory that can be written"
+
+
 def is_npz(path: str | os.PathLike[str]) -> bool:
     """Tell whether a path is meant as an NPZ file; anything else is a folder.
 

@@ -27,8 +27,15 @@ import numpy as np
 from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, advise_on_memory, run_cli
 from gspn_dit.files import is_npz
 from gspn_dit.locks import Lock, refuse_if_held, sole_job
+from gspn_dit.paths import path_argument
 from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, preferred_samplers
-from gspn_dit.sample import choose_device, parse_classes, parse_guidance_channels
+from gspn_dit.sample import parse_classes
+from gspn_dit.sampling_options import (
+    add_sampling_options,
+    check_guided_channels,
+    check_sampling_options,
+    choose_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -57,27 +64,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Generate an evaluation set: a folder of PNG files, or an .npz file (arr_0 uint8 NHWC, arr_1).",
         formatter_class=argparse.HelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="run directory or one checkpoint")
-    parser.add_argument("--out", required=True, metavar="DIR|FILE.npz", help="a folder of PNGs, or an .npz file")
+    add_sampling_options(parser, guidance_scale=1.0, otherwise="the protocol's, or ")
+    parser.add_argument("--out", required=True, type=path_argument, metavar="DIR|FILE.npz",
+                        help="a folder of PNGs, or an .npz file")  # fmt: skip
     parser.add_argument("--protocol", metavar="NAME", help=f"fixes what an evaluation asks for: {', '.join(PROTOCOLS)}")
     parser.add_argument("--num-samples", type=int, metavar="N", help="images; needed unless the protocol says it")
     parser.add_argument("--labels", choices=("uniform", "balanced"),
                         help="drawn at random by (seed, index), or the classes in turn (default: uniform)")  # fmt: skip
-    parser.add_argument("--classes", help="ids, ranges and names: 0-9, or 3,7,cat (default: all)")
-    parser.add_argument("--weights", choices=("ema", "model"), help="(default: ema)")
-    parser.add_argument("--vae", metavar="NAME_OR_DIR", help="where the autoencoder of the latents lies now, if moved")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: the protocol's, or 50)")
-    parser.add_argument("--sampler", help="(default: the protocol's, or the objective's)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1, the default, is no guidance")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="times t (1 is noise, 0 data) at which guidance acts (default: 0 1)")  # fmt: skip
-    parser.add_argument("--guide-checkpoint", metavar="DIR", help="guide away from this weaker model (autoguidance) "
-                        "instead of the model without class")  # fmt: skip
-    parser.add_argument("--guidance-channels", default="all", metavar="all|N",
-                        help="guide the first N channels alone, as DiT's figures do with 3 (default: all)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) (default: 0)")
     parser.add_argument("--tf32", action="store_true", help="let NVIDIA GPUs round matrix products to TF32")
-    parser.add_argument("--device", help="cpu, cuda, … (default: the accelerators if there are any)")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or start it")
     parser.add_argument("--overwrite", action="store_true", help="replace the set that --out holds")
     options = parser.parse_args(arguments)
@@ -89,12 +83,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _check(options: argparse.Namespace) -> None:
     from gspn_dit.sample_sets import check_place
 
-    for name in ("num_samples", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1")
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed is {options.seed}, but must lie in [0, 2^63)")
-    options.guidance_channels = parse_guidance_channels(options.guidance_channels)
+    check_sampling_options(options, "num_samples")
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
     refuse_if_held(Path(options.out), "--out")
@@ -196,17 +185,12 @@ def _guide_settings(checkpoint: str | None) -> dict[str, str]:
 
 def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipeline) -> dict[str, Any]:
     """Return everything that the images are a function of, for a reader; raises UserError where it is out of range."""
-    from gspn_dit.diffusion import CHUNK, STEP_NOISE, Guidance
+    from gspn_dit.diffusion import CHUNK, STEP_NOISE
     from gspn_dit.sample_sets import FORMAT_VERSION
     from gspn_dit.training.run_directory import describe_environment
 
-    try:
-        Guidance(options.guidance_scale, tuple(options.guidance_interval), options.guidance_channels)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     objective, latent, manifest = pipeline.objective, pipeline.latent, pipeline.manifest
-    if (options.guidance_channels or 0) > latent.channels:
-        raise UserError(f"--guidance-channels is {options.guidance_channels}, but the latent has {latent.channels}")
+    check_guided_channels(options.guidance_channels, latent.channels, "--guidance-channels")
     image_size, latent_spec = latent.size * latent.factor, latent.spec()
     check_model(options.protocol, image_size, len(pipeline.class_names))
     if options.sampler is None:

@@ -42,3 +42,9 @@ def path_argument(text: str) -> str:
         return user_path(text, "it")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def source_argument(text: str) -> str:
+    """`path_argument` of the place in "KIND:PLACE"."""
+    kind, colon, place = text.partition(":")
+    return f"{kind}{colon}{path_argument(place)}"

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.files import cannot_hold, is_npz
+from gspn_dit.paths import path_argument
+from gspn_dit.sampling_options import add_sampling_options, check_sampling_options, choose_device
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without the checkpoint; raises UserError."""
-    parser = ArgumentParser(prog="sample.py", description="Draw images by class from a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="run directory or one checkpoint")
-    parser.add_argument("--classes", default="all", help="ids, ranges and names: 0-9, or 3,7,cat; or all")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class")
+    parser = ArgumentParser(
+        prog="sample.py",
+        description="Draw images by class from a checkpoint.",
+        formatter_class=argparse.HelpFormatter,
+    )
+    add_sampling_options(parser, guidance_scale=2.0, classes="all", weights="ema", steps=50)
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class (default: 8)")
     parser.add_argument("--order", choices=("grouped", "interleaved"), default="grouped",
-                        help="order of the labels: 000111… or 010101…")  # fmt: skip
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="times t (1 is noise, 0 data) at which guidance acts")  # fmt: skip
-    parser.add_argument("--guidance-channels", default="all", metavar="all|N",
-                        help="guide the first N channels alone, as DiT's published figures do with 3")  # fmt: skip
-    parser.add_argument("--guide-checkpoint", metavar="DIR", help="guide away from this weaker model (autoguidance) "
-                        "instead of the model without class")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=50, help="steps of the sampler")
-    parser.add_argument("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc; "
-                        "by default the first of the checkpoint's objective")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--vae", metavar="NAME_OR_DIR", help="where the autoencoder of the latents lies now, if moved")
-    parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
-    parser.add_argument("--out", metavar="FILE", help="write a grid with a row per class to this PNG")
-    parser.add_argument("--save-images", metavar="DIR", help="write every image to DIR/<index>-<class id>.png")
-    parser.add_argument("--save-npz", metavar="FILE", help="write arr_0 (uint8 NHWC) and arr_1 (labels)")
+                        help="order of the labels: 000111… or 010101… (default: grouped)")  # fmt: skip
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="write a grid with a row per class to this PNG"
+    )
+    parser.add_argument("--save-images", type=path_argument, metavar="DIR",
+                        help="write every image to DIR/<index>-<class id>.png")  # fmt: skip
+    parser.add_argument("--save-npz", type=path_argument, metavar="FILE",
+                        help="write arr_0 (uint8 NHWC) and arr_1 (labels)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="write into a --save-images folder that is not empty")
     options = parser.parse_args(arguments)
-    for name in ("per_class", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1")
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed is {options.seed}, but must lie in [0, 2^63)")
-    options.guidance_channels = parse_guidance_channels(options.guidance_channels)
+    check_sampling_options(options, "per_class")
     if not (options.out or options.save_images or options.save_npz):
         raise UserError("nothing to write: give --out FILE, --save-images DIR or --save-npz FILE")
     _check_outputs(options)
@@ -50,23 +42,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
+    """Look at all outputs before anything is drawn: hours later it would be lost."""
     for flag, file in (("--out", options.out), ("--save-npz", options.save_npz)):
         if file and Path(file).is_dir():
             raise UserError(f"{flag} {file} is a directory; give a file")
+    kind = mimetypes.guess_type(options.out)[0] if options.out else None
+    if kind not in (None, "image/png"):
+        raise UserError(f"--out {options.out}: the grid is a PNG; give a name that ends in .png")
+    if options.save_npz and not is_npz(options.save_npz):
+        raise UserError(f"--save-npz {options.save_npz}: give a name that ends in .npz")
     folder = options.save_images
     if folder and Path(folder).is_dir() and any(Path(folder).iterdir()) and not options.overwrite:
         raise UserError(f"--save-images {folder} is not empty; give --overwrite to add to it and replace")
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise UserError(f"--save-images {folder} is a file; give a directory")
-
-
-def parse_guidance_channels(text: str) -> int | None:
-    """Turn "all" into None and "3" into 3; raises UserError for anything else."""
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--guidance-channels is {text}, but must be all or a number of at least 1")
-    return int(text)
+    for place in filter(None, (options.out, options.save_npz, folder)):
+        if problem := cannot_hold(place):
+            raise UserError(f"cannot write the images: {problem}")
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -81,13 +73,26 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     for word in (part.strip() for part in text.split(",")):
         low, dash, high = word.partition("-")
         if word not in class_names and dash and low.isdecimal() and high.isdecimal():
-            first, last = resolve_class(int(low), class_names), resolve_class(int(high), class_names)
-            if first > last:
-                raise UserError(f"the range of classes {word} is empty; give it as {high}-{low}")
-            ids.extend(range(first, last + 1))
+            ids.extend(_class_range(int(low), int(high), class_names))
         else:
             ids.append(resolve_class(word, class_names))
     return ids
+
+
+def _class_range(low: int, high: int, class_names: Sequence[str]) -> list[int]:
+    """Return the ids low … high; raises UserError where classes are named by such numbers, and have other ids."""
+    from gspn_dit.pipeline import resolve_class
+
+    if low > high:
+        raise UserError(f"the range of classes {low}-{high} is empty; give it as {high}-{low}")
+    named = [(int(name), own) for own, name in enumerate(class_names) if name.isdecimal() and low <= int(name) <= high]
+    others = [own for number, own in named if number != own]
+    if others:
+        raise UserError(
+            f"the range of classes {low}-{high} is ambiguous: the class named {class_names[others[0]]} has the id "
+            f"{others[0]}; give names one by one, such as {','.join(class_names[own] for _, own in sorted(named)[:5])}"
+        )
+    return list(range(resolve_class(low, class_names), resolve_class(high, class_names) + 1))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -128,20 +133,6 @@ def run(options: argparse.Namespace) -> None:
         _write(options, images, labels, pipeline.class_names)
     except OSError as error:
         raise UserError(f"cannot write the images: {error}") from None
-
-
-def choose_device(name: str | None) -> str:
-    """Return the device of that name, or the accelerator if there is one; raises UserError for one not here."""
-    import torch
-
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator()
-        return str(accelerator) if accelerator and torch.accelerator.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return name
 
 
 def _write(options: argparse.Namespace, images: Any, labels: list[int], class_names: list[str]) -> None:

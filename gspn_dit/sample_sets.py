@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gspn_dit.errors import UserError
-from gspn_dit.files import is_npz, is_temporary, write_atomically
+from gspn_dit.files import cannot_hold, is_npz, is_temporary, write_atomically
 from gspn_dit.locks import is_filled
 
 FORMAT_VERSION = 1
@@ -262,6 +262,8 @@ def check_place(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> 
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a directory, or a name that ends in .npz")
         filled = is_filled(path)
+    if problem := cannot_hold(path):
+        raise UserError(f"--out {problem}")
     if not filled:
         return
     known = read_settings(path) is not None

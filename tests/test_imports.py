@@ -25,9 +25,10 @@ ALLOWED = {
     "ops": set(),
     "rng": {"errors"},
     "paths": {"errors"},
-    "config": {"errors", "paths"},
+    "sampling_options": {"errors", "paths"},
+    "config": {"errors", "paths", "sampling_options"},
     "models": {"config", "errors", "ops"},
-    "diffusion": {"config", "errors", "rng"},
+    "diffusion": {"config", "errors", "rng", "sampling_options"},
     "data": {"config", "errors", "files", "paths", "rng"},
     "doctor": {"errors", "ops"},
 }

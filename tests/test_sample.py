@@ -205,6 +205,41 @@ def test_the_newest_complete_checkpoint_of_a_run_is_used(run_directory: Path, tm
     assert not np.array_equal(newest, drawn(run_directory, tmp_path, "--per-class", "1")[0])
 
 
+# -- classes that are named by numbers -----------------------------------------------------------------------------
+
+NUMBERS = [str(number) for number in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)]
+"""Twelve classes in the order in which folders are read."""
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "ids"),
+    [
+        ("0,10,2", NUMBERS, [0, 2, 4]),
+        ("0-1", NUMBERS, [0, 1]),
+        ("0-9", [str(number) for number in range(10)], list(range(10))),
+        ("0-2", ["ant", "bee", "cat", "100"], [0, 1, 2]),
+        ("0-2", ["ant", "0-2", "cat"], [1]),
+    ],
+)
+def test_names_come_before_ids(text: str, names: list[str], ids: list[int]) -> None:
+    assert parse_classes(text, names) == ids
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "message"),
+    [
+        ("0-3", NUMBERS, "the class named 2 has the id 4; give names one by one, such as 0,1,2,3"),
+        ("10-11", NUMBERS, "the class named 10 has the id 2; give names one by one, such as 10,11"),
+        ("1-2", ["01", "02", "03"], "the class named 01 has the id 0; give names one by one, such as 01,02"),
+        ("0-9999999999999", NUMBERS, "is ambiguous"),
+    ],
+)
+def test_a_range_that_means_other_classes_by_name_is_refused(text: str, names: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_classes(text, names)
+    assert f"the range of classes {text} is ambiguous" in str(caught.value) and message in str(caught.value)
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +273,9 @@ def test_outputs_that_cannot_be_written_are_found_before_anything_is_drawn(tmp_p
     assert refusal(*start, "--save-images", file) == f"--save-images {file} is a file; give a directory"
     assert refusal(*start, "--out", folder) == f"--out {folder} is a directory; give a file"
     assert refusal(*start, "--save-npz", folder) == f"--save-npz {folder} is a directory; give a file"
+    assert refusal(*start, "--out", "x.jpg") == "--out x.jpg: the grid is a PNG; give a name that ends in .png"
+    assert refusal(*start, "--save-npz", "x.npy") == "--save-npz x.npy: give a name that ends in .npz"
+    assert refusal(*start, "--out", "$HOME/x.png").startswith("argument --out: it is $HOME/x.png: variables")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert parse_arguments([*start, "--save-images", str(empty)]).save_images == str(empty)

@@ -9,15 +9,12 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gspn_dit.sampling_options import check_guidance
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _require_interval(name: str, interval: tuple[float, float]) -> None:
-    low, high = interval
-    _require(0 <= low <= high <= 1, f"{name} is {list(interval)}, but must be [low, high] with 0 ≤ low ≤ high ≤ 1")
 
 
 @dataclass(frozen=True)
@@ -302,14 +299,14 @@ class SamplingConfig(Section):
         super().__post_init__()
         for name in ("steps", "per_class", "max_classes"):
             _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}, but must be at least 1")
-        scale = self.guidance_scale
-        _require(scale >= 0, f"sampling.guidance_scale is {scale}, but must be at least 0")
-        channels = self.guidance_channels
-        _require(
-            channels is None or channels >= 1,
-            f"sampling.guidance_channels is {channels}, but must be null or at least 1",
+        check_guidance(
+            self.guidance_scale,
+            self.guidance_interval,
+            self.guidance_channels,
+            prefix="sampling.guidance_",
+            form="[low, high] with",
+            every="null or at least 1",
         )
-        _require_interval("sampling.guidance_interval", self.guidance_interval)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gspn_dit.sampling_options import check_guidance
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -22,13 +24,7 @@ class Guidance:
     """Guide the first channels alone (3 in DiT's published figures); None for all."""
 
     def __post_init__(self) -> None:
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance interval is {list(self.interval)}, but must be within 0 ≤ low ≤ high ≤ 1")
-        if not 0 <= self.scale < float("inf"):
-            raise ValueError(f"guidance scale is {self.scale}, but must be at least 0 and finite")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance channels is {self.channels}, but must be at least 1, or none for all")
+        check_guidance(self.scale, self.interval, self.channels)
 
     def acts(self, t: float) -> bool:
         """Tell whether the unconditional prediction is needed at time t in [0, 1]."""

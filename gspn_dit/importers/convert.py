@@ -21,6 +21,7 @@ from gspn_dit.config import Config, ModelConfig, ObjectiveConfig
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.models import create_model
 from gspn_dit.models.presets import DIT_PRESETS, parse_name
+from gspn_dit.paths import path_argument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,15 +55,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--from", dest="layout", required=True, choices=("dit", "diffusers"), help="whose names they have"
     )
-    parser.add_argument("--weights", required=True, metavar="FILE|DIR",
+    parser.add_argument("--weights", type=path_argument, required=True, metavar="FILE|DIR",
                         help=".pt, .bin or .safetensors, or the directory that diffusers saved")  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="the checkpoint to write")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="the checkpoint to write")
     parser.add_argument("--name", help="such as DiT-XL/2; default: read from the weights")
     parser.add_argument("--heads", type=int, help="heads of attention, where the weights' width is not a published one")
     parser.add_argument("--num-classes", type=int, help="default: read from the weights")
-    parser.add_argument("--class-names", metavar="FILE", help="a name per line; default: ImageNet's for 1000 classes")
+    parser.add_argument(
+        "--class-names",
+        type=path_argument,
+        metavar="FILE",
+        help="a name per line; default: ImageNet's for 1000 classes",
+    )
     parser.add_argument("--image-size", type=int, help="pixels; default: read from the weights or their config.json")
-    parser.add_argument("--vae", metavar="NAME|DIR", help=f"autoencoder of the latents, or {PIXELS} for pixels; "
+    parser.add_argument("--vae", type=path_argument, metavar="NAME|DIR",
+                        help=f"autoencoder of the latents, or {PIXELS} for pixels; "
                         f"default: {DEFAULT_VAE} for 4 channels, else {PIXELS}")  # fmt: skip
     parser.add_argument("--timestep-frequencies", choices=("dit", "diffusers"),
                         help="how timesteps are encoded, which differs; default: as --from does (but weights that were "

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.paths import path_argument
 
 STYLES = {
     "noto": "noto",
@@ -304,8 +305,10 @@ def _names(text: str) -> list[str]:
 def main() -> None:
     """The command line."""
     parser = ArgumentParser(prog="gspn_dit.prepare.emoji", description="Draw captioned emoji from npm's packages.")
-    parser.add_argument("--packages", required=True, metavar="DIR", help=f"where this was run: {_COMMAND}")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the set goes")
+    parser.add_argument(
+        "--packages", type=path_argument, required=True, metavar="DIR", help=f"where this was run: {_COMMAND}"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the set goes")
     parser.add_argument("--size", type=int, default=32, help="pixels; emoji are recognisable from 32")
     parser.add_argument("--styles", type=_names, default=[], help="designs, a comma between; none for all")
     parser.add_argument("--groups", type=_names, default=[], help="Unicode's groups, a comma between; none for all")

@@ -36,6 +36,7 @@ from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, advise_on
 from gspn_dit.files import is_temporary, write_atomically
 from gspn_dit.locks import NAME as LOCK
 from gspn_dit.locks import Lock, refuse_if_held, sole_job
+from gspn_dit.paths import path_argument, source_argument
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,12 +54,14 @@ GRACE_SECONDS = 5
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without the images; raises UserError."""
     parser = ArgumentParser(prog="gspn_dit.prepare.encode", description=__doc__.split("\n")[0])
-    parser.add_argument("--source", metavar="KIND:PLACE", help="imagefolder:DIR, hf:NAME_OR_DIR or digits")
+    parser.add_argument(
+        "--source", type=source_argument, metavar="KIND:PLACE", help="imagefolder:DIR, hf:NAME_OR_DIR or digits"
+    )
     parser.add_argument("--split", choices=("train", "validation"), default="train",
                         help="which part; a source without parts is all train")  # fmt: skip
-    parser.add_argument("--vae", metavar="NAME_OR_DIR", help="an AutoencoderKL of diffusers")
+    parser.add_argument("--vae", type=path_argument, metavar="NAME_OR_DIR", help="an AutoencoderKL of diffusers")
     parser.add_argument("--image-size", type=int, default=256, help="pixels after ADM's centre crop")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the latents go")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the latents go")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished encoding")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out, and decode a few images")
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable images")

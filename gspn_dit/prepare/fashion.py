@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.paths import path_argument
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,8 +93,10 @@ def convert(source: Path, out: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = ArgumentParser(prog="gspn_dit.prepare.fashion", description="Turn Fashion-MNIST into a saved data set.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the data set goes")
-    parser.add_argument("--source", default=SOURCE, metavar="DIR", help="directory of the .gz files")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the data set goes")
+    parser.add_argument(
+        "--source", type=path_argument, default=SOURCE, metavar="DIR", help="directory of the .gz files"
+    )
     options = parser.parse_args()
     convert(Path(options.source), Path(options.out))
 

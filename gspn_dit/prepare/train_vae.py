@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.paths import path_argument, source_argument
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,8 +152,14 @@ def save(vae: AutoencoderKL, out: Path, report: dict[str, Any]) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse and check what can be checked without the images; raises UserError."""
     parser = ArgumentParser(prog="gspn_dit.prepare.train_vae", description=__doc__.split("\n")[0])
-    parser.add_argument("--source", required=True, metavar="KIND:PLACE", help="imagefolder:DIR, hf:NAME_OR_DIR, digits")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the autoencoder goes")
+    parser.add_argument(
+        "--source",
+        type=source_argument,
+        required=True,
+        metavar="KIND:PLACE",
+        help="imagefolder:DIR, hf:NAME_OR_DIR, digits",
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the autoencoder goes")
     parser.add_argument("--image-size", type=int, help="default: the images' own")
     parser.add_argument("--factor", type=int, default=4, help="pixels along the side of a latent's cell")
     parser.add_argument("--latent-channels", type=int, default=4)

@@ -17,6 +17,7 @@ from gspn_dit.diffusion import Guidance, create_objective, draw_latents
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
+from gspn_dit.sampling_options import check_guided_channels
 from gspn_dit.tasks.alignment import Alignment, check_alignment
 from gspn_dit.tasks.base import GenerativeTask
 from gspn_dit.tasks.draws import Draws, training_draws, validation_draws
@@ -38,7 +39,7 @@ class ClassConditional(GenerativeTask):
         data = build_data(config)
         self.train_data, self.validation_data, self.latent = data.training, data.validation, data.latent
         self.image_size, self.image_channels = self.latent.size * self.latent.factor, self.latent.image_channels
-        check_guided_channels(config, self.latent.channels)
+        check_guided_channels(config.sampling.guidance_channels, self.latent.channels, "sampling.guidance_channels")
         self.class_names = self.train_data.images.class_names
         arguments = {
             "name": config.model.name,
@@ -201,10 +202,3 @@ class ClassConditional(GenerativeTask):
     def start_from(self, checkpoint: str) -> None:
         """Take averaged weights; a class of the same name keeps its row of the label table."""
         self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))
-
-
-def check_guided_channels(config: Config, latent_channels: int) -> None:
-    """Raise UserError where more channels shall be guided than a latent has."""
-    guided = config.sampling.guidance_channels
-    if guided is not None and guided > latent_channels:
-        raise UserError(f"sampling.guidance_channels is {guided}, but the latent has {latent_channels} channels")

@@ -18,7 +18,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
 from gspn_dit.models.mixers import GSPNMixer, Mixer
-from gspn_dit.tasks.class_conditional import check_guided_channels
+from gspn_dit.sampling_options import check_guided_channels
 from gspn_dit.training.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
@@ -235,7 +235,7 @@ def estimate(config: Config, processes: int) -> Estimate:
             f"{settings.gradient_accumulation_steps} accumulation steps"
         )
     facts = data_facts(config)
-    check_guided_channels(config, facts.channels)
+    check_guided_channels(config.sampling.guidance_channels, facts.channels, "sampling.guidance_channels")
     model = _model_without_memory(config, facts, objective.out_channels(facts.channels))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     side = facts.size // model.patch_size

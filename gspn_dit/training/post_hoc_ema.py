@@ -18,6 +18,7 @@ from gspn_dit.checkpoint import (
 )
 from gspn_dit.errors import ArgumentParser, UserError
 from gspn_dit.files import write_atomically
+from gspn_dit.paths import path_argument
 from gspn_dit.training.ema import MAX_SIGMA_REL, combine, ema_file_stem, power_exponent, reconstruction_weights
 
 FORMAT_VERSION = 1
@@ -135,11 +136,13 @@ def main() -> None:
         prog="python -m gspn_dit.training.ema",
         description="Make the average of another length from the snapshots of a run (training.ema_sigma_rel).",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="run directory")
     parser.add_argument("--sigma-rel", type=float, required=True, help="relative length, such as 0.1")
     parser.add_argument("--step", type=int, help="step of the average (default: of the newest snapshot)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/ema/ema-<sigma_rel>-step-<step>")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="default: RUN/ema/ema-<sigma_rel>-step-<step>")
     options = parser.parse_args()
-    out, error = write_reconstruction(options.run, options.sigma_rel, options.step, options.out)
+    out, error = write_reconstruction(
+        Path(options.run), options.sigma_rel, options.step, Path(options.out) if options.out else None
+    )
     print(f"average of relative length {options.sigma_rel:g}, profile error {error:.2%}: {out}")
     print(f"use it as a checkpoint: sample.py --checkpoint {out}")

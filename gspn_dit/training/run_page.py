@@ -239,10 +239,11 @@ def write_run_page(run_directory: Path, max_steps: int | None = None, running: b
 def main() -> None:
     """Write the page of the run that the command line names."""
     from gspn_dit.errors import ArgumentParser, UserError
+    from gspn_dit.paths import path_argument
 
     parser = ArgumentParser(prog="python -m gspn_dit.training.run_page", description="Write a run's index.html.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    run = parser.parse_args().run
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="run directory")
+    run = Path(parser.parse_args().run)
     if not (run / "metrics.jsonl").exists():
         raise UserError(f"{run} is no run directory: it has no metrics.jsonl")
     print(write_run_page(run))
