@@ -303,6 +303,7 @@ OUT_OF_RANGE = [
     (TrainingConfig, "batch_size", 0),
     (TrainingConfig, "gradient_accumulation_steps", 0),
     (TrainingConfig, "num_processes", 0),
+    (TrainingConfig, "cpu_threads", 0),
     (TrainingConfig, "learning_rate", 0.0),
     (TrainingConfig, "learning_rate", float("nan")),
     (TrainingConfig, "warmup_steps", -1),
@@ -413,7 +414,14 @@ def no_default() -> Config:
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),
         training=TrainingConfig(
             **dict(initialize_from="some/run"),
-            **dict(max_steps=7, batch_size=12, gradient_accumulation_steps=3, num_processes=2, learning_rate=3e-7),
+            **dict(
+                max_steps=7,
+                batch_size=12,
+                gradient_accumulation_steps=3,
+                num_processes=2,
+                cpu_threads=3,
+                learning_rate=3e-7,
+            ),
             **dict(warmup_steps=5, learning_rate_schedule="cosine", weight_decay=0.1, adam_betas=(0.8, 0.95)),
             **dict(max_grad_norm=0.5, class_dropout=0.2, ema_decay=1 / 3, mixed_precision="bf16"),
             **dict(max_nonfinite_steps=3, log_every=1, checkpoint_every=2, keep_last=1, keep_every=4, sample_every=6),

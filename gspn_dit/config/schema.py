@@ -185,6 +185,8 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: int = 1
     num_processes: int | None = None
     """Number of processes this run must have; null: any."""
+    cpu_threads: int | None = None
+    """Threads of each process on a CPU; null: as many as the run began with, whose bits it keeps."""
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     """Steps of linear warm-up."""
@@ -256,7 +258,7 @@ class TrainingConfig(Section):
         _require(self.learning_rate > 0, f"training.learning_rate is {self.learning_rate}, but must be above 0")
         bound = self.max_grad_norm
         _require(bound is None or bound > 0, f"training.max_grad_norm is {bound}, but must be null or above 0")
-        for name in ("num_processes", "keep_every", "fd_every"):
+        for name in ("num_processes", "cpu_threads", "keep_every", "fd_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")
         _require(self.weight_decay >= 0, f"training.weight_decay is {self.weight_decay}, but must be at least 0")

@@ -25,6 +25,7 @@ from gspn_dit.training.companions import Companion
 from gspn_dit.training.ema import EMA, PowerEMA
 from gspn_dit.training.optimizer import create_optimizer, learning_rate, optimizer_step
 from gspn_dit.training.parallel import (
+    choose_threads,
     create_accelerator,
     peak_memory_bytes,
     prepare_training,
@@ -108,6 +109,7 @@ def _train_alone(arguments: TrainArguments, load_scorer: ScorerLoader | None, ac
     config = arguments.config
     directory = open_run_directory(config, arguments.resume, arguments.overwrite)
     _check_same_step(directory, accelerator)
+    choose_threads(config.training, directory.checkpoint, accelerator)
     task = create_task(config)
     if directory.checkpoint is not None:
         task.check_resumed(directory.checkpoint, read_manifest(directory.checkpoint))
@@ -199,6 +201,7 @@ class Trainer:
         manifest = {
             **self.task.describe(),
             "config": self.config.to_dict(),
+            "cpu_threads": torch.get_num_threads(),
             "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
             "nonfinite_steps": int(self.nonfinite_steps),
             "nonfinite_in_a_row": int(self.nonfinite_in_a_row),

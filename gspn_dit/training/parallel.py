@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, patch_environment
 from torch import nn
 
+from gspn_dit.checkpoint import read_manifest
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.tasks import Task
@@ -46,6 +47,25 @@ def create_accelerator(config: Config) -> Accelerator:
     chosen_sharding(settings, accelerator)  # refuses what it cannot do before anything is written
     _choose_precision(settings)
     return accelerator
+
+
+def choose_threads(settings: TrainingConfig, checkpoint: Path | None, accelerator: Accelerator) -> None:
+    """Compute with the number of CPU threads that a run began with, unless its config names another.
+
+    PyTorch cuts the sums behind weights' gradients into a part per thread, so another number changes their last bits.
+    """
+    if accelerator.device.type != "cpu":
+        return
+    offered = torch.get_num_threads()
+    began_with = read_manifest(checkpoint).get("cpu_threads") if checkpoint is not None else None
+    threads = settings.cpu_threads or began_with or offered
+    torch.set_num_threads(threads)
+    if threads != offered and settings.cpu_threads is None:
+        s = "s" if threads > 1 else ""
+        accelerator.print(
+            f"computes with {threads} CPU thread{s} per process, as it began and not {offered}, "
+            f"so that its results stay the same; --training.cpu_threads {offered} to change that"
+        )
 
 
 def _choose_precision(settings: TrainingConfig) -> None:

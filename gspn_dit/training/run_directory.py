@@ -29,6 +29,7 @@ WRITTEN = (
 
 MAY_DIFFER = (
     *("output_dir", "data.path", "latent.vae", "training.max_steps", "training.trackers", "training.num_processes"),
+    "training.cpu_threads",
     *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
     *("training.ema_snapshot_every", "training.keep_last", "training.keep_every"),
     *("training.sharding", "training.repa_features"),
