@@ -4,4 +4,4 @@ from gspn_dit.errors import run_cli
 from gspn_dit.sample import parse_arguments, run
 
 if __name__ == "__main__":
-    run_cli(lambda: run(parse_arguments()))
+    run_cli(lambda: run(parse_arguments()), "what was written is whole")

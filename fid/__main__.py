@@ -6,4 +6,4 @@ from fid.cli import main
 from gspn_dit.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "no report was written")

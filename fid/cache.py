@@ -20,14 +20,19 @@ from fid.features import FeatureNet
 from fid.images import LabelledImages, image_digests
 from fid.moments import Moments
 from gspn_dit.errors import UserError
-from gspn_dit.files import write_whole
+from gspn_dit.files import cannot_hold, write_whole
 
 FORMAT_VERSION = 1
 
 
-def default_directory() -> Path:
-    """`gspn-dit/statistics` in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspn-dit" / "statistics"
+def default_directory() -> Path | None:
+    """`gspn-dit/statistics` in the user's cache directory, or None where there is none that can be written."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home, and no entry in the list of users, as in a container with a user id of its own
+        return None
+    directory = caches / "gspn-dit" / "statistics"
+    return None if cannot_hold(directory) else directory
 
 
 def cache_key(images_sha256: str, net: FeatureNet) -> str:

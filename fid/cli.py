@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory
 from gspn_dit.paths import path_argument
 
 if TYPE_CHECKING:
@@ -91,25 +92,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from fid.cache import default_directory
     from fid.evaluation import BATCH_SIZE, evaluate
 
+    cache = None if options.no_cache else options.cache
+    if protocol is not None and not options.no_cache and cache is None:
+        cache = default_directory()
+        if cache is None and os.environ.get("RANK", "0") == "0":
+            print("features of real images are not kept: no home directory can be written; --cache DIR keeps them")
     large = protocol is not None and protocol.features == INCEPTION
     batch_size = options.batch_size if options.batch_size is not None else INCEPTION_BATCH_SIZE if large else BATCH_SIZE
-    report = evaluate(
-        options.samples,
-        options.reference,
-        options.features or "digits",
-        options.out,
-        protocol=options.protocol,
-        weights=options.weights,
-        allow_unknown_weights=options.allow_unknown_weights,
-        dinov2=options.dinov2,
-        held_out=options.held_out,
-        cache=None if options.no_cache else options.cache or (default_directory() if protocol else None),
-        overwrite=options.overwrite,
-        batch_size=batch_size,
-        device=options.device,
-        seed=options.seed or 0,
-        show_progress=True,
-    )
+    with advise_on_memory(f"--batch-size is {batch_size}; lower it; no report was written"):
+        report = evaluate(
+            options.samples,
+            options.reference,
+            options.features or "digits",
+            options.out,
+            protocol=options.protocol,
+            weights=options.weights,
+            allow_unknown_weights=options.allow_unknown_weights,
+            dinov2=options.dinov2,
+            held_out=options.held_out,
+            cache=cache,
+            overwrite=options.overwrite,
+            batch_size=batch_size,
+            device=options.device,
+            seed=options.seed or 0,
+            show_progress=True,
+        )
     if report:
         print(_summary(report))
         print(f"report: {options.out}")

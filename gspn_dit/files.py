@@ -39,7 +39,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def cannot_hold(path: str | os.PathLike[str]) -> str | None:
     """Say why nothing can be written at a path that may not exist yet, or return None."""
-    parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    place = Path(path).absolute()
+    parent = place if place.is_dir() else next(folder for folder in place.parents if folder.exists())
     if parent.is_dir() and os.access(parent, os.W_OK):
         return None
     return f"{path} cannot be created: {parent} is not a directory that can be written"

@@ -35,6 +35,7 @@ from gspn_dit.sampling_options import (
     check_guided_channels,
     check_sampling_options,
     choose_device,
+    memory_advice,
 )
 
 if TYPE_CHECKING:
@@ -99,10 +100,7 @@ def run(options: argparse.Namespace) -> None:
     from gspn_dit.sample_sets import check_place
 
     state, device = _join(options.device)
-    advice = (
-        f"{CHUNK} images are generated at a time on {device}, however many are asked for; make room there, take "
-        "another --device or fewer processes; what is there is kept, go on with --resume"
-    )
+    advice = f"{memory_advice(CHUNK, device)}; what is there is kept, go on with --resume"
     with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
         check_place(options.out, options.resume, options.overwrite)  # again: another job may have been here meanwhile
         _run_alone(options, state, device, lock)

@@ -389,9 +389,16 @@ def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
 
 def _choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     if generator is None:
-        return seed or 0
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+            raise ValueError(f"seed is {seed!r}, but must be a whole number in [0, 2^63)")
+        return int(seed or 0)
     if seed is not None:
         raise ValueError("seed and generator exclude each other; give one of them")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator is a {type(generator).__name__}, but must be one torch.Generator, which draws the seed of all "
+            "images: image i depends on (seed, i) alone"
+        )
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gspn_dit.errors import ArgumentParser, UserError
+from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory
 from gspn_dit.files import cannot_hold, is_npz
 from gspn_dit.paths import path_argument
-from gspn_dit.sampling_options import add_sampling_options, check_sampling_options, choose_device
+from gspn_dit.sampling_options import add_sampling_options, check_sampling_options, choose_device, memory_advice
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -97,11 +97,23 @@ def _class_range(low: int, high: int, class_names: Sequence[str]) -> list[int]:
 
 def run(options: argparse.Namespace) -> None:
     """Generate and write what the options ask for; nothing is written unless every image is finite."""
+    from gspn_dit.diffusion import CHUNK
+
+    device = choose_device(options.device)
+    with advise_on_memory(f"{memory_advice(CHUNK, device)}; nothing was written"):
+        images, labels, class_names = _generate(options, device)
+    try:
+        _write(options, images, labels, class_names)
+    except OSError as error:
+        raise UserError(f"cannot write the images: {error}") from None
+
+
+def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int], list[str]]:
+    """Return images, uint8 [n, H, W, C], their class ids, and the names of all classes."""
     from tqdm import tqdm
 
     from gspn_dit.pipeline import GSPNPipeline
 
-    device = choose_device(options.device)
     pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device, options.vae)
     if options.guide_checkpoint:
         pipeline.guide_with(options.guide_checkpoint)
@@ -129,10 +141,7 @@ def run(options: argparse.Namespace) -> None:
             ).images
         except ValueError as error:
             raise UserError(str(error)) from None
-    try:
-        _write(options, images, labels, pipeline.class_names)
-    except OSError as error:
-        raise UserError(f"cannot write the images: {error}") from None
+    return images, labels, pipeline.class_names
 
 
 def _write(options: argparse.Namespace, images: Any, labels: list[int], class_names: list[str]) -> None:

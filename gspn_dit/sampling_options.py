@@ -97,6 +97,14 @@ def check_sampling_options(options: argparse.Namespace, *counts: str) -> None:
         raise UserError(str(error)) from None
 
 
+def memory_advice(chunk: int, device: object) -> str:
+    """Say what helps where memory runs out while `chunk` images are generated at a time."""
+    return (
+        f"{chunk} images are generated at a time on {device}, however many are asked for; make room there, or take "
+        "another --device or fewer processes"
+    )
+
+
 def choose_device(name: str | None) -> str:
     """Return the device of that name, or the accelerator if there is one; raises UserError for one not here."""
     import torch

@@ -117,3 +117,29 @@ def test_the_users_own_json_beside_an_npz_is_kept(run_directory: Path, tmp_path:
     assert json.loads((tmp_path / "imagenet.json").read_text(encoding="utf-8"))["complete"]
     (tmp_path / "imagenet.npz").unlink()
     make(run_directory, tmp_path / "imagenet.npz", count=3)  # a set's own description is no one's loss
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    run, precious = tmp_path / "run", ("report/thesis.tex", "samples/mine.png", "checkpoints/other.pt", "notes.txt")
+    run_training(tiny_config(run, max_steps=2, sample_every=1))
+    (run / "report").mkdir()
+    for name in (*precious, "report/report.json", "checkpoints/step-00000009.partial"):
+        (run / name).touch()
+    run_training(tiny_config(run, max_steps=1), overwrite=True)
+    left = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    assert left >= {*precious} and "report/report.json" not in left
+    assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["other.pt", "step-00000001"]
+    assert sorted(entry.name for entry in (run / "samples").iterdir()) == ["mine.png", "step-00000001.png"]
+
+
+@pytest.mark.parametrize("config", [None, "a: 1", "{", "seed: .nan", "- 1"])
+def test_overwrite_is_refused_where_no_run_is(tmp_path: Path, config: str | None) -> None:
+    for name in ("samples/step-00000001.png", "report/index.html", "checkpoints/step-1/model.pt", "index.html"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"holds checkpoints/step-1, but no run of this project, .* give another"):
+        run_training(tiny_config(tmp_path, max_steps=1), overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -212,6 +212,15 @@ def test_a_generator_draws_the_seed(pipeline: GSPNPipeline) -> None:
     np.testing.assert_array_equal(draw(pipeline, [0], seed=seed), first)
     with pytest.raises(ValueError, match="seed and generator exclude each other"):
         draw(pipeline, [0], seed=3, generator=generator)
+    with pytest.raises(ValueError, match="generator is a list, but must be one"):
+        draw(pipeline, [0, 1], generator=[generator, generator])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "3"])
+def test_a_seed_is_a_whole_number_of_63_bits(pipeline: GSPNPipeline, seed: object) -> None:
+    with pytest.raises(ValueError, match=rf"seed is {seed!r}, but must be a whole number in \[0, 2\^63\)"):
+        draw(pipeline, [0], seed=seed)
+    np.testing.assert_array_equal(draw(pipeline, [0], seed=np.int64(3)), draw(pipeline, [0], seed=3))
 
 
 def test_any_resolution(pipeline: GSPNPipeline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -17,15 +18,18 @@ from typing import Any
 
 from gspn_dit.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
 from gspn_dit.config import Config, flatten, save_config
+from gspn_dit.config.yaml_files import read_mapping
 from gspn_dit.errors import UserError
 from gspn_dit.locks import is_filled
 from gspn_dit.training.post_hoc_ema import remove_snapshots_after
 
+FOLDERS = ("checkpoints", "samples", "report", "ema_snapshots", "ema")
 WRITTEN = (
-    *("config.yaml", "environment.json", "metrics.jsonl", "index.html"),
-    *("checkpoints", "samples", "trackers", "report", "ema_snapshots", "ema"),
+    *("checkpoints/step-*", "samples/step-*.png", "ema_snapshots/step-*", "ema/ema-*", "trackers"),
+    *("report/report.json", "report/report.md", "report/index.html", "report/grid.png"),
+    *("environment.json", "metrics.jsonl", "index.html", "config.yaml"),
 )
-"""What a run and its report leave in the directory, and all that `--overwrite` deletes."""
+"""What a run and its report leave in the directory, and all that `--overwrite` deletes; what proves a run is last."""
 
 MAY_DIFFER = (
     *("output_dir", "data.path", "latent.vae", "training.max_steps", "training.trackers", "training.num_processes"),
@@ -58,12 +62,7 @@ class RunDirectory:
     def begin(self, config: Config, overwrite: bool) -> None:
         """Create or clear the directory, cut the metrics back to the checkpoint, record config and environment."""
         if overwrite:
-            for name in WRITTEN:
-                target = self.path / name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
+            _delete_run(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             save_config(config, self.path / "config.yaml")
@@ -94,6 +93,33 @@ class RunDirectory:
             file.write(json.dumps(clean) + "\n")
 
 
+def _delete_run(path: Path) -> None:
+    """Delete what a run wrote; what else lies in its folders stays."""
+    for pattern in WRITTEN:
+        for target in path.glob(pattern):
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+    for name in FOLDERS:
+        with contextlib.suppress(OSError):  # not empty, not there, or a link
+            (path / name).rmdir()
+
+
+def _refuse_to_delete(path: Path) -> None:
+    """Raise UserError unless all that `--overwrite` would delete is provably of a run: its config says so."""
+    written = [target for pattern in WRITTEN for target in path.glob(pattern)]
+    try:
+        keys = read_mapping(path / "config.yaml", lambda key: True).keys()
+    except UserError:
+        keys = {}.keys()
+    if written and not {"output_dir", "seed", "model", "data", "training"} <= keys:
+        raise UserError(
+            f"output_dir {path} holds {written[0].relative_to(path)}, but no run of this project, whose config.yaml "
+            "would prove it; --overwrite deletes runs only, give another output_dir"
+        )
+
+
 def _remove_grids_after(path: Path, step: int) -> None:
     """Delete the sample grids of steps that the run will take again."""
     for grid in path.glob("samples/step-*.png"):
@@ -120,6 +146,7 @@ def open_run_directory(config: Config, resume: str | None, overwrite: bool) -> R
                 f"output_dir {path} is not empty; give --resume auto to continue it, --overwrite to start afresh, "
                 "or another output_dir"
             )
+        _refuse_to_delete(path)
         return RunDirectory(path, None)
     if filled and not (path / "config.yaml").exists():
         raise UserError(f"output_dir {path} is not empty and holds no run to resume; give another output_dir")

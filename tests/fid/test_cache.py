@@ -72,3 +72,23 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be kept in .*; give --cache DIR or --no-cache"):
         extract_cached(images, [tiny_net()], tmp_path / "file" / "in", **OPTIONS)
+
+
+def test_the_default_is_in_the_users_cache_and_none_without_a_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_module.default_directory() == tmp_path / ".cache" / "gspn-dit" / "statistics"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert cache_module.default_directory() == tmp_path / "caches" / "gspn-dit" / "statistics"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_module.default_directory() is None
+
+    def no_entry(path: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(no_entry))
+    assert cache_module.default_directory() is None
