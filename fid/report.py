@@ -19,9 +19,10 @@ import numpy as np
 
 from fid.images import LabelledImages
 from fid.page import markdown, page
+from gspn_dit.data.decoding import as_pixels
 from gspn_dit.errors import UserError
 from gspn_dit.files import cannot_hold
-from gspn_dit.grid import class_grid, save_png
+from gspn_dit.grid import class_grid, save_png, to_pil
 
 FILES = ("report.json", "report.md", "index.html", "grid.png")
 PACKAGES = ("torch", "torch-fidelity", "numpy", "datasets", "pillow", "scikit-learn")
@@ -181,12 +182,8 @@ def _smaller(pixels: np.ndarray) -> np.ndarray:
     if longest <= TILE_SIZE:
         return np.asarray(pixels)
     height, width = (max(1, round(side * TILE_SIZE / longest)) for side in pixels.shape[1:3])
-    mode = "L" if pixels.shape[3] == 1 else "RGB"
-    resized = [
-        Image.fromarray(image.squeeze(-1) if mode == "L" else image).resize((width, height), Image.Resampling.LANCZOS)
-        for image in pixels
-    ]
-    return np.stack([np.asarray(image).reshape(height, width, -1) for image in resized])
+    resized = [to_pil(image).resize((width, height), Image.Resampling.LANCZOS) for image in pixels]
+    return np.stack([as_pixels(image) for image in resized])
 
 
 def _neighbour_rows(

@@ -62,10 +62,17 @@ def class_grid(
             anchor = (left - 3 * GUTTER, top + row_height // 2)
             draw.text(anchor, names[number], fill="black", font=font, anchor="rm")
         for column, index in enumerate(row):
-            tile = PILImage.fromarray(images[index].squeeze(-1) if images.shape[3] == 1 else images[index])
-            tile = tile.convert("RGB").resize((tile_width, tile_height), PILImage.Resampling.NEAREST)
+            tile = to_pil(images[index]).convert("RGB")
+            tile = tile.resize((tile_width, tile_height), PILImage.Resampling.NEAREST)
             grid.paste(tile, (left + column * (tile_width + GUTTER), top + (row_height - tile_height) // 2))
     return grid
+
+
+def to_pil(pixels: np.ndarray) -> Image:
+    """Return an image uint8 [H, W, C] as one of Pillow's: mode "L" for C = 1, "RGB" for C = 3."""
+    from PIL import Image as PILImage
+
+    return PILImage.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def save_png(image: Image, path: str | os.PathLike[str]) -> None:

@@ -24,6 +24,7 @@ from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_noise, sample_latents
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.files import write_atomically
+from gspn_dit.grid import to_pil
 from gspn_dit.hub import download
 from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card, public_manifest
 from gspn_dit.models import DiffusionModel, create_model
@@ -297,7 +298,7 @@ class GSPNPipeline(DiffusionPipeline):
         if output_type == "latent":
             return GSPNPipelineOutput(torch.cat([self._no_latents(shape), *chunks]))
         images = np.concatenate(chunks) if chunks else self.latent.decode(self._no_latents(shape))
-        return GSPNPipelineOutput(images if output_type == "np" else [_to_pil(image) for image in images])
+        return GSPNPipelineOutput(images if output_type == "np" else [to_pil(image) for image in images])
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return channels, height and width of the latents of an image size in pixels."""
@@ -418,7 +419,3 @@ def _load_weights(model: torch.nn.Module, directory: Path, weights: str) -> None
                 f"its config.json asks for {list(expected[name].shape)}"
             )
     model.load_state_dict(tensors)
-
-
-def _to_pil(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

@@ -146,10 +146,9 @@ def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int],
 
 def _write(options: argparse.Namespace, images: Any, labels: list[int], class_names: list[str]) -> None:
     import numpy as np
-    from PIL import Image
 
     from gspn_dit.files import write_atomically
-    from gspn_dit.grid import class_grid, save_png
+    from gspn_dit.grid import class_grid, save_png, to_pil
 
     for file in filter(None, (options.out, options.save_npz)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +159,7 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
         folder = Path(options.save_images)
         folder.mkdir(parents=True, exist_ok=True)
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            pixels = image[:, :, 0] if image.shape[2] == 1 else image
-            save_png(Image.fromarray(pixels), folder / f"{index:06d}-{label}.png")
+            save_png(to_pil(image), folder / f"{index:06d}-{label}.png")
         print(f"{len(images)} images: {folder}")
     if options.save_npz:
         ids = np.asarray(labels, dtype=np.int64)

@@ -11,7 +11,6 @@ FILE.npz.partial/          its chunks until all are there
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
 import re
@@ -26,6 +25,7 @@ import numpy as np
 
 from gspn_dit.errors import UserError
 from gspn_dit.files import cannot_hold, is_npz, is_temporary, write_atomically
+from gspn_dit.grid import save_png, to_pil
 from gspn_dit.locks import is_filled
 
 FORMAT_VERSION = 1
@@ -143,12 +143,8 @@ class PngFolder(SampleSet):
         return [chunk for chunk in chunks if any(self._name(index) not in present for index in self.indices(chunk))]
 
     def write(self, chunk: int, images: np.ndarray) -> None:
-        from PIL import Image
-
         for index, pixels in zip(self.indices(chunk), images, strict=True):
-            image, content = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), io.BytesIO()
-            image.save(content, format="PNG")
-            write_atomically(self.path / self._name(index), content.getvalue())
+            save_png(to_pil(pixels), self.path / self._name(index))
 
     def finish(self) -> None:
         self._write_settings(self.settings_path, self._settings(), complete=True)

@@ -372,10 +372,10 @@ def verify(options: argparse.Namespace) -> None:
 def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | None) -> float:
     """Write `verify.png` and return the PSNR in decibels; raises UserError if the source or the VAE is another one."""
     import torch
-    from PIL import Image
 
     from gspn_dit.data.latent_shards import open_latents
     from gspn_dit.data.latents import KLLatent, latent_from_spec
+    from gspn_dit.grid import save_png, to_pil
     from gspn_dit.prepare.train_vae import psnr
 
     latents = open_latents(out, validation_fraction=0)
@@ -390,7 +390,7 @@ def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | No
     decoded = latent.decode(latent.draw(torch.from_numpy(moments)))
     rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
     picture = np.concatenate(rows, axis=0)
-    Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(out / "verify.png")
+    save_png(to_pil(picture), out / "verify.png")
     return psnr(originals, decoded)
 
 

@@ -16,11 +16,12 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 
+from gspn_dit.data.images import evenly_spaced
 from gspn_dit.files import write_atomically
 
 PAGE = "index.html"
@@ -172,12 +173,6 @@ def _panels(metrics: Mapping[str, Curve]) -> list[str]:
     return sections
 
 
-def _evenly(items: Sequence[Path], count: int) -> list[Path]:
-    if len(items) <= count:
-        return list(items)
-    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
-
-
 def _embed(path: Path) -> str:
     """Return a picture as an address that holds it: as it is, or a smaller JPEG of a large one."""
     content, kind = path.read_bytes(), "png"
@@ -191,7 +186,8 @@ def _embed(path: Path) -> str:
 
 
 def _grids(folder: Path) -> str:
-    pictures = _evenly(sorted(folder.glob("step-*.png")), MAX_GRIDS)
+    found = sorted(folder.glob("step-*.png"))
+    pictures = [found[row] for row in evenly_spaced(len(found), MAX_GRIDS)]
     figures = []
     for path in reversed(pictures):  # the newest is what one looks for
         step = int(path.stem.removeprefix("step-"))

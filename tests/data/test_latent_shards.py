@@ -172,7 +172,7 @@ def test_what_holds_no_latents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="absent does not exist"):
         open_latents(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no encoded latents .*; write them with gspn_dit\.data\.encode"):
+    with pytest.raises(UserError, match=r"holds no encoded latents .*; write them with gspn_dit\.prepare\.encode"):
         open_latents(tmp_path / "empty")
     (tmp_path / "empty" / PLAN).write_text("{}")
     with pytest.raises(UserError, match="it is unfinished: go on with --resume"):
