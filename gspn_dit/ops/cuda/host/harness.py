@@ -44,7 +44,7 @@ def _digest(*texts: object) -> str:
 
 def _texts(sources: Path) -> list[str]:
     files = sorted([*sources.glob("*.cu"), *sources.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cpp")])
-    return [file.read_text() for file in files]
+    return [file.read_text(encoding="utf-8") for file in files]
 
 
 def build(command: list[str], name: str, key: str) -> Path:
@@ -53,7 +53,7 @@ def build(command: list[str], name: str, key: str) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             built = Path(folder) / "built"
-            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, encoding="utf-8")
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
             built.rename(target)
@@ -213,7 +213,7 @@ def replay(program: Path, recorder: Recorder) -> subprocess.CompletedProcess[str
         source.write_bytes(recorder.job())
         # ThreadSanitizer cannot place its shadow memory where the kernel spreads addresses too widely.
         command = ["setarch", "-R", str(program)] if shutil.which("setarch") else [str(program)]
-        done = subprocess.run([*command, str(source), str(target)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(source), str(target)], capture_output=True, text=True, encoding="utf-8")
         if done.returncode == 0:
             written, first = target.read_bytes(), 0
             for address, storage in recorder.storages.items():
