@@ -18,11 +18,16 @@ SOURCES = Path("gspn_dit/ops/csrc")
 # results would depend on where blocks of channels end. The kernels fuse by `multiply_add`.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
-    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
-KERNELS = ["tasks", "scan", "kernels_baseline", *(ISA_FLAGS if X86 else [])]
+KERNELS = [
+    *("tasks", "scan", "projected"),
+    *(f"{kind}_{name}" for kind in ("kernels", "projected") for name in (ISA_FLAGS if X86 else ("baseline",))),
+]
 
 
 class BuildKernels(build_ext):
@@ -32,7 +37,7 @@ class BuildKernels(build_ext):
         macros = [("GSPN_X86", None)] if X86 else []
 
         def compile_one(source):
-            flags = FLAGS + ISA_FLAGS.get(Path(source).stem, [])
+            flags = FLAGS + ISA_FLAGS.get(Path(source).stem.rpartition("_")[2], [])
             return self.compiler.compile(
                 [source], output_dir=self.build_temp, macros=macros, extra_postargs=flags, depends=ext.depends
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,6 +87,43 @@ def check_arguments(
         )
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an int of at least 1, got {window!r}")
+
+
+def check_projection(
+    x: Tensor,
+    proxy: Tensor,
+    weights: Sequence[Tensor],
+    merge_weight: Tensor,
+    skip_weight: Tensor | None,
+    directions: int,
+    window: int | None,
+) -> None:
+    """Raise ValueError, naming both sides, where a call of `gspn_scan_from_proxy` breaks the contract.
+
+    `weights` are those of the logits and of the two gates.
+    """
+    if proxy.dim() != 4:
+        raise ValueError(f"proxy must be [B, H, W, P], got shape {list(proxy.shape)}")
+    width = proxy.shape[3]
+    named = dict(zip(("logits_weight", "input_gate_weight", "output_gate_weight"), weights))
+    for name, weight in {**named, **({} if skip_weight is None else {"skip_weight": skip_weight})}.items():
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(f"{name} has shape {list(weight.shape)}, but a proxy of {width} asks for [rows, {width}]")
+        if weight.dtype != proxy.dtype:
+            raise ValueError(f"{name} has dtype {weight.dtype}, but proxy has {proxy.dtype}")
+        if weight.device != proxy.device:
+            raise ValueError(f"{name} is on {weight.device}, but proxy is on {proxy.device}")
+    if skip_weight is not None and x.dim() == 4 and len(skip_weight) != x.shape[3]:
+        raise ValueError(f"skip_weight has {len(skip_weight)} rows, but x {list(x.shape)} asks for one per channel")
+    sizes = []
+    for name, each in zip(named, ((directions, 3), (directions,), (directions,))):
+        rows, parts = len(named[name]), math.prod(each)
+        if rows % parts:
+            raise ValueError(f"{name} has {rows} rows, which {directions} directions ask to be a multiple of {parts}")
+        sizes.append((*proxy.shape[:3], *each, rows // parts))
+    # What the weights project to, without its memory.
+    logits, input_gate, output_gate = (proxy.detach().new_empty(()).expand(size) for size in sizes)
+    check_arguments(x, logits, input_gate, output_gate, merge_weight, directions, window)
 
 
 def _check_dtypes_and_devices(

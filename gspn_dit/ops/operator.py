@@ -1,4 +1,4 @@
-"""The operator pair `gspn_dit::scan_forward` and `gspn_dit::scan_backward`, registered with `torch.library`.
+"""The operators of the scan, registered with `torch.library`: `gspn_dit::scan_forward` and `gspn_dit::scan_backward`.
 
 torch.compile, DDP, FSDP and activation checkpointing see normal operators. Directions are integer codes, `window`
 0 stands for a single segment. The kernels of a device are added with `register_kernel`.

@@ -68,14 +68,14 @@ def gspn_scan(
     if resolve_backend(backend, x.device) == "reference":
         run = scan_reference
     else:
-        _refuse_forward_mode(x, weight_logits, input_gate, output_gate, merge_weight)
+        refuse_forward_mode("gspn_scan", x, weight_logits, input_gate, output_gate, merge_weight)
         run = operator.scan_forward
     return run(x, weight_logits, input_gate, output_gate, merge_weight, codes, window or 0)
 
 
-def _refuse_forward_mode(*inputs: Tensor) -> None:
-    # A custom operator would drop the tangents without a word.
-    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in inputs):
+def refuse_forward_mode(function: str, *inputs: Tensor | None) -> None:
+    """Raise NotImplementedError for inputs with tangents, which a custom operator would drop without a word."""
+    if not torch.compiler.is_compiling() and any(t is not None and unpack_dual(t).tangent is not None for t in inputs):
         raise NotImplementedError(
-            "gspn_scan has no forward-mode derivative in its kernels: use gspn_scan(..., backend='reference')"
+            f"{function} has no forward-mode derivative in its kernels: use {function}(..., backend='reference')"
         )

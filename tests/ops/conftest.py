@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gspn_dit.ops import lines, operator
 from gspn_dit.ops.cpu import binding as cpu
 
 
@@ -24,7 +23,5 @@ def poison() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend: the reference, the CPU kernels that run here, the ones for machines without a compiler."""
     if request.param == "cpu, line by line":
-        assert operator.cpu is cpu
-        monkeypatch.setattr(cpu, "scan_forward", lines.scan_forward)
-        monkeypatch.setattr(cpu, "scan_backward", lines.scan_backward)
+        monkeypatch.setenv(cpu.KERNELS_VARIABLE, "pytorch")
     return str(request.param).split(",")[0]

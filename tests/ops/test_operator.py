@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from gspn_dit.ops import DIRECTIONS, gspn_scan, operator
-from tests.ops.scan_cases import Inputs, assert_close, make_inputs, scan_and_gradients
+from gspn_dit.ops import DIRECTIONS, gspn_scan, operator, projected_operator
+from tests.ops.scan_cases import Inputs, assert_close, lay_out, make_inputs, scan_and_gradients
+from tests.ops.test_projected import draw
 
 CALLS: dict[str, tuple[Inputs, list[int], int]] = {
     "plain": (make_inputs((2, 3, 4, 4), 2), [0, 1, 2, 3], 0),
@@ -32,6 +33,24 @@ def test_opcheck_forward(call: tuple[Inputs, list[int], int]) -> None:
 def test_opcheck_backward(call: tuple[Inputs, list[int], int]) -> None:
     inputs, directions, window = call
     torch.library.opcheck(operator.scan_backward, (torch.ones_like(inputs.x), *inputs, directions, window))
+
+
+PROJECTED_CALLS: dict[str, tuple[list[Tensor], list[int], int]] = {
+    "skip": (draw((2, 3, 4, 4), dtype=torch.float32), [0, 1, 2, 3], 0),
+    "groups, window": (draw((1, 3, 5, 4), 2, 2, dtype=torch.float32, skip=False), [3, 0], 2),
+    "strided": ([lay_out(tensor, "permuted") for tensor in draw((2, 3, 4, 4))], [0, 1, 2, 3], 3),
+    "empty": (draw((0, 3, 4, 2)), [0, 1, 2, 3], 0),
+}
+
+
+@pytest.mark.parametrize("call", PROJECTED_CALLS.values(), ids=PROJECTED_CALLS)
+def test_opcheck_projected(call: tuple[list[Tensor], list[int], int]) -> None:
+    tensors, directions, window = call
+    skip = tensors[6:] or [None]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors[:6]]
+    torch.library.opcheck(projected_operator.projected_scan_forward, (*leaves, *skip, directions, window))
+    arguments = (torch.ones_like(tensors[0]), *tensors[:6], *skip, directions, window)
+    torch.library.opcheck(projected_operator.projected_scan_backward, arguments)
 
 
 def mixer(x: Tensor, *others: Tensor, **options: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from gspn_dit.ops import DIRECTIONS, gspn_scan, gspn_scan_from_proxy
 
 SIZES_OF_A_LARGE_PROJECTION = ((1, 32, 32, 1024), (1, 32, 32, 4), (12288, 4), (4096, 4), (4096, 4), (4,))
-NAMES = ("x", "proxy", "logits_weight", "input_gate_weight", "output_gate_weight", "merge_weight")
+NAMES = ("x", "proxy", "logits_weight", "input_gate_weight", "output_gate_weight", "merge_weight", "skip_weight")
 
 
 def draw(
@@ -26,8 +26,9 @@ def draw(
     proxy_channels: int = 3,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    skip: bool = True,
 ) -> list[Tensor]:
-    """The tensor arguments in the order of `NAMES`."""
+    """The tensor arguments in the order of `NAMES`, the skip weight only if asked for."""
     generator = torch.Generator().manual_seed(seed)
     channels = shape[3]
     shapes: list[tuple[int, ...]] = [
@@ -37,15 +38,16 @@ def draw(
         (directions * channels, proxy_channels),
         (directions * channels, proxy_channels),
         (directions,),
+        *([(channels, proxy_channels)] if skip else []),
     ]
     return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in shapes]
 
 
 def plain(x: Tensor, proxy: Tensor, *weights: Tensor, directions: Sequence[str] = DIRECTIONS, **options: Any) -> Tensor:
-    """What the function must equal: three linear maps, then the scan."""
+    """What the function must equal: three linear maps, the scan, and the skip."""
     count, channels = len(directions), x.shape[-1]
     logits, gate_in, gate_out = (F.linear(proxy, weight) for weight in weights[:3])
-    return gspn_scan(
+    y = gspn_scan(
         x,
         logits.unflatten(-1, (count, 3, -1)),
         gate_in.unflatten(-1, (count, channels)),
@@ -54,6 +56,7 @@ def plain(x: Tensor, proxy: Tensor, *weights: Tensor, directions: Sequence[str] 
         directions=directions,
         **options,
     )
+    return y + F.linear(proxy, weights[4]) * x if len(weights) == 5 else y
 
 
 def with_gradients(function: Any, tensors: list[Tensor], **options: Any) -> list[Tensor]:
@@ -65,7 +68,8 @@ def with_gradients(function: Any, tensors: list[Tensor], **options: Any) -> list
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for name, one, other in zip(("y", *NAMES), actual, expected, strict=True):
+    assert len(actual) == len(expected)
+    for name, one, other in zip(("y", *NAMES), actual, expected):
         assert one.dtype == other.dtype, name
         size = max(1.0, float(other.abs().max())) if other.numel() else 1.0
         torch.testing.assert_close(
@@ -76,7 +80,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
 @pytest.mark.parametrize("window", [None, 2, 3])
 @pytest.mark.parametrize("groups", [None, 1, 3])
 def test_equals_the_scan_over_the_projections(backend: str, groups: int | None, window: int | None) -> None:
-    tensors = draw(groups=groups)
+    tensors = draw(groups=groups, skip=groups != 3)
     actual = with_gradients(gspn_scan_from_proxy, tensors, window=window, backend=backend)
     assert_same(actual, with_gradients(plain, tensors, window=window, backend="reference"), 1e-12)
 
@@ -87,6 +91,7 @@ def test_equals_the_scan_over_the_projections(backend: str, groups: int | None, 
     proxy_channels=st.integers(1, 4),
     directions=st.lists(st.sampled_from(DIRECTIONS), min_size=1, unique=True),
     window=st.none() | st.integers(1, 6),
+    skip=st.booleans(),
     name=st.sampled_from(["cpu", "reference"]),
 )
 def test_equals_the_scan_over_the_projections_in_all_shapes(
@@ -95,10 +100,11 @@ def test_equals_the_scan_over_the_projections_in_all_shapes(
     proxy_channels: int,
     directions: list[str],
     window: int | None,
+    skip: bool,
     name: str,
 ) -> None:
     groups = shape[3] // grouping or 1
-    tensors = draw(shape, groups, len(directions), proxy_channels)
+    tensors = draw(shape, groups, len(directions), proxy_channels, skip=skip)
     options: dict[str, Any] = {"directions": directions, "window": window}
     actual = with_gradients(gspn_scan_from_proxy, tensors, **options, backend=name)
     assert_same(actual, with_gradients(plain, tensors, **options, backend="reference"), 1e-11)
@@ -169,7 +175,7 @@ def test_bfloat16_inputs(backend: str, merge_dtype: torch.dtype) -> None:
     tensors = draw((2, 4, 4, 8), dtype=torch.bfloat16)
     tensors[5] = tensors[5].to(merge_dtype)
     actual = with_gradients(gspn_scan_from_proxy, tensors, backend=backend)
-    assert [tensor.dtype for tensor in actual] == [torch.bfloat16] * 6 + [merge_dtype]
+    assert [tensor.dtype for tensor in actual] == [torch.bfloat16] * 6 + [merge_dtype, torch.bfloat16]
     expected = with_gradients(plain, [tensor.double() for tensor in tensors], backend="reference")
     for name, one, other in zip(("y", *NAMES), actual, expected, strict=True):
         assert (one.double() - other).norm() < 0.02 * other.norm(), name
@@ -179,8 +185,8 @@ def test_autocast_runs_in_its_dtype_and_returns_gradients_in_the_inputs(backend:
     tensors = draw((2, 4, 4, 8), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = with_gradients(gspn_scan_from_proxy, tensors, backend=backend)
-    assert [tensor.dtype for tensor in actual] == [torch.bfloat16] + [torch.float32] * 6
-    cast = [tensor.to(torch.bfloat16) for tensor in tensors[:5]] + tensors[5:]
+    assert [tensor.dtype for tensor in actual] == [torch.bfloat16] + [torch.float32] * 7
+    cast = [tensor.to(torch.bfloat16) if name != "merge_weight" else tensor for name, tensor in zip(NAMES, tensors)]
     by_hand = with_gradients(gspn_scan_from_proxy, cast, backend=backend)
     for name, one, other in zip(("y", *NAMES), actual, by_hand, strict=True):
         assert torch.equal(one.to(other.dtype), other), name
@@ -218,6 +224,14 @@ def test_autocast_around_one_half_alone(backend: str, inside: str) -> None:
         ({"proxy": torch.zeros(2, 2, 4, 3)}, r"input_gate has shape \[2, 2, 4, 4, 6\], but x \[2, 3, 4, 6\]"),
         ({"logits_weight": torch.zeros(48, 3)}, "weight_logits has 4 groups, which must divide the 6 channels"),
         ({"merge_weight": torch.zeros(3)}, r"merge_weight has shape \[3\], but 4 directions ask for \[4\]"),
+        ({"proxy": torch.zeros(3, 4, 3)}, r"proxy must be \[B, H, W, P\], got shape \[3, 4, 3\]"),
+        (
+            {"input_gate_weight": torch.zeros(24, 2)},
+            r"input_gate_weight has shape \[24, 2\], but a proxy of 3 asks for",
+        ),
+        ({"output_gate_weight": torch.zeros(23, 3)}, "output_gate_weight has 23 rows, .* multiple of 4"),
+        ({"logits_weight": torch.zeros(70, 3)}, "logits_weight has 70 rows, .* multiple of 12"),
+        ({"skip_weight": torch.zeros(5, 3)}, r"skip_weight has 5 rows, but x \[2, 3, 4, 6\] asks for one per channel"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -233,7 +247,7 @@ def test_what_breaks_the_contract_is_refused_in_training_too(grad: bool, change:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_fake_tensors_of_any_size_stay_fake(grad: bool) -> None:
-    """`train.py --dry-run` measures models without memory; the projections here would have borrowed 16 MiB."""
+    """`train.py --dry-run` measures models without memory."""
     with FakeTensorMode():
         tensors = [torch.empty(size, requires_grad=grad) for size in SIZES_OF_A_LARGE_PROJECTION]
         with torch.set_grad_enabled(grad):

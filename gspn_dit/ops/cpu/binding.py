@@ -39,7 +39,7 @@ STREAM_BYTES = 32 << 20
 output_memory = OutputMemory()
 """Where large outputs live; `output_memory.release()` returns what is idle to the system."""
 
-_MAX_DIRECTIONS = 4
+MAX_DIRECTIONS = 4
 _INSTRUCTION_SETS = {"baseline": "baseline vectors", "avx2": "AVX2", "avx512": "AVX-512"}
 _INPUTS = ("x", "weight_logits", "input_gate", "output_gate", "grad_y")
 _OUTPUTS = ("y", "grad_x", "grad_weight_logits", "grad_input_gate", "grad_output_gate")
@@ -55,8 +55,8 @@ class _Call(ctypes.Structure):
             for name in ("batch", "height", "width", "channels", "groups", "directions", "window")
         ),
         *((name, ctypes.c_int64) for name in ("dtype", "instruction_set", "threads", "block", "stream_bytes")),
-        ("direction", ctypes.c_int64 * _MAX_DIRECTIONS),
-        ("merge", ctypes.c_double * _MAX_DIRECTIONS),
+        ("direction", ctypes.c_int64 * MAX_DIRECTIONS),
+        ("merge", ctypes.c_double * MAX_DIRECTIONS),
         ("x_stride", ctypes.c_int64 * 3),
         ("grad_y_stride", ctypes.c_int64 * 3),
         ("weight_logits_stride", ctypes.c_int64 * 5),
@@ -73,7 +73,7 @@ _INTERFACE = ctypes.sizeof(_Call) * 1000 + 1
 
 
 @lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or None and why."""
     folder = Path(__file__).resolve().parents[1]
     candidates = [folder / f"_cpu_scan{suffix}" for suffix in EXTENSION_SUFFIXES]
@@ -93,7 +93,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 def available_kernels() -> tuple[str, ...]:
     """Return those of `KERNELS` that can run here, the slowest first."""
-    library, _ = _load()
+    library, _ = load()
     return KERNELS[:1] if library is None else KERNELS[: library.gspn_best_instruction_set() + 2]
 
 
@@ -102,7 +102,7 @@ def chosen_kernels() -> str:
     available = available_kernels()
     chosen = os.environ.get(KERNELS_VARIABLE) or available[-1]
     if chosen not in available:
-        why = f" ({_load()[1]})" if len(available) == 1 else ""
+        why = f" ({load()[1]})" if len(available) == 1 else ""
         raise BackendUnavailableError(
             f"{KERNELS_VARIABLE} is {chosen!r}, but what can run here is {', '.join(available)}{why}: "
             "unset it or name one of these"
@@ -111,7 +111,7 @@ def chosen_kernels() -> str:
 
 
 @lru_cache(maxsize=1)
-def _torch_parallel() -> int | None:
+def torch_parallel() -> int | None:
     """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded, or None.
 
     A second runtime would bring a second pool of threads, which spins against the first.
@@ -130,16 +130,21 @@ def describe() -> str:
     chosen = chosen_kernels()
     if chosen != "pytorch":
         return f"compiled kernels ({_INSTRUCTION_SETS[chosen]})"
-    why = f" ({KERNELS_VARIABLE}=pytorch)" if os.environ.get(KERNELS_VARIABLE) else f"; {_load()[1]}"
+    why = f" ({KERNELS_VARIABLE}=pytorch)" if os.environ.get(KERNELS_VARIABLE) else f"; {load()[1]}"
     return f"line-by-line PyTorch kernels{why}"
+
+
+def instruction_set() -> int:
+    """Return the code of the instruction set of the chosen kernels, which must be compiled ones."""
+    return list(_INSTRUCTION_SETS).index(chosen_kernels())
 
 
 def _library() -> ctypes.CDLL | None:
     """Return the library unless the line-by-line kernels were chosen."""
-    return None if chosen_kernels() == "pytorch" else _load()[0]
+    return None if chosen_kernels() == "pytorch" else load()[0]
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """Return the tensor, copied if its innermost dimension does not have stride 1."""
     tensor = tensor.detach().resolve_neg()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -154,7 +159,7 @@ def _call(
     call.groups, call.directions = inputs["weight_logits"].shape[-1], len(directions)
     call.window = window or max(call.height, call.width)
     call.dtype = STORAGE_DTYPES.index(x.dtype)
-    call.instruction_set = list(_INSTRUCTION_SETS).index(chosen_kernels())
+    call.instruction_set = instruction_set()
     call.threads, call.block, call.stream_bytes = torch.get_num_threads(), BLOCK, STREAM_BYTES
     call.direction[: len(directions)] = list(directions)
     call.merge[: len(directions)] = merge_weight.detach().double().tolist()
@@ -163,7 +168,7 @@ def _call(
         setattr(call, name, tensor.data_ptr())
     for name, tensor in outputs.items():
         setattr(call, name, tensor.data_ptr())
-    call.parallel = _torch_parallel()
+    call.parallel = torch_parallel()
     return call
 
 
@@ -186,7 +191,7 @@ def scan_forward(
     if library is None or x.numel() == 0:
         return lines.scan_forward(x, weight_logits, input_gate, output_gate, merge_weight, directions, window)
     tensors = (x, weight_logits, input_gate, output_gate)
-    inputs = {name: _dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
+    inputs = {name: dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
     (y,) = output_memory.empty([x.shape], x.dtype)
     _run(library.gspn_scan_forward, _call(inputs, merge_weight, directions, window, {"y": y}))
     return y
@@ -207,10 +212,10 @@ def scan_backward(
     tensors = (x, weight_logits, input_gate, output_gate, grad_y)
     if library is None or x.numel() == 0:
         return lines.scan_backward(grad_y, *tensors[:4], merge_weight, directions, window)
-    inputs = {name: _dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
+    inputs = {name: dense(tensor) for name, tensor in zip(_INPUTS, tensors)}
     results = output_memory.empty([tensor.shape for tensor in tensors[:4]], x.dtype)
     call = _call(inputs, merge_weight, directions, window, dict(zip(_OUTPUTS[1:], results)))
-    grad_merge = (ctypes.c_double * _MAX_DIRECTIONS)()
+    grad_merge = (ctypes.c_double * MAX_DIRECTIONS)()
     call.grad_merge = ctypes.cast(grad_merge, ctypes.POINTER(ctypes.c_double))
     _run(library.gspn_scan_backward, call)
     merge = torch.tensor(grad_merge[: len(directions)], dtype=merge_weight.dtype)

@@ -129,7 +129,7 @@ def test_without_the_library_the_line_kernels_run(monkeypatch: pytest.MonkeyPatc
     try:
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "EXTENSION_SUFFIXES", [".missing"])
-            cpu._load.cache_clear()
+            cpu.load.cache_clear()
             assert cpu.describe().startswith(
                 "line-by-line PyTorch kernels; for the compiled ones install a C++ compiler"
             )
@@ -141,10 +141,10 @@ def test_without_the_library_the_line_kernels_run(monkeypatch: pytest.MonkeyPatc
                 gspn_scan(*inputs, backend="cpu")
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "_INTERFACE", -1)
-            cpu._load.cache_clear()
+            cpu.load.cache_clear()
             assert "out of date" in cpu.describe()
     finally:
-        cpu._load.cache_clear()
+        cpu.load.cache_clear()
 
 
 def test_memory_of_large_outputs_is_used_again_but_never_shared() -> None:

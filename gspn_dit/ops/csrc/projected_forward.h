@@ -1,0 +1,171 @@
+// One direction of the projected scan for one vector of channels: projections and recurrence, which never leave the registers.
+#include "projected.h"
+#include "projected_products.h"
+
+namespace gspn {
+namespace GSPN_ISA {
+
+// What a panel projects a proxy to: the logits for k = -1, 0, +1, then λ, then u times the direction's merge weight.
+constexpr int kProjected = 5, kInputGate = 3, kOutputGate = 4;
+
+// The order in which a direction visits its lines, where the state restarts, and how its lines lie in a plane of vectors.
+struct Sweep {
+  int64_t lines, positions, window, line_step, position_step;
+  bool columns, reverse;
+
+  int64_t index(int64_t step) const { return reverse ? lines - 1 - step : step; }
+  bool restarts(int64_t i) const { return reverse ? (i == lines - 1 || (i + 1) % window == 0) : i % window == 0; }
+};
+
+// Bounds on a logit. Below -lost, 1 + exp(-l) rounds to exp(-l).
+template <class A> struct Bounds;
+template <> struct Bounds<float> {
+  static constexpr float lost = 17, lowest = -35, highest = 80, largest = 3.402823466e38f, not_a_number = -88.9f;
+};
+template <> struct Bounds<double> {
+  static constexpr double lost = 37, lowest = -75, highest = 700, largest = 1.7976931348623157e308, not_a_number = -709.96;
+};
+
+// Bring any logits into the range of `Propagation` without changing the weights: they stay the same if all l < -lost grow alike, and
+// what is still below `lowest` weighs nothing. Logits with |l| <= lost keep their values. A NaN becomes one whose exp(-l) is one.
+template <class A> static __attribute__((noinline, cold)) void tame(Vector<A>* logits, bool minus, bool plus) {
+  typedef Bounds<A> B;
+  const bool valid[3] = {minus, true, plus};
+  Vector<A> greatest = all(-B::largest);
+  for (int k = 0; k < 3; ++k) {
+    if (!valid[k]) logits[k] = Vector<A>{};
+    logits[k] = logits[k] < all(-B::largest) ? all(-B::largest) : logits[k];
+    if (valid[k]) greatest = logits[k] > greatest ? logits[k] : greatest;
+  }
+  for (int k = 0; k < 3; ++k) {
+    Vector<A> value = greatest < all(-B::lost) ? logits[k] - greatest - all(B::lost) : logits[k];
+    value = value < all(B::lowest) ? all(B::lowest) : value;
+    value = value > all(B::highest) ? all(B::highest) : value;
+    logits[k] = value == value ? value : all(B::not_a_number);
+  }
+}
+
+// w_k = sigmoid(l_k) / Σ sigmoid(l_j) as numerator[k] * inverse. With q_k = 1 + exp(-l_k), sigmoid(l_k) = 1 / q_k, and the numerators
+// are products of the two other q. `minus` and `plus` are 1, or 0 where the neighbour is off the line: then q = 1, w = 0.
+template <class A> struct Propagation {
+  Vector<A> numerator[3], sum, inverse, product;
+
+  GSPN_INLINE Propagation(const Vector<A>* logits, A minus, A plus) {
+    const Vector<A> one = all(A(1));
+    const Vector<A> q0 = multiply_add(minus, exponential<true>(-logits[0]), one), q1 = exponential<true>(-logits[1]) + one;
+    const Vector<A> q2 = multiply_add(plus, exponential<true>(-logits[2]), one), outer = q0 * q2;
+    numerator[0] = q1 * q2 * all(minus);
+    numerator[1] = outer;
+    numerator[2] = q0 * q1 * all(plus);
+    sum = numerator[0] + numerator[1] + numerator[2];
+    inverse = one / sum;
+    product = outer * q1;
+  }
+};
+
+// What the backward keeps of a position: h, w_0, w_2, Σ sigmoid(l_k), λ, u.
+constexpr int kKept = 6;
+enum Kept { kState, kFirstWeight, kLastWeight, kSigmoids, kKeptInput, kKeptOutput };
+
+// One line in a direction. A position's state and what is kept with it are `slot` vectors; those at -1 and N are zero.
+template <class A> struct Line {
+  const A *panel, *proxy;  // [P, 5, L], [N, padded P]
+  const A* x;
+  A* y;
+  int64_t step;  // between positions of x and y
+  const A* before;
+  A* state;
+  const A *minus, *plus;  // [N]: whether there is a neighbour
+  int64_t positions, proxies, padded;
+  bool add;  // to y
+};
+
+template <int Positions, class A>
+static GSPN_INLINE void tame_all(const Line<A>& line, int64_t n, int64_t count, Vector<A> (&sum)[Positions][kProjected]) {
+  Vector<A> size = {};
+#pragma GCC unroll 8
+  for (int j = 0; j < Positions; ++j)
+    for (int k = 0; k < 3; ++k) size = multiply_add(sum[j][k], sum[j][k], size);
+  if (__builtin_expect(all_at_most(size, Bounds<A>::lost * Bounds<A>::lost), 1)) return;
+#pragma GCC unroll 8
+  for (int j = 0; j < Positions; ++j) {
+    if (j >= count) continue;
+    Vector<A> logits[3] = {sum[j][0], sum[j][1], sum[j][2]};  // a copy, so that the sums themselves can stay in registers
+    tame<A>(logits, line.minus[n + j] != 0, line.plus[n + j] != 0);
+    for (int k = 0; k < 3; ++k) sum[j][k] = logits[k];
+  }
+}
+
+template <bool Restart, bool Keep, class A>
+static GSPN_INLINE void advance(const Line<A>& line, int64_t n, const Vector<A>* projected) {
+  constexpr int L = kLanes<A>;
+  constexpr int64_t slot = (Keep ? kKept : 1) * L;
+  constexpr int first = Restart ? kInputGate : 0;  // of what is projected
+  const Vector<A> in = projected[kInputGate - first], out = projected[kOutputGate - first];
+  A* to = line.state + n * slot;
+  Vector<A> state = in * load_one(line.x + n * line.step);
+  if constexpr (!Restart) {
+    const A* from = line.before + n * slot;
+    const Propagation<A> w(projected, line.minus[n], line.plus[n]);
+    Vector<A> carried = w.numerator[0] * load_one(from - slot);
+    carried = multiply_add(w.numerator[1], load_one(from), carried);
+    carried = multiply_add(w.numerator[2], load_one(from + slot), carried);
+    state = multiply_add(carried, w.inverse, state);
+    if (Keep) {
+      store_one(to + kFirstWeight * L, w.numerator[0] * w.inverse);
+      store_one(to + kLastWeight * L, w.numerator[2] * w.inverse);
+      store_one(to + kSigmoids * L, w.sum / w.product);
+    }
+  }
+  store_one(to + kState * L, state);
+  if (Keep) {
+    store_one(to + kKeptInput * L, in);
+    store_one(to + kKeptOutput * L, out);
+  } else {
+    A* y = line.y + n * line.step;
+    store_one(y, line.add ? multiply_add(out, state, load_one(y)) : out * state);
+  }
+}
+
+template <bool Restart, bool Keep, class A> static void scan_line(const Line<A>& line) {
+  constexpr int Q = Restart ? kProjected - kInputGate : kProjected;
+  const A* panel = line.panel + (kProjected - Q) * kLanes<A>;
+  for (int64_t n = 0; n < line.positions; n += kPositions) {
+    const int64_t count = line.positions - n;
+    const A* proxy[kPositions];
+    for (int j = 0; j < kPositions; ++j) proxy[j] = line.proxy + (n + (j < count ? j : 0)) * line.padded;
+    Vector<A> sum[kPositions][Q];
+    project<kPositions, Q, kProjected>(panel, proxy, line.proxies, sum);
+    if constexpr (!Restart) tame_all(line, n, count, sum);
+#pragma GCC unroll 8
+    for (int j = 0; j < kPositions; ++j)
+      if (j < count) advance<Restart, Keep>(line, n + j, sum[j]);
+  }
+}
+
+// All lines of a direction. `line` holds what they share; x, y and proxies are those of line 0. Forward, `states` are two lines,
+// which take turns; with `Keep` they are all lines. Each has a zero at both ends.
+template <bool Keep, class A>
+static void scan_lines(const Sweep& sweep, Line<A> line, A* states) {
+  constexpr int64_t slot = (Keep ? kKept : 1) * kLanes<A>;
+  const int64_t size = (sweep.positions + 2) * slot;
+  for (int64_t i = 0; i < (Keep ? sweep.lines : 2); ++i) {
+    memset(states + i * size, 0, kBytes);
+    memset(states + (i + 1) * size - slot, 0, kBytes);
+  }
+  const Line<A> whole = line;
+  line.before = states + slot;
+  for (int64_t step = 0; step < sweep.lines; ++step) {
+    const int64_t i = sweep.index(step);
+    line.proxy = whole.proxy + i * sweep.positions * line.padded;
+    line.x = whole.x + i * sweep.line_step;
+    line.y = whole.y + i * sweep.line_step;
+    line.state = states + slot + (Keep ? i : step & 1) * size;
+    if (sweep.restarts(i)) scan_line<true, Keep>(line);
+    else scan_line<false, Keep>(line);
+    line.before = line.state;
+  }
+}
+
+}  // namespace GSPN_ISA
+}  // namespace gspn

@@ -1,0 +1,190 @@
+// How a call of the projected scan is cut into tasks. Forward, a task computes a few vectors of channels of one sample. Backward, a
+// task owns a share of the channels for some samples: the gradients of its weights, and its part of the proxies' gradient. Shares
+// follow from the shape alone, and their sums are joined in a fixed order: bits do not depend on threads.
+#include "projected_packing.h"
+
+namespace gspn {
+namespace GSPN_ISA {
+
+// Takes pieces of one piece of memory; without any it only counts.
+struct Pieces {
+  char* memory;
+  int64_t bytes = 0;
+
+  template <class A> A* take(int64_t count) {
+    A* piece = memory ? (A*)(memory + bytes) : nullptr;
+    bytes += (count * (int64_t)sizeof(A) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+constexpr int64_t kShares = 8;       // of the channels, at most
+constexpr int64_t kMostVectors = 4;  // that a task reads at a time
+
+template <class T> struct Work {
+  typedef typename Accumulator<T>::type A;
+  const Projected& call;
+  Grid<A> grid;
+  bool backward, orientation[2] = {false, false};  // rows, columns
+  int64_t block;                                   // vectors of a forward task
+  int64_t shares, sample_shares;                   // of the channels, of the batch
+  A *panels, *skip_panels, *proxies;               // [D, V, P, 5, L], [V, P, 1, L], [B, 2, H W, P]
+  A *panel_sums, *skip_sums;                       // [sample shares, like the panels]
+  A* proxy_sums;                                   // [B, shares, H W, P]
+  double* products;                                // [D, 5]
+
+  Work(const Projected& call, bool backward) : call(call), grid(call), backward(backward) {
+    for (int64_t d = 0; d < call.directions; ++d) orientation[make_sweep(call, grid, call.direction[d]).columns] = true;
+    orientation[0] |= call.skip_weight != nullptr;
+    const int64_t busy = call.batch * grid.vectors / (4 * call.threads);
+    block = call.block ? call.block : busy < 1 ? 1 : busy < kMostVectors ? busy : kMostVectors;
+    shares = grid.vectors < kShares ? grid.vectors : kShares;
+    // As many copies of the weights' gradients as take no more memory than x.
+    sample_shares = call.batch * grid.tokens / (call.directions * kProjected * grid.padded);
+    sample_shares = sample_shares < 1 ? 1 : sample_shares < call.batch ? sample_shares : call.batch;
+    sample_shares = sample_shares < 8 ? sample_shares : 8;
+  }
+  int64_t panel_elements() const { return call.directions * grid.vectors * grid.panel(kProjected); }
+  int64_t skip_elements() const { return call.skip_weight ? grid.vectors * grid.panel(1) : 0; }
+
+  int64_t place(char* memory) {
+    Pieces pieces{memory};
+    panels = pieces.take<A>(panel_elements());
+    skip_panels = pieces.take<A>(skip_elements());
+    proxies = pieces.take<A>(call.batch * 2 * grid.tokens * grid.padded);
+    if (backward) {
+      panel_sums = pieces.take<A>(sample_shares * panel_elements());
+      skip_sums = pieces.take<A>(sample_shares * skip_elements());
+      proxy_sums = pieces.take<A>(call.batch * shares * grid.tokens * grid.padded);
+      products = pieces.take<double>(call.directions * kProjected);
+    }
+    return pieces.bytes;
+  }
+  const A* panel(int64_t d, int64_t v) const { return panels + (d * grid.vectors + v) * grid.panel(kProjected); }
+  const A* proxies_of(int64_t batch, bool columns) const {
+    return proxies + (batch * 2 + columns) * grid.tokens * grid.padded;
+  }
+  int run(int64_t tasks, int64_t bytes, TaskFunction function) const {
+    return run_tasks({call.threads, call.parallel}, tasks, bytes, function, this);
+  }
+};
+
+// -- packing --
+
+template <class T> static int64_t packing_tasks(const Work<T>& work) {
+  return (work.call.directions + (work.call.skip_weight != nullptr)) * work.grid.vectors + 2 * work.call.batch;
+}
+
+template <class T> static void pack(const Work<T>& work, int64_t task, char* scratch) {
+  typedef typename Work<T>::A A;
+  const Projected& call = work.call;
+  const Grid<A>& grid = work.grid;
+  const int64_t panels = call.directions * grid.vectors, skips = call.skip_weight ? grid.vectors : 0;
+  A* row = (A*)scratch;
+  if (task < panels) {
+    const int64_t d = task / grid.vectors, v = task % grid.vectors;
+    for (int q = 0; q < kProjected; ++q)
+      read_weight<T, kProjected>(call, grid, Map(call, d, q), v, q, row, work.panels + task * grid.panel(kProjected));
+  } else if (task < panels + skips) {
+    const int64_t v = task - panels;
+    read_weight<T, 1>(call, grid, Map::skip(call), v, 0, row, work.skip_panels + v * grid.panel(1));
+  } else {
+    const int64_t batch = (task - panels - skips) / 2, columns = (task - panels - skips) % 2;
+    if (work.orientation[columns])
+      read_proxies<T>(call, grid, batch, columns, work.proxies + (batch * 2 + columns) * grid.tokens * grid.padded);
+  }
+}
+
+// -- forward --
+
+template <class A> struct ForwardScratch {
+  A *x, *y, *states, *minus, *plus;
+
+  int64_t place(char* memory, const Grid<A>& grid, int64_t vectors) {
+    Pieces pieces{memory};
+    x = pieces.take<A>(vectors * grid.plane);
+    y = pieces.take<A>(vectors * grid.plane);
+    states = pieces.take<A>(2 * (grid.longest + 2) * grid.L);
+    minus = pieces.take<A>(grid.longest);
+    plus = pieces.take<A>(grid.longest);
+    return pieces.bytes;
+  }
+};
+
+template <class A> static void mark_neighbours(int64_t positions, A* minus, A* plus) {
+  for (int64_t n = 0; n < positions; ++n) minus[n] = n > 0, plus[n] = n < positions - 1;
+}
+
+// What the lines of a direction share, for vector `v` of the channels.
+template <class T, class A>
+static Line<A> make_line(const Work<T>& work, const Sweep& sweep, int64_t batch, int64_t d, int64_t v, const A* x, A* y, A* minus,
+                         A* plus, bool add) {
+  Line<A> line = {};
+  line.panel = work.panel(d, v);
+  line.proxy = work.proxies_of(batch, sweep.columns);
+  line.x = x;
+  line.y = y;
+  line.step = sweep.position_step;
+  line.minus = minus;
+  line.plus = plus;
+  line.positions = sweep.positions;
+  line.proxies = work.call.proxy_channels;
+  line.padded = work.grid.padded;
+  line.add = add;
+  mark_neighbours(sweep.positions, minus, plus);
+  return line;
+}
+
+// y = (W_s p) x for one vector of channels; with gradients, x's and [tokens, 1, L] those of W_s p too.
+template <class A>
+static void skip_tokens(const Grid<A>& grid, const A* panel, const A* proxy, int64_t proxies, const A* x, A* y, int64_t h,
+                        const A* grad_y, A* gradients) {
+  constexpr int tile = 8;
+  for (int64_t w = 0; w < grid.width; w += tile) {
+    const A* rows[tile];
+    for (int j = 0; j < tile; ++j) rows[j] = proxy + (h * grid.width + (w + j < grid.width ? w + j : w)) * grid.padded;
+    Vector<A> sum[tile][1];
+    project<tile, 1, 1>(panel, rows, proxies, sum);
+#pragma GCC unroll 8
+    for (int j = 0; j < tile; ++j) {
+      if (w + j >= grid.width) continue;
+      const int64_t at = h * grid.pitch + (w + j) * grid.L;
+      const Vector<A> other = load_one((grad_y ? grad_y : x) + at);
+      store_one(y + at, sum[j][0] * other);
+      if (grad_y) store_one(gradients + (w + j) * grid.L, other * load_one(x + at));
+    }
+  }
+}
+
+template <class T> static void forward_task(const Work<T>& work, int64_t task, char* memory) {
+  typedef typename Work<T>::A A;
+  const Projected& call = work.call;
+  const Grid<A>& grid = work.grid;
+  const int64_t blocks = (grid.vectors + work.block - 1) / work.block, batch = task / blocks;
+  const int64_t first = task % blocks * work.block;
+  const int64_t count = grid.vectors - first < work.block ? grid.vectors - first : work.block;
+  ForwardScratch<A> scratch;
+  scratch.place(memory, grid, work.block);
+  read_planes(grid, (const T*)call.x + batch * call.x_stride[0], call.x_stride + 1, first, count, scratch.x);
+  for (int64_t v = 0; v < count; ++v) {
+    const A* x = scratch.x + v * grid.plane;
+    A* y = scratch.y + v * grid.plane;
+    bool add = call.skip_weight != nullptr;
+    for (int64_t h = 0; add && h < grid.height; ++h)
+      skip_tokens<A>(grid, work.skip_panels + (first + v) * grid.panel(1), work.proxies_of(batch, false), call.proxy_channels, x,
+                     y, h, nullptr, nullptr);
+    for (int64_t d = 0; d < call.directions; ++d, add = true) {
+      const Sweep sweep = make_sweep(call, grid, call.direction[d]);
+      scan_lines<false>(sweep, make_line(work, sweep, batch, d, first + v, x, y, scratch.minus, scratch.plus, add),
+                        scratch.states);
+    }
+  }
+  write_planes(grid, scratch.y, first, count, (T*)call.y + batch * grid.tokens * grid.channels);
+}
+
+template <class T> static int64_t forward_tasks(const Work<T>& work) {
+  return work.call.batch * ((work.grid.vectors + work.block - 1) / work.block);
+}
+
+}  // namespace GSPN_ISA
+}  // namespace gspn
