@@ -53,8 +53,9 @@ def measure(config_path: str, steps: int) -> dict[str, Any]:
         trainer = loop.Trainer(config, task, loop.create_accelerator(config), RunDirectory(Path(folder), None))
         watches = {name: Stopwatch() for name in ("forward", "backward", "optimizer")}
         task.loss = watches["forward"].wrap(task.loss)  # type: ignore[method-assign]
-        trainer.accelerator.backward = watches["backward"].wrap(trainer.accelerator.backward)  # type: ignore[method-assign]
-        loop.optimizer_step = watches["optimizer"].wrap(loop.optimizer_step)  # type: ignore[assignment]
+        strategy = trainer.state.strategy
+        strategy.backward = watches["backward"].wrap(strategy.backward)  # type: ignore[method-assign]
+        strategy.step = watches["optimizer"].wrap(strategy.step)  # type: ignore[method-assign]
         rows = []
         for _ in range(WARM_UP_STEPS + steps):
             before = {name: watch.seconds for name, watch in watches.items()}

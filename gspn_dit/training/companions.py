@@ -13,6 +13,7 @@ from gspn_dit.training.optimizer import (
     empty_optimizer_tensors,
     load_optimizer_tensors,
     optimizer_tensors,
+    step_where,
 )
 
 
@@ -28,10 +29,7 @@ class Companion:
         for parameter in self.module.parameters():
             assert parameter.grad is not None
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.found_inf = 1 - took_step  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        step_where(took_step, self.optimizer, rate)
 
     def state(self) -> dict[str, Tensor]:
         """Return the module and its optimiser as named tensors."""

@@ -19,7 +19,7 @@ from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
 from gspn_dit.models.mixers import GSPNMixer, Mixer
 from gspn_dit.sampling_options import check_guided_channels
-from gspn_dit.training.zero import STAGES, bucket_elements
+from gspn_dit.training.strategy.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000

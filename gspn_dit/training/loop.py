@@ -16,26 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gspn_dit.checkpoint import load_tensors, read_manifest
+from gspn_dit.checkpoint import read_manifest, remove_old_checkpoints
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.errors import LocalUserError, UserError, advise_on_memory
 from gspn_dit.locks import sole_job
 from gspn_dit.tasks import Task, create_task
-from gspn_dit.training.companions import Companion
-from gspn_dit.training.ema import EMA, PowerEMA
-from gspn_dit.training.optimizer import create_optimizer, learning_rate, optimizer_step
-from gspn_dit.training.parallel import (
-    choose_threads,
-    create_accelerator,
-    peak_memory_bytes,
-    prepare_training,
-    prepare_weights,
-)
+from gspn_dit.training.accelerator import choose_threads, create_accelerator, peak_memory_bytes
+from gspn_dit.training.optimizer import learning_rate
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.quick_fd import QuickFD, ScorerLoader, create_quick_fd
 from gspn_dit.training.run_directory import RunDirectory, open_run_directory
-from gspn_dit.training.sharding import backward, gathered, no_gradient_exchange, whole_tensors
-from gspn_dit.training.state import restore_tensors, save_state
+from gspn_dit.training.state import TrainingState
 from gspn_dit.training.stop import StopSignal
 from gspn_dit.training.summary import summarise
 from gspn_dit.training.trackers import start_trackers
@@ -137,7 +128,7 @@ def _check_same_step(directory: RunDirectory, accelerator: Accelerator) -> None:
 
 
 class Trainer:
-    """Model, EMA and optimiser at a step, and the loop that moves them on."""
+    """Moves a training state on: a task's losses by sample number, and what is logged, drawn and saved on the way."""
 
     def __init__(
         self,
@@ -149,74 +140,18 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.accelerator, self.directory = config, task, accelerator, directory
         self.quick_fd = quick_fd
-        self.step = 0
-        """Optimiser steps done, skipped ones included."""
-        task.to(accelerator.device)
-        self.model = task.model.to(accelerator.device)
         self.flops_per_image = 6 * task.multiply_adds()
         """Two for each multiply-add, thrice the forward pass. What is computed twice to save memory counts once."""
-        self.ema = EMA(self.model, config.training.ema_decay)
-        self.sharding = prepare_weights(task, self.ema.model, config.training, accelerator)
-        self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in config.training.ema_sigma_rel]
-        self.forward_model, self.optimizer = prepare_training(
-            self.model, create_optimizer(self.model, config.training), self.sharding, config.training, accelerator
-        )
-        self.companions = {
-            name: Companion(module, config.training, accelerator) for name, module in task.companions.items()
-        }
-        self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
-            torch.zeros((), device=accelerator.device) for _ in range(3)
-        )
+        self.state = TrainingState(task, config.training, accelerator)
         self.saved_step: int | None = None
-        self.losses: dict[str, list[Tensor]] = {}
-        """This process's losses since the last line of metrics, by the task's names, 0-d."""
         if directory.checkpoint is not None:
-            self._restore(directory)
+            self.state.restore(directory.checkpoint)
+            self.saved_step = self.step
 
-    # -- state ---------------------------------------------------------------------------------------------------
-
-    def _restore(self, directory: RunDirectory) -> None:
-        assert directory.checkpoint is not None
-        manifest = read_manifest(directory.checkpoint)
-        self.step = manifest["step"]
-        self.ema.updates = manifest["ema"]["updates"]
-        self.nonfinite_steps += manifest["nonfinite_steps"]
-        self.nonfinite_in_a_row += manifest["nonfinite_in_a_row"]
-        self.saved_step = self.step
-        self.longest_failure += manifest["nonfinite_in_a_row"]
-        since_log = {"loss": manifest["losses_since_log"], **manifest.get("metrics_since_log", {})}
-        for name, values in since_log.items():
-            numbers = (math.nan if value is None else value for value in values)
-            self.losses[name] = [torch.tensor(number, device=self.accelerator.device) for number in numbers]
-        restore_tensors(directory.checkpoint, self.model, self.ema, self.power_emas, self.optimizer)
-        for name, companion in self.companions.items():
-            companion.load(load_tensors(directory.checkpoint, name))
-
-    def save(self, progress: Progress) -> None:
-        """Write the checkpoint of this step and delete those no longer wanted."""
-        if self.saved_step == self.step:
-            return
-        self._check_finite()
-        since_log = {name: self._averaged(values) for name, values in self.losses.items()}
-        manifest = {
-            **self.task.describe(),
-            "config": self.config.to_dict(),
-            "cpu_threads": torch.get_num_threads(),
-            "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
-            "nonfinite_steps": int(self.nonfinite_steps),
-            "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
-            "losses_since_log": since_log.pop("loss", []),
-            **({"metrics_since_log": since_log} if since_log else {}),
-        }
-        save_state(self, manifest, progress)
-        self.saved_step = self.step
-
-    def _averaged(self, values: list[Tensor]) -> list[float | None]:
-        """Return the means over the processes, None for what is not finite."""
-        if not values:
-            return []
-        means = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
-        return [mean if math.isfinite(mean) else None for mean in means]
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, skipped ones included."""
+        return self.state.step
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -230,37 +165,37 @@ class Trainer:
 
     def micro_losses(self, numbers: range) -> dict[str, Tensor]:
         """Return the task's mean losses of the samples with these numbers, 0-d; "loss" is minimised."""
-        return self.task.loss(self.forward_model, numbers)
+        return self.task.loss(self.state.strategy.forward_model, numbers)
 
-    def train_step(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Take one optimiser step; return this process's mean losses and the gradients' norm, 0-d, on the device."""
-        settings = self.config.training
+    def train_step(self) -> Tensor:
+        """Take one optimiser step; return the gradients' norm, 0-d, on the device."""
+        state, parts = self.state, self.config.training.gradient_accumulation_steps
         totals: dict[str, Tensor] = {}
-        for micro_step in range(settings.gradient_accumulation_steps):
-            last = micro_step == settings.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else no_gradient_exchange(self.forward_model, self.accelerator):
-                losses = self.micro_losses(self.sample_numbers(self.step, micro_step))
+        for micro_step in range(parts):
+            with contextlib.nullcontext() if micro_step == parts - 1 else state.strategy.no_sync():
+                losses = self.micro_losses(self.sample_numbers(state.step, micro_step))
                 loss = losses["loss"]
                 # A loss that is not finite makes every gradient so, in all processes: the step will be skipped.
                 poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-                scaled = loss * poison / settings.gradient_accumulation_steps
-                backward(self.forward_model, scaled, self.accelerator)
+                state.strategy.backward(loss * poison / parts)
             for name, value in losses.items():
-                part = value.detach() / settings.gradient_accumulation_steps
-                totals[name] = totals[name] + part if name in totals else part
-        rate = learning_rate(settings, self.step)
-        norm, took_step = optimizer_step(self.optimizer, self.model, rate, settings.max_grad_norm)
-        for companion in self.companions.values():
-            companion.step(rate, took_step)
-        self.ema.update(self.model, took_step)
-        for average in self.power_emas:
-            average.update(self.model, self.step + 1)
-        self.nonfinite_steps += 1 - took_step
-        self.nonfinite_in_a_row += 1
-        self.nonfinite_in_a_row *= 1 - took_step
-        torch.maximum(self.longest_failure, self.nonfinite_in_a_row, out=self.longest_failure)
-        self.step += 1
-        return totals, norm
+                share = value.detach() / parts
+                totals[name] = totals[name] + share if name in totals else share
+        return state.advance(totals, learning_rate(self.config.training, state.step))
+
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint of this step and delete those no longer wanted."""
+        if self.saved_step == self.step:
+            return
+        self._check_finite()
+        settings, run = self.config.training, self.directory.path
+        target, seconds = self.state.save(run, {**self.task.describe(), "config": self.config.to_dict()})
+        if self.accelerator.is_main_process:
+            size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e9
+            progress.write(f"saved {target}: {size:.3g} GB in {seconds:.2g} s ({seconds / size:.2g} s/GB)")
+            remove_old_checkpoints(run, settings.keep_last, settings.keep_every)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = self.step
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -278,9 +213,7 @@ class Trainer:
             started, first_step = time.perf_counter(), self.step
             asked: int | None = None
             while self.step < settings.max_steps and asked is None:
-                losses, norm = self.train_step()
-                for name, value in losses.items():
-                    self.losses.setdefault(name, []).append(value)
+                norm = self.train_step()
                 progress.advance()
                 if self._due(settings.log_every):
                     seconds = time.perf_counter() - started
@@ -293,7 +226,7 @@ class Trainer:
                         self._sample()
                     if self.quick_fd is not None and settings.fd_every and self._due(settings.fd_every):
                         self._score(self.quick_fd, progress)
-                    if self.power_emas and self._due(settings.ema_snapshot_every):
+                    if self.state.power_emas and self._due(settings.ema_snapshot_every):
                         self._snapshot()
                     if self._due(settings.checkpoint_every):
                         self.save(progress)
@@ -312,17 +245,14 @@ class Trainer:
 
     def _log(self, norm: Tensor, images_per_second: float, progress: Progress) -> None:
         """Write the mean loss since the last line, and stop the run if steps keep failing."""
-        means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
-        means = {name: self.accelerator.reduce(mean, reduction="mean") for name, mean in means.items()}
-        self.losses.clear()
         values = {
-            **{name: mean.item() for name, mean in means.items()},
+            **self.state.mean_losses(),
             "learning_rate": learning_rate(self.config.training, self.step - 1),
             "grad_norm": norm.item(),
             "images_per_second": images_per_second,
             "model_flops_per_second": images_per_second * self.flops_per_image,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-            "nonfinite_steps": int(self.nonfinite_steps),
+            "nonfinite_steps": int(self.state.nonfinite_steps),
         }
         self._record(values)
         progress.show(values)
@@ -330,7 +260,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Stop the run if too many steps in a row failed since the last look, which costs a wait for the device."""
-        failed = int(self.longest_failure)
+        failed = self.state.failed_in_a_row()
         if failed >= self.config.training.max_nonfinite_steps:
             self._show(running=False)
             raise UserError(
@@ -338,7 +268,6 @@ class Trainer:
                 "the last checkpoint is untouched: look at the data, or start again in another output_dir with a lower "
                 "training.learning_rate"
             )
-        self.longest_failure.copy_(self.nonfinite_in_a_row)
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -349,25 +278,25 @@ class Trainer:
     def _validate(self, progress: Progress) -> None:
         from gspn_dit.training.validation import validate
 
-        with gathered(self.ema.model):
-            values = validate(self.ema.model, self.task, len(self.sample_numbers(0, 0)), self.accelerator)
+        with self.state.strategy.gathered(self.state.ema.model):
+            values = validate(self.state.ema.model, self.task, len(self.sample_numbers(0, 0)), self.accelerator)
         if values:
             self._record(values)
         if "val_loss" in values:
             progress.write(f"step {self.step}: validation loss {values['val_loss']:.4f}")
 
     def _sample(self) -> None:
-        with gathered(self.ema.model):
+        with self.state.strategy.gathered(self.state.ema.model):
             if self.accelerator.is_main_process:
                 folder = self.directory.path / "samples"
                 folder.mkdir(parents=True, exist_ok=True)
-                self.task.preview(self.ema.model, folder / f"step-{self.step:08d}.png")
+                self.task.preview(self.state.ema.model, folder / f"step-{self.step:08d}.png")
             self.accelerator.wait_for_everyone()
 
     def _score(self, quick_fd: QuickFD, progress: Progress) -> None:
         samples = self.config.training.fd_samples
-        with gathered(self.ema.model):
-            value = quick_fd(self.ema.model)
+        with self.state.strategy.gathered(self.state.ema.model):
+            value = quick_fd(self.state.ema.model)
         self._record({"quick_fd": value, "quick_fd_samples": samples, "quick_fd_comparable": False})
         progress.write(
             f"step {self.step}: quick {quick_fd.name} {value:.4g} of {samples:,} samples (not comparable with others)"
@@ -384,8 +313,8 @@ class Trainer:
         """Write the power-function averages of this step, from which others are made later."""
         from gspn_dit.training.post_hoc_ema import save_snapshot
 
-        for average in self.power_emas:
-            tensors = whole_tensors(average.tensors, keep=self.accelerator.is_main_process)
+        for average in self.state.power_emas:
+            tensors = self.state.strategy.whole(average.tensors, keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
                 dtype = self.config.training.ema_snapshot_dtype
                 save_snapshot(self.directory.path, self.step, average.sigma_rel, tensors, dtype)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
-from gspn_dit.training.sharding import whole
-from gspn_dit.training.zero import ZeroAdamW
 
 
 def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -34,26 +32,37 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_step(
-    optimizer: torch.optim.AdamW | ZeroAdamW, model: nn.Module, rate: float, max_grad_norm: float | None
-) -> tuple[Tensor, Tensor]:
-    """Clip the gradients, step unless they are not finite, and clear them; only DeepSpeed waits for the device.
+def clip_gradients(model: nn.Module, max_grad_norm: float | None) -> Tensor:
+    """Scale the gradients down to a norm at most, None for any; return their norm before, 0-d."""
+    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
 
-    A `max_grad_norm` of None clips nothing.
+
+def took_step(norm: Tensor) -> Tensor:
+    """Return 1.0 where gradients of this norm are stepped by, 0.0 where the step is skipped, 0-d."""
+    return torch.isfinite(norm).to(torch.float32)
+
+
+def step_where(took: Tensor, optimizer: torch.optim.AdamW, rate: float) -> None:
+    """Step if `took` is 1, and clear the gradients, without waiting for the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.found_inf = 1 - took  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def optimizer_step(
+    optimizer: torch.optim.AdamW, model: nn.Module, rate: float, max_grad_norm: float | None
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradients, step unless they are not finite, and clear them.
 
     Returns:
         The gradients' norm before clipping, and 1.0 if the step was taken, 0.0 if skipped; 0-d tensors.
     """
-    if isinstance(optimizer, ZeroAdamW):
-        return optimizer.step(rate)
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm))
-    took_step = torch.isfinite(norm).to(torch.float32)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.found_inf = 1 - took_step  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, took_step
+    norm = clip_gradients(model, max_grad_norm)
+    took = took_step(norm)
+    step_where(took, optimizer, rate)
+    return norm, took
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
-"""Between a trainer and its checkpoints: what is written, by whom, and how it comes back."""
+"""Everything that a step changes and a checkpoint holds: weights, averages, optimiser and counters."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gspn_dit.checkpoint import (
@@ -17,71 +19,139 @@ from gspn_dit.checkpoint import (
     is_complete,
     load_tensors,
     partial_directory,
-    remove_old_checkpoints,
+    read_manifest,
 )
+from gspn_dit.config import TrainingConfig
+from gspn_dit.tasks import Task
+from gspn_dit.training.companions import Companion
 from gspn_dit.training.ema import EMA, PowerEMA
-from gspn_dit.training.optimizer import empty_optimizer_tensors, load_optimizer_tensors, optimizer_tensors
-from gspn_dit.training.progress import Progress
-from gspn_dit.training.sharding import FOLDER, load_shards, placed_like, save_shards, whole_tensors
-from gspn_dit.training.zero import ZeroAdamW
-
-if TYPE_CHECKING:
-    from gspn_dit.training.loop import Trainer
+from gspn_dit.training.strategy import create_strategy
 
 
-def save_state(trainer: Trainer, manifest: Mapping[str, Any], progress: Progress) -> None:
-    """Write the checkpoint of the trainer's step; all processes call it, the main one writes what is whole."""
-    accelerator, run = trainer.accelerator, trainer.directory.path
-    main, target = accelerator.is_main_process, checkpoint_directory(run, trainer.step)
-    began = time.perf_counter()
-    missing = main and not is_complete(target)
-    if missing:
-        begin_checkpoint(target)
-    if accelerator.reduce(torch.tensor(float(missing), device=accelerator.device), reduction="sum") > 0:
-        named: dict[str, Mapping[str, Tensor]] = {
-            "model": trainer.model.state_dict(),
-            "ema": trainer.ema.model.state_dict(),
-            **{average.name: average.tensors for average in trainer.power_emas},
+class TrainingState:
+    """A task's model in training, at a step; laid out over the processes as `training.sharding` says."""
+
+    def __init__(self, task: Task, settings: TrainingConfig, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.step = 0
+        """Optimiser steps done, skipped ones included."""
+        task.to(accelerator.device)
+        self.model: nn.Module = task.model.to(accelerator.device)
+        self.ema = EMA(self.model, settings.ema_decay)
+        if settings.activation_checkpointing:
+            task.checkpoint_activations()
+        if settings.compile:
+            for block in task.blocks(self.model):  # once for all blocks of a kind
+                block.compile(fullgraph=True)
+        self.strategy = create_strategy(settings, accelerator)
+        for model in (self.model, self.ema.model):
+            self.strategy.split(task, model)
+        self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in settings.ema_sigma_rel]
+        self.strategy.prepare(self.model)
+        self.companions = {name: Companion(module, settings, accelerator) for name, module in task.companions.items()}
+        self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
+            torch.zeros((), device=accelerator.device) for _ in range(3)
+        )
+        self.losses: dict[str, list[Tensor]] = {}
+        """This process's losses since the last line of metrics, by the task's names, 0-d."""
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def advance(self, losses: Mapping[str, Tensor], rate: float) -> Tensor:
+        """Take the step whose gradients were added up, or skip it; return the gradients' norm, 0-d, on the device."""
+        norm, took_step = self.strategy.step(rate)
+        for companion in self.companions.values():
+            companion.step(rate, took_step)
+        self.ema.update(self.model, took_step)
+        for average in self.power_emas:
+            average.update(self.model, self.step + 1)
+        self.nonfinite_steps += 1 - took_step
+        self.nonfinite_in_a_row += 1
+        self.nonfinite_in_a_row *= 1 - took_step
+        torch.maximum(self.longest_failure, self.nonfinite_in_a_row, out=self.longest_failure)
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss)
+        self.step += 1
+        return norm
+
+    def failed_in_a_row(self) -> int:
+        """Return the most steps in a row that were skipped since this was last asked; waits for the device."""
+        failed = int(self.longest_failure)
+        self.longest_failure.copy_(self.nonfinite_in_a_row)
+        return failed
+
+    def mean_losses(self) -> dict[str, float]:
+        """Return the mean losses over processes and steps since this was last asked."""
+        means = {name: torch.stack(values).mean() for name, values in self.losses.items()}
+        self.losses.clear()
+        return {name: self.accelerator.reduce(mean, reduction="mean").item() for name, mean in means.items()}
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self, run_directory: Path, description: Mapping[str, Any]) -> tuple[Path, float]:
+        """Write the checkpoint of this step, unless it is there; all processes call it, the main one writes.
+
+        `description` is what the manifest says beside the state. Returns the directory and the seconds it took.
+        """
+        accelerator, target = self.accelerator, checkpoint_directory(run_directory, self.step)
+        main, began = accelerator.is_main_process, time.perf_counter()
+        manifest = {**description, **self._manifest()}
+        missing = main and not is_complete(target)
+        if missing:
+            begin_checkpoint(target)
+        if accelerator.reduce(torch.tensor(float(missing), device=accelerator.device), reduction="sum") > 0:
+            growing = partial_directory(target)
+            tensors = {stem: self.strategy.whole(named, keep=main) for stem, named in self._tensors().items()}
+            if optimizer := self.strategy.save_optimizer(growing, keep=main):
+                tensors["optimizer"] = optimizer
+            if main:
+                finish_checkpoint(growing, target, self.step, tensors, manifest)
+        return target, time.perf_counter() - began
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors of each file of a checkpoint but the optimiser's, by the file's stem."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            **{average.name: average.tensors for average in self.power_emas},
+            **{name: companion.state() for name, companion in self.companions.items()},
         }
-        named |= {name: companion.state() for name, companion in trainer.companions.items()}
-        if isinstance(trainer.optimizer, ZeroAdamW):
-            named["optimizer"] = trainer.optimizer.tensors(keep=main)
-        elif trainer.sharding == "fsdp":
-            save_shards(partial_directory(target), optimizer_tensors(trainer.optimizer, trainer.model))
-        else:
-            named["optimizer"] = optimizer_tensors(trainer.optimizer, trainer.model)
-        tensors = {stem: whole_tensors(of_stem, keep=main) for stem, of_stem in named.items()}
-        if main:
-            finish_checkpoint(partial_directory(target), target, trainer.step, tensors, manifest)
-    if main:
-        seconds = time.perf_counter() - began
-        size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e9
-        progress.write(f"saved {target}: {size:.3g} GB in {seconds:.2g} s ({seconds / size:.2g} s/GB)")
-        settings = trainer.config.training
-        remove_old_checkpoints(run, settings.keep_last, settings.keep_every)
-    accelerator.wait_for_everyone()
 
+    def _manifest(self) -> dict[str, Any]:
+        since_log = {name: self._over_processes(values) for name, values in self.losses.items()}
+        return {
+            "cpu_threads": torch.get_num_threads(),
+            "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
+            "nonfinite_steps": int(self.nonfinite_steps),
+            "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
+            "losses_since_log": since_log.pop("loss", []),
+            **({"metrics_since_log": since_log} if since_log else {}),
+        }
 
-def restore_tensors(
-    checkpoint: Path,
-    model: nn.Module,
-    ema: EMA[Any],
-    power_emas: Sequence[PowerEMA],
-    optimizer: torch.optim.AdamW | ZeroAdamW,
-) -> None:
-    """Load what `save_state` wrote, by any number of processes, into tensors that are whole or split."""
-    for stem, module in (("model", model), ("ema", ema.model)):
-        module.load_state_dict(placed_like(load_tensors(checkpoint, stem), module.state_dict()))
-    with torch.no_grad():
-        for average in power_emas:
-            for name, tensor in placed_like(load_tensors(checkpoint, average.name), average.tensors).items():
-                average.tensors[name].copy_(tensor)
-    state = empty_optimizer_tensors(model)
-    if (checkpoint / FOLDER).is_dir():
-        load_shards(checkpoint, state)
-    else:
-        state = placed_like(load_tensors(checkpoint, "optimizer"), state)
-    if isinstance(optimizer, ZeroAdamW):
-        optimizer.load(state)
-    else:
-        load_optimizer_tensors(optimizer, model, state)
+    def _over_processes(self, values: list[Tensor]) -> list[float | None]:
+        """Return means over the processes, None for what is not finite."""
+        means = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
+        return [mean if math.isfinite(mean) else None for mean in means]
+
+    def restore(self, checkpoint: Path) -> None:
+        """Load what `save` wrote, under any strategy and by any number of processes."""
+        manifest, strategy = read_manifest(checkpoint), self.strategy
+        self.step, self.ema.updates = manifest["step"], manifest["ema"]["updates"]
+        self.nonfinite_steps.fill_(manifest["nonfinite_steps"])
+        self.nonfinite_in_a_row.fill_(manifest["nonfinite_in_a_row"])
+        self.longest_failure.fill_(manifest["nonfinite_in_a_row"])
+        since_log = {"loss": manifest["losses_since_log"], **manifest.get("metrics_since_log", {})}
+        for name, values in since_log.items():
+            numbers = [math.nan if value is None else value for value in values]
+            if numbers:
+                self.losses[name] = [torch.tensor(number, device=self.accelerator.device) for number in numbers]
+        for stem, module in (("model", self.model), ("ema", self.ema.model)):
+            module.load_state_dict(strategy.placed_like(load_tensors(checkpoint, stem), module.state_dict()))
+        with torch.no_grad():
+            for average in self.power_emas:
+                stored = strategy.placed_like(load_tensors(checkpoint, average.name), average.tensors)
+                for name, tensor in stored.items():
+                    average.tensors[name].copy_(tensor)
+        strategy.load_optimizer(checkpoint)
+        for name, companion in self.companions.items():
+            companion.load(load_tensors(checkpoint, name))

@@ -58,7 +58,9 @@ def test_run_on_own_classes_starts_from_the_averaged_weights(
     monkeypatch.setattr(
         loop.Trainer,
         "run",
-        lambda self: started.append({k: v.clone() for k, v in self.ema.model.state_dict().items()}) or original(self),
+        lambda self: (
+            started.append({k: v.clone() for k, v in self.state.ema.model.state_dict().items()}) or original(self)
+        ),
     )
     run_training(config)
     source = {key.removeprefix("ema/"): v for key, v in tensors_of(pretrained, 2).items() if key.startswith("ema/")}

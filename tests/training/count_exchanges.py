@@ -48,7 +48,7 @@ def main() -> None:
         config = tiny_config(folder, sharding=sharding, gradient_accumulation_steps=accumulation)
         trainer = Trainer(config, create_task(config), create_accelerator(config), RunDirectory(folder, None))
         if sharding == "none":
-            trainer.forward_model.register_comm_hook(None, average)  # type: ignore[operator]
+            trainer.state.strategy.forward_model.register_comm_hook(None, average)  # type: ignore[operator]
         counts = []
         for _ in range(3):
             before = len(EXCHANGES)

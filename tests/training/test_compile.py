@@ -71,7 +71,7 @@ def test_checkpointed_training_is_bit_identical(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_tf32_is_what_the_config_says(tmp_path: Path, tf32: bool) -> None:
-    from gspn_dit.training.parallel import create_accelerator
+    from gspn_dit.training.accelerator import create_accelerator
 
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:

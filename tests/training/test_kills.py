@@ -33,7 +33,7 @@ def continue_run(output_dir: Path, kill: tuple[int, float] | None = None) -> Non
         original, taken = loop.Trainer.train_step, []
 
         def train_step(trainer: loop.Trainer) -> Any:
-            taken.append(trainer.step)
+            taken.append(trainer.state.step)
             if len(taken) == steps:
                 threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return original(trainer)
@@ -82,7 +82,7 @@ def test_rank_that_dies_ends_the_job_and_is_named(tmp_path: Path, death: str, wo
         "from gspn_dit.training import loop\n"
         "original = loop.Trainer.train_step\n"
         "def train_step(trainer):\n"
-        "    if trainer.step == 3 and os.environ['RANK'] == '1':\n"
+        "    if trainer.state.step == 3 and os.environ['RANK'] == '1':\n"
         f"        {death}\n"
         "    return original(trainer)\n"
         "loop.Trainer.train_step = train_step\n"

@@ -74,7 +74,7 @@ def test_metrics_after_the_checkpoint_are_cut_and_written_again(
     original = loop.Trainer.train_step
 
     def dies_in_the_fourth_step(trainer: loop.Trainer) -> Any:
-        if trainer.step == 3:
+        if trainer.state.step == 3:
             raise RuntimeError("killed")
         return original(trainer)
 
@@ -111,7 +111,7 @@ def test_nonfinite_loss_with_finite_gradients_is_skipped_too(tmp_path: Path, mon
 
     def micro_losses(trainer: loop.Trainer, numbers: range) -> dict[str, torch.Tensor]:
         (loss,) = original(trainer, numbers).values()
-        return {"loss": loss + float("inf") if trainer.step == 2 else loss}
+        return {"loss": loss + float("inf") if trainer.state.step == 2 else loss}
 
     monkeypatch.setattr(loop.Trainer, "micro_losses", micro_losses)
     run_training(tiny_config(tmp_path, checkpoint_every=1))
@@ -163,7 +163,7 @@ def test_signal_saves_and_ends_cleanly(tmp_path: Path, monkeypatch: pytest.Monke
     original = loop.Trainer.train_step
 
     def asked_to_stop_in_the_third_step(trainer: loop.Trainer) -> Any:
-        if trainer.step == 2:
+        if trainer.state.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return original(trainer)
 

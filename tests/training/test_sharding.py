@@ -19,7 +19,7 @@ from gspn_dit.checkpoint import find_checkpoints
 from gspn_dit.config import TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.training.post_hoc_ema import find_snapshots, write_reconstruction
-from gspn_dit.training.sharding import chosen_sharding
+from gspn_dit.training.strategy import choose_strategy
 from tests.training.conftest import run_training, tiny_config
 from tests.training.test_loop import metrics_of
 from tests.training.test_multiprocess import ENVIRONMENT, ROOT, train
@@ -186,14 +186,14 @@ def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
 
 
 class Launched:
-    """What `chosen_sharding` asks of an accelerator."""
+    """What `choose_strategy` asks of an accelerator."""
 
     def __init__(self, kind: DistributedType = DistributedType.MULTI_GPU, processes: int = 2, fsdp: int = 2) -> None:
         self.distributed_type, self.num_processes, self.is_fsdp2 = kind, processes, fsdp == 2
 
 
 def choose(sharding: str = "none", launched: Launched | None = None, **training: Any) -> str:
-    return chosen_sharding(TrainingConfig(sharding=sharding, **training), launched or Launched())  # type: ignore[arg-type]
+    return choose_strategy(TrainingConfig(sharding=sharding, **training), launched or Launched())  # type: ignore[arg-type]
 
 
 def test_launch_file_or_config_choose_what_is_split() -> None:

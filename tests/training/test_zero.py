@@ -11,7 +11,7 @@ import pytest
 
 from gspn_dit.checkpoint import find_checkpoints
 from gspn_dit.errors import UserError
-from gspn_dit.training import zero
+from gspn_dit.training.strategy import zero
 from tests.training.conftest import run_training, tiny_config
 from tests.training.test_loop import metrics_of
 from tests.training.test_multiprocess import ENVIRONMENT, ROOT, command
@@ -73,7 +73,7 @@ def test_accelerates_deepspeed_launch_file_trains_with_zero(tmp_path: Path) -> N
 def test_a_launch_file_chooses_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert zero.launched_zero() is None
     monkeypatch.setattr(zero, "check_installed", lambda: None)
-    monkeypatch.setattr("gspn_dit.training.sharding.check_installed", lambda: None)
+    monkeypatch.setattr("gspn_dit.training.strategy.check_installed", lambda: None)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert choose() == "zero2"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gspn_dit.config import TrainArguments
 from gspn_dit.training import loop
-from gspn_dit.training.sharding import whole
+from gspn_dit.training.strategy.sharding import whole
 from tests.training.conftest import tiny_config
 
 OPTIONS: dict[str, Any] = {
@@ -41,15 +41,15 @@ class CheckedTrainer(loop.Trainer):
     def micro_losses(self, numbers: range) -> dict[str, Tensor]:
         loss = super().micro_losses(numbers)["loss"]
         if self.poison and self.accelerator.process_index == 1:
-            if self.step == 1:
+            if self.state.step == 1:
                 loss = loss * math.nan
-            if self.step == 3:
+            if self.state.step == 3:
                 loss.register_hook(lambda gradient: gradient * math.inf)
         return {"loss": loss}
 
     def run(self) -> None:
         super().run()
-        held = [*self.model.parameters(), *self.ema.model.parameters(), self.nonfinite_steps]
+        held = [*self.state.model.parameters(), *self.state.ema.model.parameters(), self.state.nonfinite_steps]
         for tensor in (whole(tensor.detach()).contiguous() for tensor in held):
             first = tensor.clone()
             dist.broadcast(first, 0)

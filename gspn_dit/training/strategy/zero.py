@@ -10,13 +10,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gspn_dit.config import TrainingConfig
 from gspn_dit.errors import UserError
+from gspn_dit.training.optimizer import create_optimizer
+from gspn_dit.training.strategy.parallel import Strategy
 
 STAGES = {"zero1": 1, "zero2": 2}
 BUCKET_ELEMENTS = 50_000_000
@@ -63,54 +67,58 @@ def check_installed() -> None:
         )
 
 
-class ZeroAdamW:
-    """AdamW and the DeepSpeed engine that steps it.
+class Zero(Strategy):
+    """The weights of the model become views of one buffer, whole in every process; DeepSpeed's engine steps AdamW."""
 
-    Args:
-        model: as training calls it; its weights become views of one buffer, whole in every process.
-        optimizer: AdamW of its weights, in one group; from here on it holds this process's part of them.
-        settings: clipping, batch and accumulation.
-        stage: 1 splits the optimiser's state, 2 the gradients, too.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, settings: TrainingConfig, stage: int) -> None:
+    def prepare(self, model: nn.Module) -> None:
         import deepspeed
 
-        self.model, self.optimizer = model, optimizer
-        shares = torch.distributed.get_world_size() * settings.gradient_accumulation_steps
-        self.engine: nn.Module = deepspeed.initialize(
+        model = self._under_autocast(model)
+        self.model, self.optimizer = model, create_optimizer(model, self.settings)
+        shares = self.accelerator.num_processes * self.settings.gradient_accumulation_steps
+        self.engine: Any = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=self.optimizer,  # from here on it holds this process's part of the weights
             config={
-                "train_micro_batch_size_per_gpu": settings.batch_size // shares,
+                "train_micro_batch_size_per_gpu": self.settings.batch_size // shares,
                 "gradient_accumulation_steps": 1,  # the loop divides the loss, and says which micro-step is the last
-                "gradient_clipping": settings.max_grad_norm or 0.0,
+                "gradient_clipping": self.settings.max_grad_norm or 0.0,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": sys.maxsize,
                 "zero_optimization": {
-                    "stage": stage,
+                    "stage": STAGES[self.name],
                     "reduce_bucket_size": bucket_elements(model),
                     "allgather_bucket_size": bucket_elements(model),
                 },
             },
             dist_init_required=False,
         )[0]
-        (part,) = optimizer.param_groups[0]["params"]
+        self.forward_model = self.engine
+        (part,) = self.optimizer.param_groups[0]["params"]
         # Made now and not by the first step, so that it can be loaded before, and saved if that step is skipped.
         self.state = {key: torch.zeros_like(part) for key in _MOMENTS}
         self.state["step"] = torch.zeros((), device=part.device)
-        optimizer.state[part] = self.state
+        self.optimizer.state[part] = self.state
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
 
     def step(self, rate: float) -> tuple[Tensor, Tensor]:
-        """Clip, step unless a gradient is not finite in any process, and clear; see `optimizer_step`."""
         self.optimizer.param_groups[0]["lr"] = rate
-        self.engine.step()  # type: ignore[operator]
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.state["step"].device)  # type: ignore[operator]
-        skipped = self.engine.optimizer.overflow  # type: ignore[union-attr]
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.state["step"].device)
+        skipped = self.engine.optimizer.overflow
         return norm.detach(), torch.full_like(self.state["step"], float(not skipped))
 
-    def tensors(self, keep: bool) -> dict[str, Tensor]:
-        """Return the whole state as "<parameter>.<state>" on the CPU where `keep` is set; every process must ask."""
+    def save_optimizer(self, growing: Path, keep: bool) -> dict[str, Tensor]:
         tensors = {}
         for name, parameter in self.model.named_parameters():
             tensors[f"{name}.step"] = self.state["step"].cpu().clone()  # one for each: a file of tensors shares nothing
@@ -123,13 +131,12 @@ class ZeroAdamW:
                     tensors[f"{name}.{key}"] = whole.cpu()
         return tensors if keep else {}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up weights that were loaded into the model, and the whole state that `tensors` gave."""
-        self.engine.optimizer.refresh_fp32_params()  # type: ignore[union-attr, operator]
+    def _take_up(self, state: dict[str, Tensor]) -> None:
+        self.engine.optimizer.refresh_fp32_params()  # the weights were loaded into the model
         for name, parameter in self.model.named_parameters():
-            self.state["step"].copy_(tensors[f"{name}.step"])
+            self.state["step"].copy_(state[f"{name}.step"])
             for key in _MOMENTS:
-                for of_whole, of_state in self._parts(parameter, tensors[f"{name}.{key}"], key):
+                for of_whole, of_state in self._parts(parameter, state[f"{name}.{key}"], key):
                     of_state.copy_(of_whole)
 
     def _parts(self, parameter: Tensor, whole: Tensor, key: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,22 +8,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, patch_environment
-from torch import nn
 
 from gspn_dit.checkpoint import read_manifest
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
-from gspn_dit.tasks import Task
-from gspn_dit.training.sharding import chosen_sharding, shard
+from gspn_dit.training.strategy import choose_strategy
 from gspn_dit.training.trackers import FOLDER, check_trackers
-from gspn_dit.training.zero import STAGES, ZeroAdamW
 
 
 def create_accelerator(config: Config) -> Accelerator:
     """Return the Accelerator of a config; raises UserError where the batch cannot be shared out."""
     settings = config.training
     check_trackers(settings.trackers)
-    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # its engine is this project's matter, see zero.py
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # its engine is made in strategy/zero.py
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
             cpu=not torch.accelerator.is_available(),
@@ -44,7 +41,7 @@ def create_accelerator(config: Config) -> Accelerator:
             f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
             f"{settings.gradient_accumulation_steps} accumulation steps"
         )
-    chosen_sharding(settings, accelerator)  # refuses what it cannot do before anything is written
+    choose_strategy(settings, accelerator)  # refuses what it cannot do before anything is written
     _choose_precision(settings)
     return accelerator
 
@@ -72,36 +69,6 @@ def _choose_precision(settings: TrainingConfig) -> None:
     """Say how float32 products and convolutions round, whatever this version of torch does by default."""
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
-
-
-def prepare_weights(task: Task, average: nn.Module, settings: TrainingConfig, accelerator: Accelerator) -> str:
-    """Set how the blocks run, and let FSDP split model and average if that is asked for; return `chosen_sharding`."""
-    if settings.activation_checkpointing:
-        task.checkpoint_activations()
-    if settings.compile:
-        for block in task.blocks(task.model):  # once for all blocks of a kind, and gathered one by one under FSDP
-            block.compile(fullgraph=True)
-    sharding = chosen_sharding(settings, accelerator)
-    if sharding == "fsdp":
-        for part in (task.model, average):
-            shard(part, task.blocks(part), accelerator.device)
-    return sharding
-
-
-def prepare_training(
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    sharding: str,
-    settings: TrainingConfig,
-    accelerator: Accelerator,
-) -> tuple[nn.Module, torch.optim.AdamW | ZeroAdamW]:
-    """Return what training calls, and what steps: the model under autocast, replicated by DDP unless it is sharded."""
-    alone = sharding != "none" or accelerator.num_processes == 1  # then accelerate casts, and wraps nothing
-    forward = accelerator.prepare_model(model, evaluation_mode=alone)
-    if sharding not in STAGES:
-        return forward, optimizer
-    zero = ZeroAdamW(model, optimizer, settings, STAGES[sharding])
-    return zero.engine, zero
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,0 +1,45 @@
+"""How a run is laid out over its processes: plain or replicated, split by FSDP, or by DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from gspn_dit.config import TrainingConfig
+from gspn_dit.errors import UserError
+from gspn_dit.training.strategy.parallel import Strategy
+from gspn_dit.training.strategy.sharding import FullySharded
+from gspn_dit.training.strategy.zero import STAGES, Zero, check_installed, launched_zero
+
+__all__ = ["Strategy", "choose_strategy", "create_strategy"]
+
+
+def choose_strategy(settings: TrainingConfig, accelerator: Accelerator) -> str:
+    """Return what the config, or the launch file, asks for, as `training.sharding` names it; alone there is "none".
+
+    Raises UserError for what cannot be had, or where launch file and config contradict each other.
+    """
+    launched = launched_zero()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UserError("the launch file asks for FSDP 1; set fsdp_config: {fsdp_version: 2} in it")
+        launched = "fsdp"
+    if launched is not None and settings.sharding not in ("none", launched):
+        raise UserError(
+            f"the launch file asks for {launched}, training.sharding for {settings.sharding}; leave one out"
+        )
+    chosen = launched or settings.sharding
+    if chosen != "none" and settings.repa_features is not None:
+        raise UserError(f"training.repa_features does not go with sharding ({chosen}); leave one of them out")
+    if accelerator.num_processes == 1:
+        return "none"
+    if chosen in STAGES:
+        check_installed()
+    return chosen
+
+
+def create_strategy(settings: TrainingConfig, accelerator: Accelerator) -> Strategy:
+    """Build the strategy that `choose_strategy` names."""
+    chosen = choose_strategy(settings, accelerator)
+    kinds: dict[str, type[Strategy]] = {"none": Strategy, "fsdp": FullySharded, **dict.fromkeys(STAGES, Zero)}
+    return kinds[chosen](chosen, settings, accelerator)
