@@ -11,7 +11,8 @@ struct Inputs {
 
     __device__ Inputs(const Problem& p, const Thread& t, const Path& path)
         : x(p.x, p.x_stride, path.way, t.channel),
-          logits(p.logits, p.logits_stride, path.way, path.d * p.logits_stride[3] + logit_of(p, t.channel)),
+          logits(p.weight_logits, p.weight_logits_stride, path.way,
+                 path.d * p.weight_logits_stride[3] + logit_of(p, t.channel)),
           input_gate(p.input_gate, p.input_gate_stride, path.way, path.d * p.input_gate_stride[3] + t.channel) {}
 };
 
@@ -25,7 +26,7 @@ struct LineInputs {
 
     __device__ void load_line(const Problem& p, Inputs& inputs, const Path& path, int visit, int end) {
         const bool wanted = path.active && visit < end;
-        load_logits(inputs.logits.at, p.logits_stride[4], wanted && !path.restarts(visit), logits);
+        load_logits(inputs.logits.at, p.weight_logits_stride[4], wanted && !path.restarts(visit), logits);
         x = load<Channels>(inputs.x.at, wanted);
         input_gate = load<Channels>(inputs.input_gate.at, wanted);
         inputs.logits.move(1);

@@ -137,17 +137,17 @@ __device__ __forceinline__ Channels narrow_all(const Sums& sums) {
 // The call. Eight-byte fields only, in the order of `FIELDS` in gspn_dit/ops/cuda/types.py. Strides count elements.
 
 struct Problem {
-    const Element *x, *logits, *input_gate, *output_gate, *grad_y;
-    const void* merge;
-    Element *y, *grad_x, *grad_logits, *grad_input_gate, *grad_output_gate;
-    void* grad_merge;
+    const Element *x, *weight_logits, *input_gate, *output_gate, *grad_y;
+    const void* merge_weight;
+    Element *y, *grad_x, *grad_weight_logits, *grad_input_gate, *grad_output_gate;
+    void* grad_merge_weight;
     Real *sums;           // partial sums over directions of y or grad_x (long lines)
     Real *states;         // states at the ends of chunks (long lines)
     Real *carries;        // gradients of states at the ends of chunks (long lines)
     Real *merge_sums;     // one partial sum per direction and block
     Real *group_sums;     // partial gradients of shared logits, one per slab
     Index batch, height, width, channels, groups, directions, code[4], window, merge_is_float;
-    Index x_stride[3], grad_y_stride[3], logits_stride[5], input_gate_stride[4], output_gate_stride[4];
+    Index x_stride[3], grad_y_stride[3], weight_logits_stride[5], input_gate_stride[4], output_gate_stride[4];
     Index slab, slabs, group_slots;                        // channels per block; blocks per row; groups per slab
     Index owned, halo, tiles;                              // positions per block, more on each side, blocks per line
     Index chunk, chunks, ring;                             // lines per chunk, chunks per segment, slots of `states`
@@ -163,8 +163,8 @@ __device__ __forceinline__ bool visits_backwards(Index code) { return (code & 1)
 
 __device__ __forceinline__ Real merge_weight(const Problem& p, Index d) {
     const bool is_float = p.merge_is_float != 0;
-    const float as_float = load<float>(static_cast<const float*>(p.merge) + d, is_float);
-    const Element as_element = load<Element>(static_cast<const Element*>(p.merge) + d, !is_float);
+    const float as_float = load<float>(static_cast<const float*>(p.merge_weight) + d, is_float);
+    const Element as_element = load<Element>(static_cast<const Element*>(p.merge_weight) + d, !is_float);
     return is_float ? Real(as_float) : widen(as_element);
 }
 
@@ -383,7 +383,7 @@ struct LogitGradients {
           channel(first_channel),
           group(logit_of(p, channel)),
           pitch(p.groups),
-          elements(p.grad_logits, p, p.directions * 3 * p.groups, way, d * 3 * p.groups + group),
+          elements(p.grad_weight_logits, p, p.directions * 3 * p.groups, way, d * 3 * p.groups + group),
           sums(p.group_sums, p, p.directions * 3 * p.group_slots, way, 0),
           to_sums(SHARED_WEIGHTS && p.group_sums != nullptr),
           is_first(false) {
@@ -408,7 +408,7 @@ struct LogitGradients {
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
             if (!SHARED_WEIGHTS) {
-                store(p.grad_logits + (place.logits(channel) + k * p.channels), gradient.channels[k], active);
+                store(p.grad_weight_logits + (place.logits(channel) + k * p.channels), gradient.channels[k], active);
                 continue;
             }
             const Real total = sum_to_first_lane(active ? gradient.sum[k] : Real(0), group);

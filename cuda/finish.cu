@@ -15,8 +15,8 @@ extern "C" __global__ void __launch_bounds__(256) gspn_scan_merge_kernel(const g
     sum = block_sum(sum, scratch);
     const bool leader = threadIdx.x == 0;
     const bool is_float = p.merge_is_float != 0;
-    store(static_cast<float*>(p.grad_merge) + d, static_cast<float>(sum), leader && is_float);
-    store(static_cast<Element*>(p.grad_merge) + d, narrow(sum), leader && !is_float);
+    store(static_cast<float*>(p.grad_merge_weight) + d, static_cast<float>(sum), leader && is_float);
+    store(static_cast<Element*>(p.grad_merge_weight) + d, narrow(sum), leader && !is_float);
 }
 
 // grid: enough blocks of (256, 1) for every logit [B, H, W, D, 3, G]. Adds the slabs that a group's channels lie in.
@@ -33,5 +33,5 @@ extern "C" __global__ void __launch_bounds__(256) gspn_scan_groups_kernel(const 
         const Index slot = group - slab * p.slab / width;
         sum += load<Real>(p.group_sums + (slab * tokens + token) * p.group_slots + slot, active && slab <= last);
     }
-    store(p.grad_logits + at, narrow(sum), active);
+    store(p.grad_weight_logits + at, narrow(sum), active);
 }

@@ -140,7 +140,8 @@ struct Inputs {
 
     __device__ explicit Inputs(const Block& b)
         : x(b.p.x, b.p.x_stride, b.way, b.channel),
-          logits(b.p.logits, b.p.logits_stride, b.way, b.d * b.p.logits_stride[3] + logit_of(b.p, b.channel)),
+          logits(b.p.weight_logits, b.p.weight_logits_stride, b.way,
+                 b.d * b.p.weight_logits_stride[3] + logit_of(b.p, b.channel)),
           input_gate(b.p.input_gate, b.p.input_gate_stride, b.way, b.d * b.p.input_gate_stride[3] + b.channel) {}
     __device__ void move(Index lines) {
         logits.move(lines);
@@ -159,7 +160,7 @@ struct LineInputs {
 
     __device__ void load_line(const Block& b, Inputs& inputs, int visit) {
         const bool wanted = b.active && visit < b.visit_end;
-        load_logits(inputs.logits.at, b.p.logits_stride[4], wanted && visit > 0, logits);
+        load_logits(inputs.logits.at, b.p.weight_logits_stride[4], wanted && visit > 0, logits);
         x = load<Channels>(inputs.x.at, wanted);
         input_gate = load<Channels>(inputs.input_gate.at, wanted);
         inputs.move(1);

@@ -88,7 +88,7 @@ struct Inputs {
     Stream<const Element> logits, input_gate, output_gate;
 
     __device__ Inputs(const Problem& p, const Thread& t, const Way& way, Index d)
-        : logits(p.logits, p.logits_stride, way, d * p.logits_stride[3] + logit_of(p, t.channel)),
+        : logits(p.weight_logits, p.weight_logits_stride, way, d * p.weight_logits_stride[3] + logit_of(p, t.channel)),
           input_gate(p.input_gate, p.input_gate_stride, way, d * p.input_gate_stride[3] + t.channel),
           output_gate(p.output_gate, p.output_gate_stride, way, d * p.output_gate_stride[3] + t.channel) {}
 };
@@ -98,7 +98,7 @@ struct LineInputs {
     Channels input_gate, output_gate;
 
     __device__ void load_line(const Problem& p, Inputs& inputs, bool wanted, bool restart) {
-        load_logits(inputs.logits.at, p.logits_stride[4], wanted && !restart, logits);
+        load_logits(inputs.logits.at, p.weight_logits_stride[4], wanted && !restart, logits);
         input_gate = load<Channels>(inputs.input_gate.at, wanted);
         output_gate = load<Channels>(inputs.output_gate.at, wanted);
         inputs.logits.move(1);
@@ -224,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
         for (int visit = 0; visit < LINES; ++visit) {
             if (visit < path.lines) {
                 const bool wanted = path.active && !(restarts >> visit & 1);
-                load_logits(inputs.logits.at, p.logits_stride[4], wanted, logits[visit]);
+                load_logits(inputs.logits.at, p.weight_logits_stride[4], wanted, logits[visit]);
                 const Channels gate = load<Channels>(inputs.input_gate.at, path.active);
                 if (visit < KEPT) {
                     gates[visit < KEPT ? visit : 0] = gate;

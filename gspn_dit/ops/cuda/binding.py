@@ -104,9 +104,10 @@ def _cupy_packages() -> list[str]:
 @cache
 def _device(index: int) -> Device:
     """Limits of a GPU."""
-    attributes = importlib.import_module("cupy").cuda.Device(index).attributes
-    clusters = attributes["ComputeCapabilityMajor"] >= 9
-    return Device(attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"], clusters=clusters)
+    gpu = torch.cuda.get_device_properties(index)
+    runtime = importlib.import_module("cupy").cuda.runtime  # PyTorch 2.6 does not tell the shared memory of a block
+    shared_bytes = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
+    return Device(shared_bytes, gpu.multi_processor_count, clusters=gpu.major >= 9)
 
 
 @cache

@@ -31,12 +31,14 @@ def _token_strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _geometry(inputs: dict[str, Tensor], codes: Sequence[int], window: int) -> Geometry:
-    x, logits = inputs["x"], inputs["logits"]
+    x = inputs["x"]
     batch, height, width, channels = x.shape
-    vectors = [tensor for name, tensor in inputs.items() if name != "merge"]
+    vectors = [tensor for name, tensor in inputs.items() if name != "merge_weight"]
     strides = [stride for tensor in vectors for stride in _token_strides(tensor)]
     alignment = alignment_of([tensor.data_ptr() for tensor in vectors], strides, x.element_size())
-    return Geometry(x.dtype, batch, height, width, channels, logits.shape[-1], tuple(codes), window, alignment)
+    return Geometry(
+        x.dtype, batch, height, width, channels, inputs["weight_logits"].shape[-1], tuple(codes), window, alignment
+    )
 
 
 def _call_fields(inputs: dict[str, Tensor], geometry: Geometry) -> np.ndarray:
@@ -47,10 +49,10 @@ def _call_fields(inputs: dict[str, Tensor], geometry: Geometry) -> np.ndarray:
     codes = geometry.codes
     fields[_POSITIONS["directions"]] = len(codes)
     fields[_POSITIONS["code"]] = codes + (0,) * (4 - len(codes))
-    fields[_POSITIONS["merge_is_float"]] = inputs["merge"].dtype == torch.float32
+    fields[_POSITIONS["merge_is_float"]] = inputs["merge_weight"].dtype == torch.float32
     for name, tensor in inputs.items():
         fields[_POSITIONS[name]] = tensor.data_ptr()
-        if name != "merge":
+        if name != "merge_weight":
             fields[_POSITIONS[f"{name}_stride"]] = _token_strides(tensor)
     return fields
 
@@ -97,9 +99,9 @@ def run_forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return y
-    tokens = {"x": x, "logits": weight_logits, "input_gate": input_gate, "output_gate": output_gate}
+    tokens = {"x": x, "weight_logits": weight_logits, "input_gate": input_gate, "output_gate": output_gate}
     inputs = {name: _readable(tensor.detach()) for name, tensor in tokens.items()}
-    inputs["merge"] = merge_weight.detach().contiguous()
+    inputs["merge_weight"] = merge_weight.detach().contiguous()
     geometry = _geometry(inputs, directions, window)
     todo = plan(geometry, device, False, regime)
     _launch_all(todo, geometry, inputs, {"y": y, **_buffers(todo, x, y)}, launcher)
@@ -126,12 +128,18 @@ def run_backward(
         grad_x, *others = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in like)
         return grad_x, others[0], others[1], others[2], others[3]
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
-    tokens = {"x": x, "logits": weight_logits, "input_gate": input_gate, "output_gate": output_gate, "grad_y": grad_y}
+    tokens = {
+        "x": x,
+        "weight_logits": weight_logits,
+        "input_gate": input_gate,
+        "output_gate": output_gate,
+        "grad_y": grad_y,
+    }
     inputs = {name: _readable(tensor.detach()) for name, tensor in tokens.items()}
-    inputs["merge"] = merge_weight.detach().contiguous()
+    inputs["merge_weight"] = merge_weight.detach().contiguous()
     geometry = _geometry(inputs, directions, window)
     todo = plan(geometry, device, True, regime)
-    names = ("grad_x", "grad_logits", "grad_input_gate", "grad_output_gate", "grad_merge")
+    names = ("grad_x", "grad_weight_logits", "grad_input_gate", "grad_output_gate", "grad_merge_weight")
     outputs = {**dict(zip(names, grads)), **_buffers(todo, x, grads[0])}
     _launch_all(todo, geometry, inputs, outputs, launcher)
     return grads[0], grads[1], grads[2], grads[3], grads[4]

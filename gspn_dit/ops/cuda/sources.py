@@ -8,6 +8,9 @@ from pathlib import Path
 
 from gspn_dit.ops.cuda.types import Variant
 
+CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+"""What CuPy adds to a module's own options and the architecture."""
+
 _INCLUDE = re.compile(r'#include "(\w+\.cuh)"\n')
 
 
@@ -29,21 +32,23 @@ def source_text(name: str) -> str:
 
 
 def compile_options(variant: Variant) -> tuple[str, ...]:
-    """NVRTC options of a variant, without the architecture."""
+    """NVRTC options of a variant, without the architecture and what CuPy adds."""
     # At its default level the assembler keeps so many loads in flight that a few registers spill.
     options = ("--std=c++17", "--ptxas-options=--register-usage-level=0")
     return (*options, *(f"-D{name}={value}" for name, value in variant.defines.items()))
 
 
 def compile_cubin(variant: Variant, arch: str) -> tuple[bytes, str]:
-    """Compile a variant for an architecture such as "sm_90", on any machine; return the cubin and ptxas's log.
+    """Compile a variant as CuPy does, for an architecture such as "sm_90", on any machine.
+
+    Returns the cubin and ptxas's log.
 
     Raises RuntimeError with the compiler's log where it fails, ImportError without CuPy.
     """
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(source_text(variant.source), variant.source, (), ())
-    options = (*compile_options(variant), f"--gpu-architecture={arch}", "--ptxas-options=-v")
+    options = (*compile_options(variant), *CUPY_OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v")
     try:
         nvrtc.compileProgram(program, options)
     except nvrtc.NVRTCError as error:

@@ -17,15 +17,16 @@ CLUSTER_BLOCKS = 8  # the most that every device with clusters can run
 STORAGE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 POINTERS = (
-    *("x", "logits", "input_gate", "output_gate", "grad_y", "merge"),
-    *("y", "grad_x", "grad_logits", "grad_input_gate", "grad_output_gate", "grad_merge"),
+    *("x", "weight_logits", "input_gate", "output_gate", "grad_y", "merge_weight"),
+    *("y", "grad_x", "grad_weight_logits", "grad_input_gate", "grad_output_gate", "grad_merge_weight"),
     *("sums", "states", "carries", "merge_sums", "group_sums"),
 )
 FIELDS: tuple[tuple[str, int], ...] = (
     *((name, 1) for name in POINTERS),
     *((name, 1) for name in ("batch", "height", "width", "channels", "groups", "directions")),
     *(("code", 4), ("window", 1), ("merge_is_float", 1)),
-    *(("x_stride", 3), ("grad_y_stride", 3), ("logits_stride", 5), ("input_gate_stride", 4), ("output_gate_stride", 4)),
+    *(("x_stride", 3), ("grad_y_stride", 3), ("weight_logits_stride", 5)),
+    *(("input_gate_stride", 4), ("output_gate_stride", 4)),
     *((name, 1) for name in ("slab", "slabs", "group_slots", "owned", "halo", "tiles")),
     *((name, 1) for name in ("chunk", "chunks", "ring", "step", "span")),
     *(("phase_direction", 2), ("phase_directions", 1), ("accumulate", 1), ("final", 1)),

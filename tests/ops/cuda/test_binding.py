@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,26 +19,17 @@ from gspn_dit.ops.backends import BackendUnavailableError, resolve_backend
 from gspn_dit.ops.contract import check_arguments
 from gspn_dit.ops.cuda import binding as cuda
 from gspn_dit.ops.cuda import sources
+from gspn_dit.ops.cuda.host import harness
+from gspn_dit.ops.cuda.run import PROBLEM_BYTES
 from gspn_dit.ops.cuda.types import Variant
+from tests.ops.cuda.fake_cupy import FakeCupy, Strict
 from tests.ops.scan_cases import make_inputs
 
 CUDA = torch.device("cuda", 0)
 
 
-def fake_cupy(runtime: int, nvrtc: bool = True) -> types.ModuleType:
-    """A module with as much of CuPy as is asked for before the first launch."""
-
-    def version() -> tuple[int, int]:
-        if not nvrtc:
-            raise RuntimeError("libnvrtc.so is missing")
-        return 13, 0
-
-    module = types.ModuleType("cupy")
-    module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        runtime=types.SimpleNamespace(runtimeGetVersion=lambda: runtime),
-        nvrtc=types.SimpleNamespace(getVersion=version),
-    )
-    return module
+def fake_cupy(**options: Any) -> FakeCupy:
+    return FakeCupy(pytest.importorskip("cupy", exc_type=ImportError), **options)
 
 
 @pytest.fixture
@@ -70,7 +63,7 @@ def test_cupy_missing(gpu_machine: pytest.MonkeyPatch) -> None:
 
 
 def test_cupy_of_another_cuda_major(gpu_machine: pytest.MonkeyPatch) -> None:
-    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(12090))
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(runtime=12090))
     gpu_machine.setattr(cuda, "_cupy_packages", lambda: ["cupy-cuda12x"])
     expect_refusal(
         "CuPy is built for CUDA 12 but PyTorch for CUDA 13: pip uninstall -y cupy-cuda12x && pip install cupy-cuda13x"
@@ -78,13 +71,80 @@ def test_cupy_of_another_cuda_major(gpu_machine: pytest.MonkeyPatch) -> None:
 
 
 def test_nvrtc_missing(gpu_machine: pytest.MonkeyPatch) -> None:
-    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000, nvrtc=False))
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(nvrtc_problem="libnvrtc.so is missing"))
     expect_refusal("CuPy does not find NVRTC (libnvrtc.so is missing): pip install 'cupy-cuda13x[ctk]'")
 
 
 def test_everything_there(gpu_machine: pytest.MonkeyPatch) -> None:
-    gpu_machine.setitem(sys.modules, "cupy", fake_cupy(13000))
+    gpu_machine.setitem(sys.modules, "cupy", fake_cupy())
     assert resolve_backend("auto", CUDA) == resolve_backend("cupy", CUDA) == "operator"
+
+
+@pytest.fixture
+def h100(gpu_machine: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
+    """A machine with an H100, as far as names go: launches are noted, nothing runs."""
+    properties = getattr(torch._C, "_CudaDeviceProperties", None)
+    if properties is None:
+        pytest.skip("this PyTorch is built without CUDA and does not know the names of a GPU's properties")
+    cupy = fake_cupy()
+    gpu = Strict(properties, None, multi_processor_count=132, major=9, minor=0)
+    stream = types.SimpleNamespace(cuda_stream=7, __cuda_stream__=lambda: (0, 7))
+    gpu_machine.setitem(sys.modules, "cupy", cupy)
+    gpu_machine.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    gpu_machine.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu_machine.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    gpu_machine.setattr(torch.cuda, "current_stream", lambda device: stream)
+    cached = (cuda._device, cuda._kernel, cuda._module)
+    for function in cached:
+        function.cache_clear()
+    yield cupy
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 64), (1, 64, 64, 64), (1, 4, 700, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scan_is_launched_by_names_that_cupy_and_torch_have(
+    h100: FakeCupy, dtype: torch.dtype, shape: tuple[int, int, int, int]
+) -> None:
+    assert cuda._device(0) == harness.H100
+    inputs = make_inputs(shape, dtype=dtype)
+    merge_weight = torch.ones(4)
+    cuda.scan_forward(*inputs[:4], merge_weight, [0, 1, 2, 3], 0)
+    names = {name for name, *_ in h100.launches}
+    assert "gspn_scan_forward_kernel" in names
+    cuda.scan_backward(inputs.x, *inputs[:4], merge_weight, [0, 1, 2, 3], 0)
+    names = {name for name, *_ in h100.launches}
+    assert {"gspn_scan_backward_kernel", "gspn_scan_merge_kernel"} <= names
+    for _, grid, block, argument, shared_bytes in h100.launches:
+        for size in (grid, block):
+            assert isinstance(size, tuple) and all(type(number) is int and number > 0 for number in size)
+        assert (argument.shape, argument.nbytes) == ((1,), PROBLEM_BYTES)
+        assert 0 <= shared_bytes <= harness.H100.shared_bytes
+
+
+def test_the_fake_has_what_cupy_has_and_no_more() -> None:
+    """Each of these lines is a mistake that only a machine with a GPU used to show."""
+    cupy = fake_cupy()
+    attributes = cupy.cuda.Device(0).attributes
+    assert attributes["MaxSharedMemoryPerBlockOptin"] == 232_448
+    with pytest.raises(KeyError):
+        attributes["ComputeCapabilityMajor"]
+    with pytest.raises(AttributeError):
+        cupy.cuda.runtime.cudaDevAttrComputeCapabilityMajor  # noqa: B018
+    with pytest.raises(AttributeError):
+        cupy.cuda.Stream.from_pointer(7)
+    with pytest.raises(TypeError):
+        cupy.RawModule("", ("--std=c++17",))
+    with pytest.raises(TypeError):
+        cupy.RawModule(code="", flags=())
+    kernel = cupy.RawModule(code="").get_function("k")
+    with pytest.raises(AttributeError):
+        kernel.max_shared_bytes = 1
+    with pytest.raises(TypeError):
+        kernel((1,), (1,), (1,), shared=0)
+    with pytest.raises(AttributeError):
+        Strict(cupy, None, invented=1)
 
 
 def test_no_gpu_and_no_cuda_build(gpu_machine: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 
 from gspn_dit.ops import inspect
 from gspn_dit.ops.cuda.host import harness
-from gspn_dit.ops.cuda.sources import compile_cubin
+from gspn_dit.ops.cuda.sources import CUPY_OPTIONS, compile_cubin, compile_options
 from gspn_dit.ops.cuda.types import Variant, widest_vector
 from tests.ops.scan_cases import DTYPES
 
@@ -50,6 +51,26 @@ def check(variant: Variant, arch: str) -> None:
 @pytest.mark.parametrize("regime", ["short", "cluster", "long", "finish"])
 def test_compiles_for_sm_90(regime: str, dtype: torch.dtype) -> None:
     check(Variant(regime, dtype, widest_vector(regime, dtype), False), "sm_90")
+
+
+def test_the_options_are_those_that_cupy_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked here without a GPU must be the binary that runs on one."""
+    from cupy.cuda import compiler
+
+    class Stop(Exception):
+        pass
+
+    def note(program: object, options: tuple[str, ...], log_stream: object = None) -> None:
+        raise Stop(options)
+
+    monkeypatch.setattr(compiler._NVRTCProgram, "compile", note)
+    monkeypatch.setattr(compiler, "_preprocess", lambda *arguments: "")
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: (f"-arch=sm_{arch}", "cubin"))
+    variant = Variant("short", torch.float32, 2, False)
+    with pytest.raises(Stop) as stopped:
+        compiler._compile_with_cache_cuda("", compile_options(variant), "90", cache_in_memory=True)
+    passed = [option for option in stopped.value.args[0] if not re.match("-+(gpu-)?arch", option)]
+    assert sorted(passed) == sorted((*compile_options(variant), *CUPY_OPTIONS))
 
 
 @pytest.mark.slow
