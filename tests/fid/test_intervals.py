@@ -176,7 +176,10 @@ def real(net: FeatureNet, digits: Reference) -> tuple[Tensor, np.ndarray]:
 
 @pytest.mark.slow
 def test_distances_and_precision_cover_what_they_say(real: tuple[Tensor, np.ndarray]) -> None:
-    """Pooled over six populations of 150 sets each, 93 to 97 % of the 95 % intervals hold what they are about."""
+    """Pooled over six populations of 150 sets each, 93 to 97 % of the 95 % intervals hold what they are about.
+
+    The share of one population has a standard error of 2 %, its spread one of 6 %.
+    """
     reference, radii = Gaussian.fit(Moments.of(real[0])), neighbourhood_radii(real[0])
     shares: dict[str, list[float]] = {"fd": [], "precision": []}
     for how in POPULATIONS.values():
@@ -193,28 +196,28 @@ def test_distances_and_precision_cover_what_they_say(real: tuple[Tensor, np.ndar
                 found["precision"].append((inside.mean(), intervals.mean(inside, strata)))
             for name, pairs in found.items():
                 share, width = coverage(np.array([value for value, _ in pairs]), [interval for _, interval in pairs])
-                assert 0.9 < share < 0.99 and 0.85 < width < 1.15, (name, how, balanced)
+                assert share > 0.89 and 0.85 < width < 1.15, (name, how, balanced)
                 shares[name].append(share)
     assert all(0.93 <= np.mean(found) <= 0.97 for found in shares.values()), shares
 
 
 @pytest.mark.slow
 def test_recall_covers_what_it_says(real: tuple[Tensor, np.ndarray]) -> None:
-    """Over three populations of 80 sets of 500: 93 to 97 % would be within two standard errors of 91 to 98 %."""
-    shares = []
+    """Over three populations of 100 sets of 300 samples against 479 images; the pooled share's error is 1.3 %."""
+    shares, reference = [], real[0][::3]
     for name, balanced in (("near", True), ("middle", True), ("middle", False)):
         population = Population(*real, *POPULATIONS[name])
         values, found = [], []
-        for seed in range(80):
-            rows, labels = population.draw(seed, 500, balanced)
-            value = float(manifold_membership(rows, real[0])[1].mean())
-            replicas = half_sample_recalls(rows, real[0], half_samples(500, strata_of(labels)))
+        for seed in range(100):
+            rows, labels = population.draw(seed, 300, balanced)
+            value = float(manifold_membership(rows, reference)[1].mean())
+            replicas = half_sample_recalls(rows, reference, half_samples(300, strata_of(labels)))
             values.append(value)
             found.append(intervals.delete_half(value, replicas))
         share, width = coverage(np.array(values), found)
         assert 0.8 < width < 1.25, (name, balanced)
         shares.append(share)
-    assert 0.91 <= np.mean(shares) <= 0.98, shares
+    assert 0.93 <= np.mean(shares) <= 0.97, shares
 
 
 @pytest.mark.slow
