@@ -45,7 +45,7 @@ def spread_of_latents(directory: str, latent: KLLatent) -> dict[str, float]:
     from gspn_dit.data.latent_shards import open_latents
 
     batches = LatentBatches(open_latents(directory, validation_fraction=0), latent, seed=0)
-    draws = torch.cat([batches.training(range(start, start + BATCH))[0] for start in range(0, 4096, BATCH)])
+    draws = torch.cat([batches.shuffled(range(start, start + BATCH))[0] for start in range(0, 4096, BATCH)])
     assert np.isfinite(draws.numpy()).all()
     return {"mean": round(draws.mean().item(), 4), "std": round(draws.std().item(), 4)}
 

@@ -43,13 +43,13 @@ class Batches:
         pixels = self.images.pixels(indices) if cached is None else cached[indices]
         return pixels, torch.from_numpy(self.images.labels[indices])
 
-    def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def shuffled(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents float32 [B, C, H, W] and labels int64 [B] for sample numbers, shuffled epoch by epoch."""
         pixels, labels = self.load(rng.data_indices(self.seed, numbers, len(self.images)))
         pixels = mirror(pixels, draw_flips(self.seed, numbers, self.horizontal_flip))
         return self.latent.encode(pixels, draw_posterior(self.latent, self.seed, rng.Stream.POSTERIOR, numbers)), labels
 
-    def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def at(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents and labels of images by index, without augmentation."""
         pixels, labels = self.load(np.asarray(indices))
         noise = draw_posterior(self.latent, self.seed, rng.Stream.VALIDATION_POSTERIOR, indices)
@@ -69,13 +69,13 @@ class LatentBatches:
         moments = torch.from_numpy(self.images.moments(items, flips))
         return self.latent.draw(moments, noise), torch.from_numpy(self.images.labels[items])
 
-    def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def shuffled(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents float32 [B, C, H, W] and labels int64 [B] for sample numbers, shuffled epoch by epoch."""
         items = rng.data_indices(self.seed, numbers, len(self.images))
         flips = draw_flips(self.seed, numbers, self.horizontal_flip)
         return self._load(items, flips, draw_posterior(self.latent, self.seed, rng.Stream.POSTERIOR, numbers))
 
-    def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def at(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents and labels of images by index, without augmentation."""
         noise = draw_posterior(self.latent, self.seed, rng.Stream.VALIDATION_POSTERIOR, indices)
         return self._load(np.asarray(indices), np.zeros(len(indices), dtype=bool), noise)

@@ -92,7 +92,7 @@ class ImageStream:
 
 @dataclass
 class StreamBatches:
-    """Batches of a stream for one process of `world`; `training` must be asked for the sample numbers of this one."""
+    """Batches of a stream for one process of `world`; `shuffled` must be asked for the sample numbers of this one."""
 
     images: ImageStream
     latent: Latent
@@ -109,7 +109,7 @@ class StreamBatches:
     def _rows_per_epoch(self) -> int:
         return max(1, len(self.images) // self.world)
 
-    def training(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def shuffled(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return latents float32 [B, C, H, W] and labels int64 [B] of consecutive sample numbers of this process."""
         # A batch spans world · B numbers; this process has seen as many as lie before it, divided by the world.
         first = (numbers[0] - self.rank * len(numbers)) // self.world
@@ -130,7 +130,7 @@ class StreamBatches:
         noise = draw_posterior(self.latent, self.seed, rng.Stream.POSTERIOR, numbers)
         return self.latent.encode(pixels, noise), torch.tensor([row["label"] for row in rows])
 
-    def validation(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def at(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Refuse: an image of a stream cannot be asked for by its index."""
         raise UserError("images of a stream cannot be looked up; leave out data.streaming, or what asks for them")
 

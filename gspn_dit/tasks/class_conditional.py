@@ -78,7 +78,7 @@ class ClassConditional(GenerativeTask):
 
     def loss(self, model: nn.Module, numbers: range) -> dict[str, Tensor]:
         settings = self.config.training
-        latents, labels = self.train_data.training(numbers)
+        latents, labels = self.train_data.shuffled(numbers)
         draws = training_draws(
             self.config.seed,
             numbers,
@@ -116,7 +116,7 @@ class ClassConditional(GenerativeTask):
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the loss of fixed images, times and noise, and the same by quartile of t."""
         assert self.validation_data is not None
-        latents, labels = self.validation_data.validation(indices)
+        latents, labels = self.validation_data.at(indices)
         draws = validation_draws(self.config.seed, indices, self.validation_count, latents, labels, self.objective)
         losses = self._losses(model, latents, draws).double().cpu()
         quartiles = (draws.timesteps * QUARTILES / 1000).long().clamp(0, QUARTILES - 1)
@@ -168,7 +168,7 @@ class ClassConditional(GenerativeTask):
         return len(self._reference.images)
 
     def reference(self, indices: Sequence[int]) -> np.ndarray:
-        latents, _ = self._reference.validation(indices)
+        latents, _ = self._reference.at(indices)
         return self.latent.decode(latents.to(self.device))
 
     # -- between runs --------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def mirrored(latents: Tensor) -> list[bool]:
 
 
 def test_images_come_in_the_order_of_the_seed_with_their_labels(image_set: ImageSet) -> None:
-    latents, labels = make(image_set).training(range(20))
+    latents, labels = make(image_set).shuffled(range(20))
     expected = rng.data_indices(5, range(20), COUNT).tolist()
     assert numbers_in(latents) == expected
     assert labels.tolist() == [index % 3 for index in expected]
@@ -59,7 +59,7 @@ def test_images_come_in_the_order_of_the_seed_with_their_labels(image_set: Image
 
 
 def test_every_epoch_covers_every_image_in_another_order(image_set: ImageSet) -> None:
-    order = numbers_in(make(image_set).training(range(3 * COUNT))[0])
+    order = numbers_in(make(image_set).shuffled(range(3 * COUNT))[0])
     epochs = [order[start : start + COUNT] for start in range(0, 3 * COUNT, COUNT)]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -69,31 +69,31 @@ def test_every_epoch_covers_every_image_in_another_order(image_set: ImageSet) ->
 @pytest.mark.parametrize("size", [1, 4, 7])
 def test_batch_size_does_not_matter(image_set: ImageSet, flip: bool, size: int) -> None:
     batches = make(image_set, flip=flip)
-    whole, whole_labels = batches.training(range(28))
-    parts = [batches.training(range(start, start + size)) for start in range(0, 28, size)]
+    whole, whole_labels = batches.shuffled(range(28))
+    parts = [batches.shuffled(range(start, start + size)) for start in range(0, 28, size)]
     assert torch.equal(torch.cat([latents for latents, _ in parts]), whole)
     assert torch.equal(torch.cat([labels for _, labels in parts]), whole_labels)
 
 
 def test_batches_can_be_asked_for_in_any_order(image_set: ImageSet) -> None:
     batches = make(image_set, flip=True)
-    whole, _ = batches.training(range(28))
-    assert torch.equal(batches.training([27, 3, 14])[0], whole[[27, 3, 14]])
+    whole, _ = batches.shuffled(range(28))
+    assert torch.equal(batches.shuffled([27, 3, 14])[0], whole[[27, 3, 14]])
 
 
 def test_the_seed_decides(image_set: ImageSet) -> None:
-    first, second = (make(image_set, seed).training(range(COUNT))[0] for seed in (0, 1))
+    first, second = (make(image_set, seed).shuffled(range(COUNT))[0] for seed in (0, 1))
     assert numbers_in(first) != numbers_in(second)
 
 
 def test_half_of_the_samples_are_mirrored_by_their_number(image_set: ImageSet) -> None:
-    latents, _ = make(image_set, flip=True).training(range(1000))
+    latents, _ = make(image_set, flip=True).shuffled(range(1000))
     flipped = mirrored(latents)
     assert 437 < sum(flipped) < 563  # four standard deviations
     assert flipped == (rng.uniform(5, rng.Stream.FLIP, range(1000)) < 0.5).tolist()
     of_first_image = [flip for flip, number in zip(flipped, numbers_in(latents), strict=True) if number == 0]
     assert {True, False} == set(of_first_image)  # a new draw every epoch
-    original, _ = make(image_set).training(range(1000))
+    original, _ = make(image_set).shuffled(range(1000))
     assert not any(mirrored(original))
     chosen = torch.tensor(flipped)[:, None, None, None]
     assert torch.equal(latents, torch.where(chosen, original.flip(3), original))
@@ -101,16 +101,16 @@ def test_half_of_the_samples_are_mirrored_by_their_number(image_set: ImageSet) -
 
 def test_validation_is_in_the_order_asked_for_and_never_mirrored(image_set: ImageSet) -> None:
     batches = make(image_set, flip=True)
-    latents, labels = batches.validation(range(2, 9))
+    latents, labels = batches.at(range(2, 9))
     assert numbers_in(latents) == [2, 3, 4, 5, 6, 7, 8]
     assert labels.tolist() == [2, 0, 1, 2, 0, 1, 2]
     assert not any(mirrored(latents))
-    assert numbers_in(batches.validation([9, 1])[0]) == [9, 1]
+    assert numbers_in(batches.at([9, 1])[0]) == [9, 1]
 
 
 def test_decoding_on_demand_gives_what_the_cache_gives(image_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = make(image_set, flip=True)
-    expected = cached.training(range(30))
+    expected = cached.shuffled(range(30))
     monkeypatch.setattr(batches_module, "CACHE_BYTES", COUNT * 4 * 4 - 1)  # one byte short
     uncached = make(image_set, flip=True)
     decoded: list[int] = []
@@ -118,10 +118,10 @@ def test_decoding_on_demand_gives_what_the_cache_gives(image_set: ImageSet, monk
         ImageSet, "pixels", lambda self, rows=None, original=ImageSet.pixels: decoded.append(1) or original(self, rows)
     )
     for _ in range(2):
-        actual = uncached.training(range(30))
+        actual = uncached.shuffled(range(30))
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
     assert len(decoded) == 2
-    assert torch.equal(uncached.validation([3, 1])[0], cached.validation([3, 1])[0])
+    assert torch.equal(uncached.at([3, 1])[0], cached.at([3, 1])[0])
 
 
 def test_a_set_that_fits_is_decoded_once(image_set: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,16 +132,16 @@ def test_a_set_that_fits_is_decoded_once(image_set: ImageSet, monkeypatch: pytes
     monkeypatch.setattr(batches_module, "CACHE_BYTES", COUNT * 4 * 4)
     batches = make(image_set)
     for start in range(0, 40, 8):
-        batches.training(range(start, start + 8))
-    batches.validation([0])
+        batches.shuffled(range(start, start + 8))
+    batches.at([0])
     assert len(decoded) == 1
 
 
 def test_batches_do_not_change_the_cache(image_set: ImageSet) -> None:
     batches = make(image_set, flip=True)
-    first, labels = batches.training(range(COUNT))
+    first, labels = batches.shuffled(range(COUNT))
     kept, kept_labels = first.clone(), labels.clone()
     first[:], labels[:] = 0, 0  # what a caller does to its batch
-    again, again_labels = batches.training(range(COUNT))
+    again, again_labels = batches.shuffled(range(COUNT))
     assert torch.equal(again, kept)
     assert torch.equal(again_labels, kept_labels)

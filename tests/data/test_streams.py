@@ -59,7 +59,7 @@ def read(batches: StreamBatches, first_batch: int, stop_batch: int, size: int) -
     world, found = batches.world, []
     for batch in range(first_batch, stop_batch):
         first = (batch * world + batches.rank) * size
-        latents, labels = batches.training(range(first, first + size))
+        latents, labels = batches.shuffled(range(first, first + size))
         images = numbers_in(latents)
         assert labels.tolist() == [image % 2 for image in images]
         found += images
@@ -140,7 +140,7 @@ def test_flips_are_by_sample_number(saved: Path, tmp_path: Path) -> None:
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "halves")
     stream, held_out = open_stream(str(tmp_path / "halves"), None, 4)
     assert held_out is None
-    latents, _ = make(stream, flip=True).training(range(40, 56))
+    latents, _ = make(stream, flip=True).shuffled(range(40, 56))
     mirrored = (latents[:, 0, 0, 0] > 0).tolist()
     assert mirrored == (rng.uniform(3, rng.Stream.FLIP, range(40, 56)) < 0.5).tolist() and {True, False} == set(
         mirrored
@@ -149,7 +149,7 @@ def test_flips_are_by_sample_number(saved: Path, tmp_path: Path) -> None:
 
 def test_images_are_cropped_to_the_size_asked_for(saved: Path) -> None:
     stream, _ = open_stream(str(saved), 2, 4)
-    latents, _ = StreamBatches(stream, IdentityLatent(2, 1), 0).training(range(3))
+    latents, _ = StreamBatches(stream, IdentityLatent(2, 1), 0).shuffled(range(3))
     assert latents.shape == (3, 1, 2, 2)
 
 
@@ -211,7 +211,7 @@ def test_an_image_is_named_by_its_row(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": cells, "label": [0] * 12}, features=features).save_to_disk(tmp_path / "set")
     batches = make(open_stream(str(tmp_path / "set"), None, 4)[0])
     with pytest.raises(LocalUserError, match="cannot read the image in row 7: "):
-        batches.training(range(12))
+        batches.shuffled(range(12))
 
 
 def encoded(value: int) -> bytes:
@@ -230,9 +230,9 @@ def test_rows_of_files_are_checked_as_they_are_drawn() -> None:
     )
     stream = ImageStream(datasets.IterableDataset.from_generator(rows, features=features), "x", 4, 4, 1, False, "train")
     batches = make(stream, block=1)
-    batches.training(range(2))
+    batches.shuffled(range(2))
     with pytest.raises(LocalUserError, match="images without a class label in its part 'train'"):
-        batches.training(range(2, 4))
+        batches.shuffled(range(2, 4))
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path, stream: ImageStream) -> None:
@@ -244,12 +244,12 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, stream: ImageStream)
     with pytest.raises(UserError, match="empty cannot be streamed"):
         open_stream(str(tmp_path / "empty"), None, 4)
     with pytest.raises(UserError, match="images of a stream cannot be looked up"):
-        make(stream).validation([0])
+        make(stream).at([0])
 
 
 def test_no_image_is_decoded_but_those_of_the_batch(stream: ImageStream, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[object] = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda file, *rest: decoded.append(file) or original(file, *rest))
-    latents, _ = make(stream).training(range(16, 20))
+    latents, _ = make(stream).shuffled(range(16, 20))
     assert latents.dtype == torch.float32 and len(decoded) == 4

@@ -30,7 +30,7 @@ def test_labels_mask_and_noisy_latents_of_the_sample_numbers_reach_the_model(tmp
     config = changed(tiny_config(tmp_path, class_dropout=0.5), model={"drop_path_rate": 0.5})
     task, model, numbers = create_task(config), Recorder(), range(40, 48)
     loss = task.loss(model, numbers)["loss"]
-    latents, labels = task.train_data.training(numbers)  # type: ignore[attr-defined]
+    latents, labels = task.train_data.shuffled(numbers)  # type: ignore[attr-defined]
     draws = training_draws(0, numbers, latents, labels, task.objective, 0.5, 10, [0.0, 0.25, 0.5])  # type: ignore[attr-defined]
     ((noisy, timesteps, passed_labels, keep_mask),) = model.calls
     t = (draws.timesteps / 1000).float()[:, None, None, None]

@@ -55,7 +55,7 @@ def on_the_fly(place: Path, run: Path) -> Config:
 def test_batches_of_latents_are_draws_by_sample_number(place: Path, tmp_path: Path) -> None:
     task = create_task(config_of(place, tmp_path))
     assert (len(task.train_data.images), len(task.validation_data.images)) == (18, 2)
-    latents, labels = task.train_data.training(range(30, 40))
+    latents, labels = task.train_data.shuffled(range(30, 40))
     stored = open_latents(place / "latents", "train", 0.1)
     items = rng.data_indices(0, range(30, 40), 18)
     flips = (rng.uniform(0, rng.Stream.FLIP, range(30, 40)) < 0.5).numpy()
@@ -65,13 +65,13 @@ def test_batches_of_latents_are_draws_by_sample_number(place: Path, tmp_path: Pa
     expected = (mean + torch.exp(log_variance / 2) * noise - 0.25) * 0.5
     torch.testing.assert_close(latents, expected, rtol=1e-6, atol=1e-6)
     assert labels.tolist() == stored.labels[items].tolist()
-    parts_of_batch = [task.train_data.training([number])[0] for number in range(30, 40)]
+    parts_of_batch = [task.train_data.shuffled([number])[0] for number in range(30, 40)]
     assert torch.equal(torch.cat(parts_of_batch), latents)
 
 
 def test_validation_latents_are_never_mirrored_and_drawn_from_their_own_stream(place: Path, tmp_path: Path) -> None:
     batches = create_task(config_of(place, tmp_path)).validation_data
-    latents, _ = batches.validation([1, 0])
+    latents, _ = batches.at([1, 0])
     moments = torch.from_numpy(batches.images.moments(np.array([1, 0]), np.zeros(2, dtype=bool)))
     noise = rng.normal(0, rng.Stream.VALIDATION_POSTERIOR, [1, 0], (CHANNELS, 4, 4))
     assert torch.equal(latents, batches.latent.draw(moments, noise))
@@ -82,11 +82,11 @@ def test_latents_and_images_through_the_autoencoder_give_the_same_batches(place:
     stored, direct = (create_task(config) for config in (config_of(place, tmp_path), on_the_fly(place, tmp_path)))
     assert stored.latent.spec() == direct.latent.spec()
     for numbers in (range(8), range(25, 33)):
-        (one, labels), (other, other_labels) = (part.train_data.training(numbers) for part in (stored, direct))
+        (one, labels), (other, other_labels) = (part.train_data.shuffled(numbers) for part in (stored, direct))
         torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3)
         assert torch.equal(labels, other_labels)
     torch.testing.assert_close(
-        stored.validation_data.validation([0, 1])[0], direct.validation_data.validation([0, 1])[0], rtol=5e-3, atol=5e-3
+        stored.validation_data.at([0, 1])[0], direct.validation_data.at([0, 1])[0], rtol=5e-3, atol=5e-3
     )
 
 

@@ -48,13 +48,13 @@ def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.
 
 def poison_batches(monkeypatch: pytest.MonkeyPatch, steps: set[int], batch_size: int = 8) -> None:
     """Make the training batches of some steps NaN."""
-    original = Batches.training
+    original = Batches.shuffled
 
-    def training(self: Batches, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def shuffled(self: Batches, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
         latents, labels = original(self, numbers)
         return (latents * float("nan") if numbers[0] // batch_size in steps else latents), labels
 
-    monkeypatch.setattr(Batches, "training", training)
+    monkeypatch.setattr(Batches, "shuffled", shuffled)
 
 
 def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path: Path) -> None:
