@@ -7,8 +7,8 @@ bookkeeping and forward + backward. A cell is timed in turn with its rivals; the
 does not fit into --seconds for the whole study, or into memory, by the growth from the size before, is left out and
 listed as skipped. Nothing is timed unless both mixers agree with their formulas first.
 
-For all alike, glibc and the scan's own pool are told to keep freed memory, as docs/cpu_scan.md advises: or else every
-step would pay for fresh pages again, which says nothing about mixers. The run that weighs a cell also warms it up.
+For all alike, glibc is told to keep freed memory, as docs/cpu_scan.md advises: or else every step would pay for fresh
+pages again, which says nothing about mixers. The run that weighs a cell also warms it up.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ SECONDS_OF_A_CELL, LONG_SECONDS, LONGEST_SECONDS = 1.2, 8.0, 60.0
 """Runs are repeated for about the first, three times at least and not more often than --repeats; what takes longer than
 the second is timed once, and what would take longer than the third is left out."""
 FEWEST_RUNS = 3
-KEPT_BYTES = 8 << 30
-"""Of the scan's own memory, as glibc keeps its."""
 GROWTH = {"attention": 16.0, PEER: 16.0}
 """By which the time of a cell is predicted to grow from one size to the next; 5 for scans."""
 
@@ -201,8 +199,6 @@ class Study:
 
     def measure(self, what: str, channels: int, side: int, variants: Sequence[str]) -> None:
         """Measure variants of one size in turn."""
-        from gspn_dit.ops.cpu.binding import output_memory
-
         runs: dict[str, Callable[[], tuple[float, float, float]]] = {}
         left: dict[str, int] = {}
         cells: dict[str, Cell] = {}
@@ -218,7 +214,6 @@ class Study:
             cell.parameters = sum(parameter.numel() for parameter in module.parameters())
             runs[variant] = runner(module, arguments)
             left[variant] = self._weigh(cell, runs[variant])
-        output_memory.keep(KEPT_BYTES)  # or rivals of several sizes would drop each other's blocks
         while any(left.values()):
             for variant in [name for name, count in left.items() if count]:
                 left[variant] -= 1

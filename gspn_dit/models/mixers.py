@@ -222,18 +222,17 @@ class GSPNMixer(Mixer):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix tokens [B, H, W, C] to [B, H, W, C]."""
-        proxy = self.to_proxy(tokens)
-        mixed = gspn_scan_from_proxy(
+        return gspn_scan_from_proxy(
             tokens,
-            proxy,
+            self.to_proxy(tokens),
             self.to_logits.weight,
             self.to_input_gate.weight,
             self.to_output_gate.weight,
             self.merge_weight,
+            None if self.to_skip is None else self.to_skip.weight,
             directions=self.directions,
             window=self.window,
         )
-        return mixed if self.to_skip is None else mixed + self.to_skip(proxy) * tokens
 
     def scan_multiply_adds(self, height: int, width: int) -> int:
         """Return the scan's share of `multiply_adds`."""

@@ -109,18 +109,22 @@ class GSPNSelfAttention(nn.Module):
 
     def _scan(self, tokens: Tensor) -> Tensor:
         """Propagate tokens [B, H, W, C]."""
+        proxy = None if self.to_qkv else self.to_proxy(tokens)
         linear_maps = [self.to_logits, self.to_input_gate, self.to_output_gate]
-        weights = [linear.weight for linear in linear_maps]
-        skip = None if self.to_skip is None else self.to_skip.weight
-        if not self.to_qkv:
-            return scan_with_skip(tokens, self.to_proxy(tokens), weights, self.merge_weight, skip, self.window)
-        query, key, value = (linear(tokens) for linear in self.to_qkv)
-        proxy = torch.cat([self.to_proxy(tokens + key), self.to_proxy(tokens + query)], dim=-1)
-        width = proxy.shape[-1] // 2
-        of_key, of_query = (0, width), (width, 0)  # the half of the proxy that a map reads; it is zero on the other
-        weights = [F.pad(weight, half) for weight, half in zip(weights, (of_key, of_key, of_query), strict=True)]
-        skip = None if skip is None else F.pad(skip, of_query)
-        return scan_with_skip(tokens + value, proxy, weights, self.merge_weight, skip, self.window)
+        weights: list[Tensor] = [linear.weight for linear in linear_maps]
+        skip: Tensor | None = None if self.to_skip is None else self.to_skip.weight
+        if proxy is None:
+            query, key, value = (linear(tokens) for linear in self.to_qkv)
+            proxy = torch.cat([self.to_proxy(tokens + key), self.to_proxy(tokens + query)], dim=-1)
+            width = proxy.shape[-1] // 2
+            of_key, of_query = (0, width), (width, 0)  # the half of the proxy that a map reads; it is zero on the other
+            weights = [F.pad(weight, half) for weight, half in zip(weights, (of_key, of_key, of_query), strict=True)]
+            skip = None if skip is None else F.pad(skip, of_query)
+            tokens = tokens + value
+        logits, input_gate, output_gate = weights
+        return gspn_scan_from_proxy(
+            tokens, proxy, logits, input_gate, output_gate, self.merge_weight, skip, window=self.window
+        )
 
     # Loaders (IP-Adapter, `set_attn_processor`) count a processor for every attention; this one has no effect.
     def get_processor(self, *_: Any, **__: Any) -> AttnProcessor2_0:
@@ -128,20 +132,6 @@ class GSPNSelfAttention(nn.Module):
 
     def set_processor(self, *_: Any, **__: Any) -> None:
         pass
-
-
-def scan_with_skip(
-    x: Tensor,
-    proxy: Tensor,
-    weights: list[Tensor],
-    merge_weight: Tensor,
-    skip_weight: Tensor | None,
-    window: int | None,
-) -> Tensor:
-    """Return the scan of x [B, H, W, C] from a proxy, plus (skip_weight·proxy) ⊙ x."""
-    logits, input_gate, output_gate = weights
-    y = gspn_scan_from_proxy(x, proxy, logits, input_gate, output_gate, merge_weight, window=window)
-    return y if skip_weight is None else y + F.linear(proxy, skip_weight) * x
 
 
 @dataclass

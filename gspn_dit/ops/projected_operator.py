@@ -106,8 +106,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    *gradients, grad_skip = projected_scan_backward(grad_y, *ctx.saved_tensors, ctx.directions, ctx.window)
-    return *gradients, None if ctx.saved_tensors[6] is None else grad_skip, None, None
+    saved = ctx.saved_tensors  # once: activation checkpointing lets go of what was read
+    *gradients, grad_skip = projected_scan_backward(grad_y, *saved, ctx.directions, ctx.window)
+    return *gradients, None if saved[6] is None else grad_skip, None, None
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from gspn_dit.ops import DIRECTIONS, gspn_scan, operator, projected_operator
+from gspn_dit.ops import DIRECTIONS, gspn_scan, gspn_scan_from_proxy, operator, projected_operator
 from tests.ops.scan_cases import Inputs, assert_close, lay_out, make_inputs, scan_and_gradients
 from tests.ops.test_projected import draw
 
@@ -124,6 +125,21 @@ def test_activation_checkpointing_gives_equal_gradients(backend: str, reentrant:
     for leaf, gradient in zip(leaves.tensors(), expected, strict=True):
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_the_projected_scan(reentrant: bool, skip: bool) -> None:
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        leaves = [tensor.requires_grad_() for tensor in draw((2, 3, 4, 4), skip=skip)]
+        run = partial(checkpoint, gspn_scan_from_proxy, use_reentrant=reentrant)
+        y = (run if checkpointed else gspn_scan_from_proxy)(*leaves)
+        y.square().sum().backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    expected = gradients(False)
+    assert len(expected) == 6 + skip
+    assert all(torch.equal(one, other) for one, other in zip(gradients(True), expected, strict=True))
 
 
 def test_only_the_inputs_are_kept_for_the_backward_pass() -> None:

@@ -1,9 +1,9 @@
-"""Memory for the scan's large tensors on a CPU, used again from call to call.
+"""Memory for the large results of a scan over logits and gates on a CPU, used again from call to call.
 
 Every fresh page costs a page fault, and glibc gives large tensors back to the system as soon as they are freed: a
-backward would spend more time in page faults than in its kernel. Large outputs, and the logits and gates that the scan
-reads, therefore come from blocks that return here when the last tensor that uses them is gone. Blocks in use and idle
-ones together never hold more than was once in use at the same time.
+backward would spend more time in page faults than in its kernel. Large outputs therefore come from blocks that return
+here when the last tensor that uses them is gone. Blocks in use and idle ones together never hold more than was once in
+use at the same time. The projected scan, whose results are as small as its tokens, does without.
 """
 
 from __future__ import annotations
@@ -86,11 +86,6 @@ class OutputMemory:
         """Return the bytes held for the next call."""
         with self._lock:
             return sum(len(block) for block in self._idle)
-
-    def keep(self, size: int) -> None:
-        """Let idle blocks hold so many bytes, even if no call has needed as many yet."""
-        with self._lock:
-            self._most_lent_bytes = max(self._most_lent_bytes, size)
 
     def release(self) -> None:
         """Give all idle memory back to the system."""

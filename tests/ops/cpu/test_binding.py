@@ -18,7 +18,6 @@ from torch import Tensor
 from gspn_dit.errors import run_cli
 from gspn_dit.ops import BackendUnavailableError, gspn_scan
 from gspn_dit.ops.cpu import binding as cpu
-from gspn_dit.ops.cpu.memory import OutputMemory
 from tests.ops.scan_cases import make_inputs, scan_and_gradients
 
 
@@ -173,22 +172,6 @@ def test_memory_of_large_outputs_is_used_again_but_never_shared() -> None:
     assert cpu.output_memory.idle_bytes() == idle
     cpu.output_memory.release()
     assert cpu.output_memory.idle_bytes() == 0
-
-
-def test_memory_of_two_sizes_is_kept_when_asked_for() -> None:
-    """Without `keep` the second size takes the place of the first."""
-    memory, shapes = OutputMemory(), [torch.Size([6 << 20]), torch.Size([2 << 20])]
-    sizes = [4 * shape.numel() for shape in shapes]
-
-    def use_both() -> int:
-        for shape in shapes:
-            memory.empty([shape], torch.float32)
-        return memory.idle_bytes()
-
-    assert use_both() == sizes[1]
-    memory.release()
-    memory.keep(sum(sizes))
-    assert use_both() == sum(sizes)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
