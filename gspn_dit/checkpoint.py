@@ -19,13 +19,14 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn_dit.errors import UserError
+from gspn_dit.files import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "config.json"
@@ -103,20 +104,15 @@ def finish_checkpoint(
     partial: Path, target: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
 ) -> None:
     """Add tensors and manifest to what a growing checkpoint holds, and put it in its place."""
-    from safetensors.torch import save
-
     try:
-        files = {
+        files: dict[str, Any] = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size}  # its writer has its own format and checks
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
-        for stem, named in tensors.items():
-            content = save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
-            _write_durably(partial / f"{stem}.safetensors", content)
-            files[f"{stem}.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
-        complete = {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": files}
-        _write_durably(partial / MANIFEST, json.dumps(complete, indent=2, allow_nan=False).encode())
+        files |= {f"{stem}.safetensors": _write_tensors(partial / f"{stem}.safetensors", named, _write_durably)
+                  for stem, named in tensors.items()}  # fmt: skip
+        _write_durably(partial / MANIFEST, _manifest_bytes({"step": step, **manifest}, files))
         for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
             _sync_directory(directory)
         shutil.rmtree(target, ignore_errors=True)
@@ -125,6 +121,32 @@ def finish_checkpoint(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot save the checkpoint of step {step} in {target.parent}: {error}") from error
+
+
+def write_weights(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]) -> None:
+    """Make a directory, which may hold other files, a checkpoint of weights; earlier weights are replaced.
+
+    Each file is complete or as it was, the manifest comes last. Raises OSError.
+    """
+    files = {
+        f"{stem}.safetensors": _write_tensors(directory / f"{stem}.safetensors", named, write_atomically)
+        for stem, named in tensors.items()
+    }
+    write_atomically(directory / MANIFEST, _manifest_bytes(manifest, files))
+
+
+def _write_tensors(path: Path, named: Mapping[str, Tensor], write: Callable[[Path, bytes], object]) -> dict[str, int]:
+    """Write a file of tensors; return what a manifest says of it."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
+    write(path, content)
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def _manifest_bytes(manifest: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
+    complete = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+    return json.dumps(complete, indent=2, allow_nan=False).encode()
 
 
 def _problem(directory: Path) -> str | None:
@@ -211,6 +233,21 @@ def load_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
         return load(content)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def load_weights(model: nn.Module, directory: Path, stem: str) -> None:
+    """Give a model the weights in one file of a complete checkpoint; raises UserError where they are another's."""
+    tensors, expected = load_tensors(directory, stem), model.state_dict()
+    for name in sorted({*tensors, *expected}):
+        if name not in tensors or name not in expected:
+            where = "is not in" if name not in tensors else "is only in"
+            raise UserError(f"{directory} belongs to another model: tensor '{name}' {where} its {stem}.safetensors")
+        if tensors[name].shape != expected[name].shape:
+            raise UserError(
+                f"{directory} belongs to another model: '{name}' has shape {list(tensors[name].shape)}, "
+                f"its config.json asks for {list(expected[name].shape)}"
+            )
+    model.load_state_dict(tensors)
 
 
 def remove_old_checkpoints(run_directory: str | os.PathLike[str], keep_last: int, keep_every: int | None) -> None:

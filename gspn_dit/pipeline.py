@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -18,21 +17,27 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from gspn_dit.checkpoint import FORMAT_VERSION, MANIFEST, load_tensors, read_manifest, resolve_checkpoint
+from gspn_dit.checkpoint import load_weights, read_manifest, resolve_checkpoint, write_weights
+from gspn_dit.class_names import ClassNames, resolve_class
 from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_noise, sample_latents
-from gspn_dit.errors import UserError, nearest
+from gspn_dit.diffusion.sampling import choose_seed
+from gspn_dit.diffusion.schedulers import prepare_scheduler
+from gspn_dit.errors import UserError
 from gspn_dit.files import write_atomically
 from gspn_dit.grid import to_pil
 from gspn_dit.hub import download
 from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card, public_manifest
 from gspn_dit.models import DiffusionModel, create_model
 
+DEFAULT_STEPS = 50
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 
 @dataclass
 class GSPNPipelineOutput(BaseOutput):
-    """Images, one per label: PIL images; a uint8 array [n, H, W, C] with `output_type="np"`, latents with "latent"."""
+    """Images, one per label, in the form that `output_type` asks for; see `GSPNPipeline.__call__`."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 
@@ -41,11 +46,21 @@ class GSPNPipeline(DiffusionPipeline):
     """Generates images by class from a checkpoint of this project.
 
     Image i depends on (seed, i) and its label alone, not on what is generated beside it.
+
+    Components, each of which can be replaced: `model`; `scheduler`, a diffusers scheduler that takes what the model
+    predicts; `latent`, and its autoencoder `vae` if it has one; `guide`, a weaker model to guide away from, None for
+    the model's own prediction without a class; `objective` and `class_names`. In float16 or bfloat16 the model runs
+    under autocast, latents and scheduler stay float32.
     """
 
     model: DiffusionModel
     objective: Objective
     latent: Latent
+    class_names: ClassNames
+    scheduler: Any
+    guide: DiffusionModel | None
+    _optional_components = ["scheduler", "vae", "guide"]
+    model_cpu_offload_seq = "model->vae"  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -55,19 +70,36 @@ class GSPNPipeline(DiffusionPipeline):
         class_names: list[str],
         manifest: Mapping[str, Any] | None = None,
         weights: str = "ema",
+        scheduler: Any = None,
+        vae: Any = None,
+        guide: DiffusionModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(model=model, objective=objective, latent=latent)
-        self.class_names = class_names
+        self.register_modules(model=model, objective=objective, latent=latent, class_names=ClassNames(class_names))
+        self.register_modules(vae=vae or getattr(latent, "vae", None), guide=guide)
+        self.register_modules(scheduler=scheduler or _default_scheduler(objective))
         self.manifest, self.weights = dict(manifest or {}), weights
-        self.guide: DiffusionModel | None = None
-        """A weaker model to guide away from; None for this model's own prediction without a class."""
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder of the latents; None for pixels."""
+        return getattr(self.latent, "vae", None)
+
+    @vae.setter
+    def vae(self, vae: Any) -> None:
+        if vae is not self.vae:
+            self.latent = self.latent.with_vae(vae)
 
     # -- loading and saving --------------------------------------------------------------------------------------
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: str | Path, weights: str = "ema", device: str | torch.device = "cpu", vae: str | None = None
+        cls,
+        checkpoint: str | Path,
+        weights: str = "ema",
+        device: str | torch.device = "cpu",
+        vae: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> GSPNPipeline:
         """Load a run directory (its newest complete checkpoint) or one checkpoint; weights are "ema" or "model".
 
@@ -86,8 +118,8 @@ class GSPNPipeline(DiffusionPipeline):
             raise UserError(f"{directory} is not a checkpoint of a model: its config.json has no {error}") from None
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{directory} cannot be used by this version: its config.json: {error}") from None
-        _load_weights(model, directory, weights)
-        return cls(model.eval(), objective, latent, class_names, manifest, weights).to(device)
+        load_weights(model, directory, weights)
+        return cls(model.eval(), objective, latent, class_names, manifest, weights).to(device, dtype)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -96,6 +128,7 @@ class GSPNPipeline(DiffusionPipeline):
         *,
         weights: str | None = None,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -106,7 +139,7 @@ class GSPNPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a directory, or the id of a Hub repository such as "name/model".
             weights: "ema" or "model"; None for the average if it is there.
-            device: where to.
+            device, dtype: of the weights; None for float32.
             revision: branch, tag or commit on the Hub.
             cache_dir: where downloads are kept; None for the usual place.
             token: for repositories that are not public.
@@ -121,7 +154,7 @@ class GSPNPipeline(DiffusionPipeline):
         directory = resolve_checkpoint(directory)
         if weights is None:
             weights = "ema" if "ema.safetensors" in read_manifest(directory)["files"] else "model"
-        return cls.from_checkpoint(directory, weights, device)
+        return cls.from_checkpoint(directory, weights, device, dtype=dtype)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -138,8 +171,7 @@ class GSPNPipeline(DiffusionPipeline):
 
         Args:
             save_directory: is created; files of an earlier save are replaced.
-            safe_serialization: only True.
-            variant: only None.
+            safe_serialization, variant: only True and None.
             license: identifier of the weights' licence, for the model card.
             push_to_hub: upload it, too, to the repository `repo_id` (default: the directory's name).
             push_options: of `push_to_hub`.
@@ -163,19 +195,9 @@ class GSPNPipeline(DiffusionPipeline):
             self.push_to_hub(push_options.pop("repo_id", directory.resolve().name), **push_options)
 
     def _save(self, directory: Path) -> None:
-        """Write weights, latent and, last, the manifest."""
-        from safetensors.torch import save
-
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.model.state_dict().items()}
-        content, name = save(tensors), f"{self.weights}.safetensors"
-        write_atomically(directory / name, content)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            **public_manifest(self.manifest),
-            "latent": self.latent.save(directory),
-            "files": {name: {"bytes": len(content), "crc32": zlib.crc32(content)}},
-        }
-        write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False).encode())
+        """Write latent, weights and, last, the manifest."""
+        manifest = {**public_manifest(self.manifest), "latent": self.latent.save(directory)}
+        write_weights(directory, {self.weights: self.model.state_dict()}, manifest)
 
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload with our model card in place of the generic one; a card of ours, edited on the Hub, stays."""
@@ -184,42 +206,15 @@ class GSPNPipeline(DiffusionPipeline):
             card.write_text(model_card(self.manifest, self.weights, repo_id=repo_id), encoding="utf-8")
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
-    # -- what diffusers asks of a pipeline -----------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """What another pipeline around the same model is built from."""
-        names = ("model", "objective", "latent", "class_names")
-        return {name: getattr(self, name) for name in names}
-
-    def to(
-        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
-    ) -> GSPNPipeline:
-        """Move to a device; raises ValueError for a dtype other than float32, in which sampling computes."""
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
-        if dtype not in (None, torch.float32):
-            raise ValueError(f"GSPNPipeline samples in float32; {dtype} is not supported")
-        if device is not None:
-            self.model.to(device)
-            self.latent.to(device)
-            if self.guide is not None:
-                self.guide.to(device)
-        return self
-
     def guide_with(self, checkpoint: str | Path, weights: str = "ema") -> GSPNPipeline:
         """Guide away from a weaker model (autoguidance, arXiv 2406.02507): smaller, or of an earlier step.
 
         Raises UserError if it cannot be loaded, or has other classes, latents or another objective.
         """
-        other = GSPNPipeline.from_checkpoint(checkpoint, weights, self.device)
+        other = GSPNPipeline.from_checkpoint(checkpoint, weights, self.device, dtype=self.dtype)
         for name, mine, theirs in (
             ("classes", self.class_names, other.class_names),
-            ("latents", _geometry(self.latent), _geometry(other.latent)),
+            ("latents", *((type(one).__name__, one.channels, one.factor) for one in (self.latent, other.latent))),
             ("objective", type(self.objective).__name__, type(other.objective).__name__),
         ):
             if mine != theirs:
@@ -237,7 +232,7 @@ class GSPNPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str],
-        num_inference_steps: int = 50,
+        num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         sampler: str | None = None,
@@ -249,56 +244,73 @@ class GSPNPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_channels: int | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> GSPNPipelineOutput:
-        """Generate one image per label.
+        """Generate one image per label, CHUNK at a time.
 
         Args:
             class_labels: ids or names; one of them will do for one image.
             num_inference_steps: steps of the sampler.
             guidance_scale: 1 is no guidance.
             guidance_interval: times t (1 noise, 0 data) at which guidance acts.
-            sampler: one of the objective's; None for its default.
+            sampler: one of the objective's; None for `scheduler`.
             seed: image i depends on (seed, first_index + i); None for 0, or what `generator` draws.
             first_index: index of the first image; a multiple of the chunk size continues a set bit by bit.
-            output_type: "pil", "np", or "latent" for latents [n, C, h, w] that `decode` turns into images.
+            output_type: "pil"; "np", uint8 [n, H, W, C]; "pt", float32 [n, C, H, W] in [0, 1]; or "latent" for latents
+                [n, C, h, w] that `decode` turns into images.
             on_chunk: called with the number of images done after each chunk.
             generator: draws the seed, so that one call after another gives other images.
-            height: of the images in pixels; None for what the model was trained on.
-            width: likewise.
+            height, width: of the images in pixels; None for what the model was trained on.
             guidance_channels: guide the first channels alone (3 in DiT's published figures); None for all.
+            return_dict: False for a tuple.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": [n, C, h, w]}) after each step of
+                each chunk; may return other latents in the same form.
+            callback_on_step_end_tensor_inputs: "latents" or nothing.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.
-            ValueError: guidance, steps or size out of range.
+            ValueError: guidance, steps or size out of range, or a scheduler that takes another prediction.
         """
         ids = self.class_ids([class_labels] if isinstance(class_labels, (int, str, Integral)) else class_labels)
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}, but must be at least 1")
-        sampler = self.objective.resolve_sampler(sampler, num_inference_steps)
-        if output_type not in ("pil", "np", "latent"):
-            raise ValueError(f"output_type is '{output_type}', but must be 'pil', 'np' or 'latent'")
-        guidance, shape = (
-            Guidance(guidance_scale, guidance_interval, guidance_channels),
+        _check_call(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        request = _Request(
             self._latent_shape(height, width),
+            Guidance(guidance_scale, guidance_interval, guidance_channels),
+            self._ready_scheduler(sampler, num_inference_steps),
+            choose_seed(seed, generator),
+            callback_on_step_end,
+            tuple(callback_on_step_end_tensor_inputs),
         )
-        seed = _choose_seed(seed, generator)
-        starts = range(0, len(ids), CHUNK)
-        calls = len(self.objective.make_scheduler(sampler, num_inference_steps).timesteps)
-        chunks: list[Any] = []
-        with self.progress_bar(total=len(starts) * calls) as bar:
+        starts, parts = range(0, len(ids), CHUNK), []
+        with self.progress_bar(total=len(starts) * len(request.scheduler.timesteps)) as bar:
             for start in starts:
                 chunk = ids[start : start + CHUNK]
-                latents = self._chunk(
-                    chunk, first_index + start, shape, num_inference_steps, guidance, sampler, seed, bar.update
-                )
-                whole = latents if output_type == "latent" else self.latent.decode(latents)
-                chunks.append(whole[: len(chunk)])
+                latents = self._draw(chunk, first_index + start, request, bar.update)
+                parts.append((latents if output_type == "latent" else self.latent.decode(latents))[: len(chunk)])
                 if on_chunk is not None:
                     on_chunk(start + len(chunk))
+        self.maybe_free_model_hooks()
+        output = GSPNPipelineOutput(self._output(parts, request.shape, output_type))
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+    def _output(self, parts: list[Any], shape: tuple[int, int, int], output_type: str) -> Any:
+        """Join the chunks' latents, or their uint8 images, in the form that was asked for."""
+        none = torch.zeros(0, *shape, device=self._execution_device)
         if output_type == "latent":
-            return GSPNPipelineOutput(torch.cat([self._no_latents(shape), *chunks]))
-        images = np.concatenate(chunks) if chunks else self.latent.decode(self._no_latents(shape))
-        return GSPNPipelineOutput(images if output_type == "np" else [to_pil(image) for image in images])
+            return torch.cat([none, *parts])
+        images = np.concatenate(parts) if parts else self.latent.decode(none)
+        if output_type == "pt":
+            return torch.from_numpy(images).to(self._execution_device).permute(0, 3, 1, 2).float() / 255
+        return images if output_type == "np" else [to_pil(image) for image in images]
+
+    def _ready_scheduler(self, sampler: str | None, steps: int) -> Any:
+        """Return the scheduler of a call, its timesteps set: the sampler's, or that of the component."""
+        own = _default_scheduler(self.objective)
+        if sampler is not None or (type(self.scheduler), self.scheduler.config) == (type(own), own.config):
+            return self.objective.make_scheduler(self.objective.resolve_sampler(sampler, steps), steps)
+        return prepare_scheduler(self.scheduler, self.objective, steps)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return channels, height and width of the latents of an image size in pixels."""
@@ -311,37 +323,34 @@ class GSPNPipeline(DiffusionPipeline):
             sides.append(pixels // latent.factor)
         return latent.channels, sides[0], sides[1]
 
-    def _chunk(
-        self,
-        ids: list[int],
-        first: int,
-        shape: tuple[int, int, int],
-        steps: int,
-        guidance: Guidance,
-        sampler: str,
-        seed: int,
-        on_step: Callable[[], Any],
-    ) -> Tensor:
+    def _draw(self, ids: list[int], first: int, request: _Request, advance: Callable[[], Any]) -> Tensor:
         """Generate the latents of CHUNK images from index `first` on; labels are padded with the last one."""
         labels, indices = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids))), range(first, first + CHUNK)
-        noise = draw_noise(seed, indices, shape)
-        return sample_latents(
-            self.model,
-            self.objective,
-            noise.to(self.device),
-            labels.to(self.device),
-            self.model.null_label,
-            steps,
-            guidance,
-            sampler,
-            on_step,
-            seed,
-            indices,
-            self.guide,
-        )
+        device = self._execution_device
 
-    def _no_latents(self, shape: tuple[int, int, int]) -> Tensor:
-        return torch.zeros(0, *shape, device=self.device)
+        def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            if request.callback is None:
+                return latents
+            tensors = {name: latents[: len(ids)] for name in request.callback_tensors}
+            answer = request.callback(self, step, timestep, tensors) or {}
+            return torch.cat([answer.get("latents", latents[: len(ids)]).to(latents), latents[len(ids) :]])
+
+        return sample_latents(
+            self.model.in_float32,
+            self.objective,
+            draw_noise(request.seed, indices, request.shape).to(device),
+            labels.to(device),
+            self.model.null_label,
+            len(request.scheduler.timesteps),
+            request.guidance,
+            None,
+            advance,
+            request.seed,
+            indices,
+            None if self.guide is None else self.guide.in_float32,
+            copy.deepcopy(request.scheduler),  # which remembers its steps
+            on_step_end,
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -360,62 +369,34 @@ class GSPNPipeline(DiffusionPipeline):
         return np.concatenate(chunks)
 
 
-def _geometry(latent: Latent) -> tuple[str, int, int]:
-    return type(latent).__name__, latent.channels, latent.factor
+StepCallback = Callable[[GSPNPipeline, int, Tensor, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
-def resolve_class(label: int | str, class_names: Sequence[str]) -> int:
-    """Return the id of a class given as id, as digits, or by name; raises UserError for an unknown one.
+@dataclass(frozen=True)
+class _Request:
+    """What all chunks of a call share."""
 
-    A name beats a number: among classes named "10", "20", … the label "10" is that name's class. Of a name with
-    synonyms, such as "tench, Tinca tinca", one of them will do if no other class has it.
-    """
-    if isinstance(label, str) and label in class_names:
-        return list(class_names).index(label)
-    last = len(class_names) - 1
-    if isinstance(label, str) and not label.removeprefix("-").isdecimal():
-        owners = [number for number, name in enumerate(class_names) if label in name.split(", ")]
-        if len(owners) == 1:
-            return owners[0]
-        if owners:
-            raise UserError(f"class '{label}' is ambiguous: {', '.join(map(str, owners))} have that name; give the id")
-        names = ", ".join(class_names[:20]) + (", …" if last >= 20 else "")
-        raise UserError(f"unknown class '{label}'{nearest(label, class_names)}; classes are 0-{last}: {names}")
-    if not isinstance(label, (Integral, str)):
-        raise UserError(f"class {label!r} is neither an id nor a name; the model has classes 0-{last}")
-    if not 0 <= int(label) <= last:
-        raise UserError(f"class {label} is out of range; the model has classes 0-{last}")
-    return int(label)
+    shape: tuple[int, int, int]
+    guidance: Guidance
+    scheduler: Any
+    seed: int
+    callback: StepCallback | None
+    callback_tensors: tuple[str, ...]
 
 
-def _choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if generator is None:
-        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
-            raise ValueError(f"seed is {seed!r}, but must be a whole number in [0, 2^63)")
-        return int(seed or 0)
-    if seed is not None:
-        raise ValueError("seed and generator exclude each other; give one of them")
-    if not isinstance(generator, torch.Generator):
-        raise ValueError(
-            f"generator is a {type(generator).__name__}, but must be one torch.Generator, which draws the seed of all "
-            "images: image i depends on (seed, i) alone"
-        )
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+def _check_call(steps: int, output_type: str, callback_tensors: Sequence[str]) -> None:
+    if steps < 1:
+        raise ValueError(f"num_inference_steps is {steps}, but must be at least 1")
+    if output_type not in OUTPUT_TYPES:
+        *others, last = map(repr, OUTPUT_TYPES)
+        raise ValueError(f"output_type is '{output_type}', but must be {', '.join(others)} or {last}")
+    if not {*callback_tensors} <= {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs is {[*callback_tensors]}, but can hold 'latents' alone")
+
+
+def _default_scheduler(objective: Objective) -> Any:
+    return objective.make_scheduler(objective.samplers[0], DEFAULT_STEPS)
 
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _load_weights(model: torch.nn.Module, directory: Path, weights: str) -> None:
-    tensors, expected = load_tensors(directory, weights), model.state_dict()
-    for name in sorted({*tensors, *expected}):
-        if name not in tensors or name not in expected:
-            where = "is not in" if name not in tensors else "is only in"
-            raise UserError(f"{directory} belongs to another model: tensor '{name}' {where} its {weights}.safetensors")
-        if tensors[name].shape != expected[name].shape:
-            raise UserError(
-                f"{directory} belongs to another model: '{name}' has shape {list(tensors[name].shape)}, "
-                f"its config.json asks for {list(expected[name].shape)}"
-            )
-    model.load_state_dict(tensors)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gspn_dit.class_names import resolve_class
 from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory
 from gspn_dit.files import cannot_hold, is_npz
 from gspn_dit.paths import path_argument
@@ -63,8 +64,6 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     """Turn "0-9", "3,7,cat" or "all" into class ids in the order given; raises UserError for an unknown class."""
-    from gspn_dit.pipeline import resolve_class
-
     if text == "all":
         return list(range(len(class_names)))
     if text in class_names:  # a name may hold commas
@@ -81,8 +80,6 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
 
 def _class_range(low: int, high: int, class_names: Sequence[str]) -> list[int]:
     """Return the ids low … high; raises UserError where classes are named by such numbers, and have other ids."""
-    from gspn_dit.pipeline import resolve_class
-
     if low > high:
         raise UserError(f"the range of classes {low}-{high} is empty; give it as {high}-{low}")
     named = [(int(name), own) for own, name in enumerate(class_names) if name.isdecimal() and low <= int(name) <= high]

@@ -279,7 +279,7 @@ def test_latents_decode_to_the_same_images(pipeline: GSPNPipeline) -> None:
 
 
 def test_an_unknown_output_type(pipeline: GSPNPipeline) -> None:
-    with pytest.raises(ValueError, match="output_type is 'jpeg', but must be 'pil', 'np' or 'latent'"):
+    with pytest.raises(ValueError, match="output_type is 'jpeg', but must be 'pil', 'np', 'pt' or 'latent'"):
         draw(pipeline, [0], output_type="jpeg")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,10 @@ class Latent(ABC):
     def to(self, device: torch.device | str) -> Latent:
         """Move what the latent computes with to a device."""
         return self
+
+    def with_vae(self, vae: Any) -> Latent:
+        """Return a copy that decodes with another autoencoder; raises ValueError where there is none to replace."""
+        raise ValueError("latents that are pixels have no autoencoder to replace")
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write into a directory what decoding needs beside the spec; return the spec, its paths relative to it."""
@@ -122,7 +127,7 @@ class KLLatent(Latent):
     @torch.no_grad()
     def moments(self, images: np.ndarray, batch_size: int = VAE_BATCH) -> Tensor:
         """Return mean and log-variance of the posteriors of uint8 images, float32 [B, 2 · channels, size, size]."""
-        pixels = to_signed(images).to(self.vae.device)
+        pixels = to_signed(images).to(self.vae.device, self.vae.dtype)
         parts = [self.vae.encode(part).latent_dist for part in pixels.split(batch_size)]
         return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts]).float().cpu()
 
@@ -138,8 +143,11 @@ class KLLatent(Latent):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         self.to(latents.device)
+        if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae.float()  # its activations overflow in float16
         drawn = latents.float() / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
-        return np.concatenate([to_uint8(self.vae.decode(part).sample) for part in drawn.split(VAE_BATCH)])
+        parts = drawn.to(self.vae.dtype).split(VAE_BATCH)
+        return np.concatenate([to_uint8(self.vae.decode(part).sample.float()) for part in parts])
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -155,7 +163,12 @@ class KLLatent(Latent):
     def save(self, directory: Path) -> dict[str, Any]:
         self.vae.register_to_config(_name_or_path=SAVED_VAE)  # not the place it was loaded from
         self.vae.save_pretrained(directory / SAVED_VAE, safe_serialization=True)
-        return {**self.spec(), "vae": SAVED_VAE}
+        return {**self.spec(), "vae": SAVED_VAE, "vae_hash": vae_hash(self.vae)}  # of what is saved, in its dtype
+
+    def with_vae(self, vae: Any) -> Latent:
+        other = copy.copy(self)
+        other.vae, other.hash = vae, vae_hash(vae)
+        return other
 
     def to(self, device: torch.device | str) -> KLLatent:
         self.vae.to(device)  # type: ignore[arg-type]

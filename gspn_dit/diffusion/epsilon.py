@@ -65,6 +65,7 @@ class EpsilonObjective(Objective):
     at random estimates the sum divided by 1000, so here it enters with weight 1.
     """
 
+    prediction_type = "epsilon"
     samplers = ("ddpm", "ddim", "dpm++", "unipc")
     stochastic_samplers = ("ddpm",)
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.errors import UserError
 
+Model = Callable[..., Tensor]
+"""`model(latents [B, C, H, W], timesteps [B], class_labels [B]) -> [B, out_channels, H, W]`."""
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """`denoise(latents [B, C, H, W], timesteps [B]) -> [B, out_channels, H, W]`: a model that knows its conditioning."""
 
@@ -19,6 +22,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 class Objective(ABC):
     """A loss with its time distribution, and the schedulers that sample from a model trained with it."""
 
+    prediction_type: str
+    """What diffusers' schedulers call what the model predicts."""
     samplers: tuple[str, ...]
     """Names of the samplers that `make_scheduler` takes, the default first."""
     stochastic_samplers: tuple[str, ...] = ()

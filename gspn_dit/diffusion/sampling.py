@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from gspn_dit import rng
 from gspn_dit.diffusion.guidance import Guidance
-from gspn_dit.diffusion.objective import Objective
+from gspn_dit.diffusion.objective import Model, Objective
+from gspn_dit.diffusion.schedulers import LEARNED, step_noise_options
 
-Model = Callable[..., Tensor]
-"""`model(latents [B, C, H, W], timesteps [B], class_labels [B]) -> [B, out_channels, H, W]`."""
+OnStepEnd = Callable[[int, Tensor, Tensor], Tensor]
+"""`on_step_end(step, timestep, latents) -> latents`, the step counted from 0."""
 
 SAMPLERS = ("euler", "heun", "ddpm", "ddim", "dpm++", "unipc")
 """The samplers of all objectives: the first two of velocity, the others of epsilon."""
@@ -23,6 +25,22 @@ CHUNK = 64
 
 STEP_NOISE = "Philox, counted by image and step"
 """How stochastic samplers draw, for what is kept beside images: sets whose noise was drawn otherwise do not mix."""
+
+
+def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    """Return the seed that a call means: its own, what its generator draws, or 0; raises ValueError for both."""
+    if generator is None:
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+            raise ValueError(f"seed is {seed!r}, but must be a whole number in [0, 2^63)")
+        return int(seed or 0)
+    if seed is not None:
+        raise ValueError("seed and generator exclude each other; give one of them")
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator is a {type(generator).__name__}, but must be one torch.Generator, which draws the seed of all "
+            "images: image i depends on (seed, i) alone"
+        )
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
 def draw_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -48,10 +66,12 @@ def sample_latents(
     num_inference_steps: int,
     guidance: Guidance | None = None,
     sampler: str | None = None,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], object] | None = None,
     seed: int | None = None,
     indices: Sequence[int] | None = None,
     guide: Model | None = None,
+    scheduler: Any = None,
+    on_step_end: OnStepEnd | None = None,
 ) -> Tensor:
     """Integrate from noise to latents.
 
@@ -68,6 +88,8 @@ def sample_latents(
         seed, indices: what the noise of the steps of a stochastic sampler is a function of; indices are the B images'.
         guide: a weaker model of the same latents and classes to guide away from (autoguidance, arXiv 2406.02507); None
             guides away from the model's own prediction without a class.
+        scheduler: one whose timesteps are set, in place of the sampler's own.
+        on_step_end: returns the latents to go on with after a step.
 
     Returns:
         Latents [B, C, H, W].
@@ -79,25 +101,34 @@ def sample_latents(
     guidance = guidance or Guidance()
     if guidance.channels is not None and guidance.channels > noise.shape[1]:
         raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {noise.shape[1]}")
-    sampler = objective.resolve_sampler(sampler, num_inference_steps)
-    scheduler = objective.make_scheduler(sampler, num_inference_steps)
-    stochastic = sampler in objective.stochastic_samplers
-    if stochastic and (seed is None or indices is None):
-        raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
+
+    def draw(step: int) -> Tensor:
+        assert seed is not None and indices is not None
+        return draw_step_noise(seed, indices, noise.shape[1:], step).to(noise)
+
+    if scheduler is None:
+        sampler = objective.resolve_sampler(sampler, num_inference_steps)
+        scheduler, stochastic = objective.make_scheduler(sampler, num_inference_steps), objective.stochastic_samplers
+        if sampler in stochastic and (seed is None or indices is None):
+            raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
+        random = (lambda step: {"noise": draw(step)}) if sampler in stochastic else (lambda step: {})
+    elif seed is None or indices is None:
+        raise ValueError("a scheduler may draw noise at every step; give seed and indices")
+    else:
+        random = step_noise_options(scheduler, seed, indices, draw)
     predict = _prediction(model, objective, class_labels, null_label, guidance, guide)
-    latents = noise
+    latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for step, timestep in enumerate(scheduler.timesteps):
         guided = guidance.acts(float(timestep) / scheduler.config.num_train_timesteps)
-        prediction, variance = predict(latents, timestep.to(noise).expand(len(noise)), guided)
-        if variance is not None and scheduler.config.get("variance_type") == "learned_range":
+        scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+        prediction, variance = predict(scaled, timestep.to(noise).expand(len(noise)), guided)
+        if variance is not None and scheduler.config.get("variance_type") in LEARNED:
             prediction = torch.cat([prediction, variance], dim=1)
-        options: dict[str, Any] = {}
-        if stochastic:
-            assert seed is not None and indices is not None
-            options["noise"] = draw_step_noise(seed, indices, noise.shape[1:], step).to(noise)
-        latents = scheduler.step(prediction.to(noise), timestep, latents, return_dict=False, **options)[0]
+        latents = scheduler.step(prediction.to(noise), timestep, latents, return_dict=False, **random(step))[0]
         if on_step is not None:
             on_step()
+        if on_step_end is not None:
+            latents = on_step_end(step, timestep, latents)
     return latents
 
 

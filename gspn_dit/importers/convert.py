@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 
     from gspn_dit.importers.layouts import Shape
 
-FORMAT_VERSION = 1
-"""Of `gspn_dit.checkpoint`, which models may not import; a test compares the two."""
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 PIXELS = "identity"
 
@@ -79,6 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def convert(options: argparse.Namespace) -> Path:
     """Read, convert and write what the options ask for; raises UserError, and then leaves nothing written."""
+    from gspn_dit.checkpoint import begin_checkpoint, finish_checkpoint
     from gspn_dit.importers.layouts import convert_weights
 
     out = Path(options.out)
@@ -98,7 +94,7 @@ def convert(options: argparse.Namespace) -> Path:
         ).to_dict(),
         "converted": {"from": options.layout, "weights": str(options.weights)},
     }
-    write_checkpoint(out, tensors, manifest)
+    finish_checkpoint(begin_checkpoint(out), out, 0, {"ema": tensors, "model": tensors}, manifest)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{out}: {arguments['name']} of {parameters:,} parameters, {shape.num_classes} classes")
     return out
@@ -306,37 +302,6 @@ def _check_shapes(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
                 f"the weights do not fit a {arguments['name']}: {name} has shape {list(tensor.shape)}, "
                 f"but must have {list(expected[name].shape)}"
             )
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(out: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint's weights, as average and as model, and its manifest; complete or absent."""
-    from safetensors.torch import save
-
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        facts = {"bytes": len(content), "crc32": zlib.crc32(content)}
-        files = {f"{stem}.safetensors": facts for stem in ("ema", "model")}
-        complete = {"format_version": FORMAT_VERSION, "step": 0, **manifest, "files": files}
-        for name in files:
-            _write_durably(partial / name, content)
-        _write_durably(partial / "config.json", json.dumps(complete, indent=2, allow_nan=False).encode())
-        os.replace(partial, out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {out}: {error}") from None
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def main() -> None:

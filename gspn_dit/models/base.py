@@ -63,6 +63,16 @@ class DiffusionModel(nn.Module, ABC):
         self._initialise()
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.patch_embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.patch_embed.weight.dtype
+
+    @property
     def null_label(self) -> int:
         """The class id that means "no class"."""
         return self.num_classes
@@ -85,6 +95,13 @@ class DiffusionModel(nn.Module, ABC):
         tokens = self.patch_embed(patchify(latents, self.patch_size))  # [B, h, w, C]
         tokens = self.transform(tokens, conditioning, self._branch_scales(keep_mask))
         return unpatchify(self.output(tokens, conditioning), self.patch_size)
+
+    def in_float32(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+        """Predict float32 from float32, whatever the dtype of the weights; float16 and bfloat16 run under autocast."""
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return self(latents.to(self.dtype), timesteps.to(self.dtype), class_labels).float()
+        with torch.autocast(latents.device.type, self.dtype):
+            return self(latents, timesteps, class_labels).float()
 
     @abstractmethod
     def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:

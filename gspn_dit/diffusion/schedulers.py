@@ -1,0 +1,72 @@
+"""A diffusers scheduler of the user's choice in place of an objective's own samplers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspn_dit.diffusion.objective import Objective
+
+LEARNED = ("learned", "learned_range")
+
+
+def prepare_scheduler(scheduler: Any, objective: Objective, num_inference_steps: int) -> Any:
+    """Return a copy of a scheduler, its timesteps set, that fits an objective's model.
+
+    Flow-matching schedulers get the times 1, 1 - 1/steps, …, 1/steps, which they shift as their config says. A
+    variance is kept for DDPM alone: every other scheduler would take it for more channels, or cut it off at the third.
+
+    Raises ValueError for a scheduler of another kind of prediction.
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    name, predicts = type(scheduler).__name__, prediction_type(scheduler)
+    if predicts != objective.prediction_type:
+        raise ValueError(
+            f"scheduler {name} takes a prediction of type '{predicts}', but the model predicts "
+            f"'{objective.prediction_type}'"
+        )
+    scheduler = copy.deepcopy(scheduler)
+    if scheduler.config.get("variance_type") in LEARNED and not isinstance(scheduler, DDPMScheduler):
+        scheduler.register_to_config(variance_type=None)
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if takes_sigmas and predicts == "flow_prediction":
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist())
+    else:
+        scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+def prediction_type(scheduler: Any) -> str:
+    """Return what a scheduler takes: "flow_prediction", or the `prediction_type` of its config."""
+    config = scheduler.config
+    if config.get("use_flow_sigmas") or type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow_prediction"
+    return config.get("prediction_type", "epsilon")
+
+
+def step_noise_options(
+    scheduler: Any, seed: int, indices: Sequence[int], draw: Callable[[int], Tensor]
+) -> Callable[[int], dict[str, Any]]:
+    """Return what gives a scheduler's step its random numbers, by the number of the step.
+
+    They are what `draw` returns where a scheduler takes them. Others draw them from a generator: each image's own, so
+    that image i depends on (seed, i) alone there, too.
+    """
+    parameters = inspect.signature(scheduler.step).parameters
+    if "noise" in parameters:
+        return lambda step: {"noise": draw(step)}
+    if "variance_noise" in parameters:  # of DDIM, deterministic as it is called here, and of the DPM-Solvers
+        stochastic = str(scheduler.config.get("algorithm_type")).startswith("sde")
+        return lambda step: {"variance_noise": draw(step)} if stochastic else {}
+    if "generator" not in parameters:
+        return lambda step: {}
+    words = [np.random.SeedSequence((seed, index)).generate_state(2) for index in indices]
+    generators = [torch.Generator().manual_seed(int(high) << 32 | int(low)) for high, low in words]
+    return lambda step: {"generator": generators}
