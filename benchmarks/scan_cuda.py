@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import scan
+from benchmarks import scan_cases
 from benchmarks.measure import CpuDevice, Timing
 from gspn_dit.errors import UserError
 from gspn_dit.ops import DIRECTIONS, gspn_scan
@@ -78,16 +78,16 @@ class CudaDevice(CpuDevice):
         }
 
 
-def graph_times(benchmark: scan.Benchmark, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+def graph_times(benchmark: scan_cases.Benchmark, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     """Time forward, and forward with backward, replayed from a CUDA graph: the kernels without their launches."""
-    inputs = scan.make_inputs(shape, 4, shape[3], dtype, benchmark.device.name)
+    inputs = scan_cases.make_inputs(shape, 4, shape[3], dtype, benchmark.device.name)
     grad_y = torch.randn_like(inputs[0])
 
     def forward() -> object:
         return gspn_scan(*inputs, backend=benchmark.backend)
 
     def both() -> object:
-        return scan.forward_backward(inputs, DIRECTIONS, benchmark.backend, grad_y)
+        return scan_cases.forward_backward(inputs, DIRECTIONS, benchmark.backend, grad_y)
 
     replays: dict[str, Callable[[], object]] = {}
     for name, run in (("forward", forward), ("forward_backward", both)):
@@ -100,8 +100,8 @@ def graph_times(benchmark: scan.Benchmark, shape: Sequence[int], dtype: torch.dt
             run()
         replays[name] = graph.replay
     times = benchmark.device.time_together({"copy": benchmark.copy, **replays}, benchmark.repeats)
-    moved = {"forward": scan.scan_bytes(shape, 4, shape[3], dtype, False)}
-    moved["forward_backward"] = moved["forward"] + scan.scan_bytes(shape, 4, shape[3], dtype, True)
+    moved = {"forward": scan_cases.scan_bytes(shape, 4, shape[3], dtype, False)}
+    moved["forward_backward"] = moved["forward"] + scan_cases.scan_bytes(shape, 4, shape[3], dtype, True)
     copied_per_second = benchmark.copy_bytes / times["copy"].best
     shares = {
         name: {**times[name].as_json(), "share_of_copy": round(moved[name] / times[name].best / copied_per_second, 3)}
@@ -115,12 +115,12 @@ def run(quick: bool, repeats: int) -> dict[str, Any]:
     reason = problem()
     if reason is not None:
         raise UserError(f"the scan cannot be timed on a GPU: {reason}")
-    shapes = scan.QUICK_SHAPES if quick else SHAPES
-    scan.DEVICES["cuda"] = CudaDevice
-    report = scan.run("cuda", quick, repeats, shapes)
-    benchmark = scan.Benchmark(CudaDevice(), repeats, quick)
+    shapes = scan_cases.QUICK_SHAPES if quick else SHAPES
+    scan_cases.DEVICES["cuda"] = CudaDevice
+    report = scan_cases.run("cuda", quick, repeats, shapes)
+    benchmark = scan_cases.Benchmark(CudaDevice(), repeats, quick)
     report["graphs"] = []
     for shape in shapes if quick else (*shapes, *LARGE_SHAPES):
         report["graphs"].append(graph_times(benchmark, shape, torch.bfloat16))
-        scan.say(f"{report['graphs'][-1]}")
+        scan_cases.say(f"{report['graphs'][-1]}")
     return report

@@ -1,4 +1,4 @@
-"""Moving averages of the weights: the exponential one, and power-function profiles that can be recombined afterwards.
+"""Post-hoc EMA: snapshots of power-function averages, and the average of another length that they add up to.
 
     python -m gspn_dit.training.ema --sigma-rel 0.1 RUN
 
@@ -7,91 +7,78 @@ writes the weights that an average of this relative length would have had (arXiv
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Model = TypeVar("Model", bound=nn.Module)
+from gspn_dit.checkpoint import (
+    begin_checkpoint,
+    find_checkpoints,
+    finish_checkpoint,
+    load_tensors,
+    read_manifest,
+)
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.files import write_atomically
+from gspn_dit.paths import path_argument
+from gspn_dit.training.averages import ema_file_stem, power_exponent
 
+FORMAT_VERSION = 1
+FOLDER = "ema_snapshots"
 MAX_SIGMA_REL = 0.28
 """Relative lengths stay below 12^-1/2, that of the plain mean of all steps."""
+MAX_PROFILE_ERROR = 0.1
+"""Relative error of a profile above which no weights are written: the snapshots are too few, or too short."""
 
 
-def _local_weights(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return what this process holds of each parameter, without gradient; views, so they can be written."""
-    detached = (parameter.detach() for parameter in parameters)
-    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in detached]
+@dataclass(frozen=True)
+class Snapshot:
+    """A power-function average on disk."""
+
+    path: Path
+    step: int
+    sigma_rel: float
 
 
-class EMA(Generic[Model]):
-    """Keeps a copy of a model whose weights follow it: ema += (1 - d) · (weights - ema).
+def save_snapshot(run_directory: Path, step: int, sigma_rel: float, tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Write an average of a step; `dtype` is "float16" or "float32"."""
+    from safetensors.torch import save
 
-    The decay d is min(decay, (1 + updates) / (10 + updates)), so that an average of a short run forgets its start.
-    """
-
-    def __init__(self, model: Model, decay: float) -> None:
-        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
-        """Optimiser steps seen, skipped ones included."""
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, took_step: Tensor) -> None:
-        """Follow `model`; `took_step` is a 0-d float tensor, 0 where the optimiser step was skipped."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        averages, weights = (_local_weights(module.parameters()) for module in (self.model, model))
-        difference = list(torch._foreach_sub(weights, averages))
-        torch._foreach_mul_(difference, (1 - decay) * took_step)
-        torch._foreach_add_(averages, difference)
+    stored = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
+    facts = {"format_version": FORMAT_VERSION, "step": step, "sigma_rel": sigma_rel}
+    path = run_directory / FOLDER / f"step-{step:08d}-{ema_file_stem(sigma_rel)}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(stored, metadata={"snapshot": json.dumps(facts)}))
+    except OSError as error:
+        raise UserError(f"cannot save {path}: {error}") from error
 
 
-class PowerEMA:
-    """An average whose profile is a power of time: weights of step τ count as τ^γ (arXiv 2312.02696, section 3.1).
+def find_snapshots(run_directory: Path) -> list[Snapshot]:
+    """Return the snapshots of a run by step; raises UserError for one that cannot be read."""
+    from safetensors import SafetensorError, safe_open
 
-    After update t: ema ← β·ema + (1-β)·weights with β = (1 - 1/t)^(γ+1). The first update replaces the start.
-    A skipped step counts with the weights it left as they were.
-
-    Args:
-        named_parameters: what to follow; its names are those of `tensors`.
-        sigma_rel: standard deviation of the profile, relative to the length of the run.
-    """
-
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], sigma_rel: float) -> None:
-        self.sigma_rel = sigma_rel
-        self.exponent = power_exponent(sigma_rel)
-        self.tensors: dict[str, Tensor] = {name: value.detach().clone() for name, value in named_parameters}
-        """The average, sharded as the weights are."""
-
-    @property
-    def name(self) -> str:
-        """Stem of its file: "ema-0.050"."""
-        return ema_file_stem(self.sigma_rel)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Follow `model`; `updates` counts this update, so it is 1 at the first."""
-        weight = 1 - (1 - 1 / updates) ** (self.exponent + 1)
-        torch._foreach_lerp_(_local_weights(self.tensors.values()), _local_weights(model.parameters()), weight)
+    found = []
+    for path in sorted((run_directory / FOLDER).glob("step-*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["snapshot"])
+            found.append(Snapshot(path, int(facts["step"]), float(facts["sigma_rel"])))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not a snapshot of an average: {error}; delete it") from None
+    return found
 
 
-def ema_file_stem(sigma_rel: float) -> str:
-    """Return the name of the file of an average of this relative length, without suffix."""
-    return f"ema-{sigma_rel:.3f}"
-
-
-def power_exponent(sigma_rel: float) -> float:
-    """Return the exponent γ of the profile with this relative standard deviation (arXiv 2312.02696, appendix C).
-
-    σ_rel = (γ+1)^½ (γ+2)^-1 (γ+3)^-½, which is the largest real root of a cubic in γ.
-    """
-    inverse_square = sigma_rel**-2
-    roots = np.roots([1, 7, 16 - inverse_square, 12 - inverse_square])
-    return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
+def remove_snapshots_after(run_directory: Path, step: int) -> None:
+    """Delete the snapshots that a resumed run will write again."""
+    for snapshot in find_snapshots(run_directory):
+        if snapshot.step > step:
+            snapshot.path.unlink()
 
 
 def profile_products(times: Sequence[float], exponents: Sequence[float], time: float, exponent: float) -> np.ndarray:
@@ -139,8 +126,80 @@ def combine(snapshots: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-if __name__ == "__main__":
-    from gspn_dit.errors import run_cli
-    from gspn_dit.training.post_hoc_ema import main
+def reconstruct(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tuple[dict[str, Tensor], float]:
+    """Return the average of relative length `sigma_rel` at a step, and the relative error of its profile.
 
+    Snapshots after `step` do not count. The least squares are those of arXiv 2312.02696, appendix C.
+    """
+    from safetensors.torch import load_file
+
+    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    exponents = [power_exponent(snapshot.sigma_rel) for snapshot in used]
+    weights, error = reconstruction_weights([s.step for s in used], exponents, step, power_exponent(sigma_rel))
+
+    def weighted() -> Iterator[tuple[float, Mapping[str, Tensor]]]:
+        for snapshot, weight in zip(used, weights, strict=True):
+            yield float(weight), load_file(snapshot.path)
+
+    return combine(weighted()), error
+
+
+def write_reconstruction(
+    run_directory: Path, sigma_rel: float, step: int | None, out: Path | None
+) -> tuple[Path, float]:
+    """Write a checkpoint whose EMA weights are the reconstructed ones; return where, and the profile's error.
+
+    Raises UserError if the run has no snapshots for it, or `out` exists.
+    """
+    if not run_directory.is_dir():
+        raise UserError(f"run directory {run_directory} does not exist")
+    if not 0 < sigma_rel <= MAX_SIGMA_REL:
+        raise UserError(f"--sigma-rel is {sigma_rel}, but must lie in (0, {MAX_SIGMA_REL}]")
+    snapshots, checkpoints = find_snapshots(run_directory), find_checkpoints(run_directory)
+    if not snapshots or not checkpoints:
+        missing = "checkpoints" if snapshots else "snapshots"
+        raise UserError(f"{run_directory} has no {missing} of averages; train with training.ema_sigma_rel: [0.05, 0.1]")
+    newest = max(snapshot.step for snapshot in snapshots)
+    step = newest if step is None else step
+    if not min(snapshot.step for snapshot in snapshots) <= step <= newest:
+        steps = sorted({snapshot.step for snapshot in snapshots})
+        raise UserError(f"--step is {step}, but the snapshots are of steps {steps[0]} to {newest}")
+    out = out or run_directory / "ema" / f"{ema_file_stem(sigma_rel)}-step-{step:08d}"
+    if out.exists():
+        raise UserError(f"{out} exists; delete it, or give another --out")
+    tensors, error = reconstruct(snapshots, sigma_rel, step)
+    if error > MAX_PROFILE_ERROR:
+        raise UserError(
+            f"no sum of the snapshots of {run_directory} up to step {step} comes near --sigma-rel {sigma_rel} "
+            f"(profile error {error:.0%}); choose a length nearer to "
+            f"{', '.join(f'{x:g}' for x in sorted({s.sigma_rel for s in snapshots}))}, or a step of a snapshot"
+        )
+    checkpoint = checkpoints[max(checkpoints)]
+    manifest = read_manifest(checkpoint)
+    manifest["ema"] = {"sigma_rel": sigma_rel, "updates": step, "post_hoc": True, "profile_error": error}
+    other = {name: tensor for name, tensor in load_tensors(checkpoint, "ema").items() if name not in tensors}
+    described = {key: value for key, value in manifest.items() if key not in ("format_version", "step", "files")}
+    finish_checkpoint(begin_checkpoint(out), out, step, {"ema": {**tensors, **other}}, described)
+    return out, error
+
+
+def main() -> None:
+    """Parse the command line of `python -m gspn_dit.training.ema`, reconstruct and write."""
+    parser = ArgumentParser(
+        prog="python -m gspn_dit.training.ema",
+        description="Make the average of another length from the snapshots of a run (training.ema_sigma_rel).",
+    )
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="run directory")
+    parser.add_argument("--sigma-rel", type=float, required=True, help="relative length, such as 0.1")
+    parser.add_argument("--step", type=int, help="step of the average (default: of the newest snapshot)")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="default: RUN/ema/ema-<sigma_rel>-step-<step>")
+    options = parser.parse_args()
+    out, error = write_reconstruction(
+        Path(options.run), options.sigma_rel, options.step, Path(options.out) if options.out else None
+    )
+    print(f"average of relative length {options.sigma_rel:g}, profile error {error:.2%}: {out}")
+    print(f"use it as a checkpoint: sample.py --checkpoint {out}")
+
+
+if __name__ == "__main__":
     run_cli(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import scan
+from benchmarks import scan_cases
 from benchmarks.measure import FEWEST_ROUNDS, CpuDevice, Timing
 from gspn_dit.ops import DIRECTIONS
 from gspn_dit.ops.cpu import binding as cpu
@@ -14,21 +14,24 @@ from gspn_dit.ops.cpu import binding as cpu
 def test_fewest_bytes() -> None:
     shape = (2, 3, 4, 8)
     elements = 2 * 3 * 4 * 8
-    assert scan.scan_bytes(shape, 4, 8, torch.float32, backward=False) == 22 * 4 * elements
-    assert scan.scan_bytes(shape, 4, 8, torch.float32, backward=True) == 43 * 4 * elements
-    assert scan.scan_bytes(shape, 2, 1, torch.bfloat16, backward=False) == int((2 + 2 * (3 / 8 + 2)) * 2 * elements)
+    assert scan_cases.scan_bytes(shape, 4, 8, torch.float32, backward=False) == 22 * 4 * elements
+    assert scan_cases.scan_bytes(shape, 4, 8, torch.float32, backward=True) == 43 * 4 * elements
+    elements_moved = 2 + 2 * (3 / 8 + 2)
+    assert scan_cases.scan_bytes(shape, 2, 1, torch.bfloat16, backward=False) == int(elements_moved * 2 * elements)
+        (2 + 2 * (3 / 8 + 2)) * 2 * elements
+    )
 
 
 def test_no_figure_while_the_kernels_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scan.correctness_error("cpu", "cpu") is None
+    assert scan_cases.correctness_error("cpu", "cpu") is None
     right = cpu.scan_forward
     monkeypatch.setattr(cpu, "scan_forward", lambda *arguments: right(*arguments) * 1.001)
     with pytest.raises(SystemExit, match="kernels are wrong"):
-        scan.run("cpu", quick=True, repeats=1)
+        scan_cases.run("cpu", quick=True, repeats=1)
 
 
 def test_report_of_a_tiny_shape() -> None:
-    benchmark = scan.Benchmark(CpuDevice(), repeats=2, quick=True)
+    benchmark = scan_cases.Benchmark(CpuDevice(), repeats=2, quick=True)
     row = benchmark.shape((1, 4, 4, 16), DIRECTIONS, torch.float32)
     assert row["forward"]["share_of_copy"] > 0
     assert row["backward"]["median_ms"] >= row["backward"]["best_ms"] > 0
@@ -49,18 +52,18 @@ def test_rounds_end_with_the_time() -> None:
 
 
 def test_memory_beyond_the_results() -> None:
-    report = scan.memory_report(120, 200, 100)
+    report = scan_cases.memory_report(120, 200, 100)
     assert report == {"returned_bytes": 100, "memory_ratio": 0.2, "memory_ratio_with_results": 0.6}
-    assert scan.memory_report(None, 200, 100)["memory_ratio"] is None
-    assert scan.memory_report(90, 100, 100)["memory_ratio"] is None
+    assert scan_cases.memory_report(None, 200, 100)["memory_ratio"] is None
+    assert scan_cases.memory_report(90, 100, 100)["memory_ratio"] is None
 
 
 @pytest.mark.slow
 def test_peak_of_a_fresh_process_holds_the_results() -> None:
     shape = (1, 64, 64, 128)
-    peak = scan.peak_in_own_process("cpu", shape)
+    peak = scan_cases.peak_in_own_process("cpu", shape)
     assert peak is not None
-    assert scan.returned_bytes(shape) * 0.95 < peak < scan.returned_bytes(shape) * 1.5
+    assert scan_cases.returned_bytes(shape) * 0.95 < peak < scan_cases.returned_bytes(shape) * 1.5
 
 
 def test_timing() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import scan, scan_cuda
+from benchmarks import scan_cases, scan_cuda
 from gspn_dit.errors import UserError
 
 
@@ -65,11 +65,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(scan_cuda, "problem", lambda: None)
     monkeypatch.setattr(scan_cuda, "describe", lambda: "kernels")
     monkeypatch.setattr(scan_cuda.CudaDevice, "name", "cpu")
-    monkeypatch.setattr(scan, "QUICK_SHAPES", ((1, 4, 4, 64),))
-    monkeypatch.setattr(scan, "COPY_ELEMENTS", 1 << 16)
-    monkeypatch.setattr(scan, "SCALING_TOKENS", 1 << 12)
-    monkeypatch.setattr(scan, "correctness_error", lambda device, backend: None)  # tested in test_scan.py
-    monkeypatch.setitem(scan.DEVICES, "cuda", scan_cuda.CudaDevice)
+    monkeypatch.setattr(scan_cases, "QUICK_SHAPES", ((1, 4, 4, 64),))
+    monkeypatch.setattr(scan_cases, "COPY_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(scan_cases, "SCALING_TOKENS", 1 << 12)
+    monkeypatch.setattr(scan_cases, "correctness_error", lambda device, backend: None)  # tested in test_scan.py
+    monkeypatch.setitem(scan_cases.DEVICES, "cuda", scan_cuda.CudaDevice)
     return monkeypatch
 
 
@@ -90,8 +90,8 @@ def test_report(gpu: pytest.MonkeyPatch) -> None:
 
 def test_shares_divide_by_the_same_runs_copy(gpu: pytest.MonkeyPatch) -> None:
     """Twice the bytes of a copy in twice its time is its bandwidth."""
-    benchmark = scan.Benchmark(scan_cuda.CudaDevice(), repeats=1, quick=True)
-    copy, timing = scan.Timing((0.001,), (1.0,)), scan.Timing((0.002,), (1.0,))
+    benchmark = scan_cases.Benchmark(scan_cuda.CudaDevice(), repeats=1, quick=True)
+    copy, timing = scan_cases.Timing((0.001,), (1.0,)), scan_cases.Timing((0.002,), (1.0,))
     assert benchmark._share(timing, copy, 2 * benchmark.copy_bytes)["share_of_copy"] == 1.0
 
 
