@@ -18,8 +18,6 @@ def test_fewest_bytes() -> None:
     assert scan_cases.scan_bytes(shape, 4, 8, torch.float32, backward=True) == 43 * 4 * elements
     elements_moved = 2 + 2 * (3 / 8 + 2)
     assert scan_cases.scan_bytes(shape, 2, 1, torch.bfloat16, backward=False) == int(elements_moved * 2 * elements)
-        (2 + 2 * (3 / 8 + 2)) * 2 * elements
-    )
 
 
 def test_no_figure_while_the_kernels_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
