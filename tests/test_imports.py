@@ -23,7 +23,7 @@ HEAVY = {"accelerate", "cupy", "datasets", "diffusers", "matplotlib", "sklearn",
 FLOORS = (
     {"files", "ops", "rng"},
     {"errors"},
-    {"checkpoint", "environment", "grid", "locks", "paths", "protocols"},
+    {"checkpoint", "class_names", "environment", "grid", "locks", "paths", "protocols"},
     {"sample_sets", "sampling_options"},
     {"config"},
     {"data", "diffusion", "models"},
