@@ -110,8 +110,9 @@ def run_cli(main: Callable[[], None], interrupted: str | None = None) -> None:
 
 
 def _complain(message: str) -> None:
+    line = f"{_program_name()}: {' '.join(message.split())}"
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"{_program_name()}: {' '.join(message.split())}", file=sys.stderr)
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ def test_values(write: Callable[[str | bytes], str], text: str | bytes, key: str
         ("a: [[[[[[[[[[[1]]]]]]]]]]]", "key a: lists and mappings lie more than 10 deep"),
         ("a: " + "[" * 5000, ""),
         ('model: {name: "a\\ud800b"}', "key model.name: 'a\\ud800b' is not text that UTF-8 can hold"),
+        ('training: {"\\ud800": 1}', "key training: '\\ud800' is not text that UTF-8 can hold"),
         ("seed: 1\n---\nseed: 2", "expected a single document"),
     ],
 )
@@ -159,5 +160,6 @@ def test_home_is_replaced_in_every_path(write: Callable[[str | bytes], str], mon
 
 def test_every_free_text_is_a_path_or_known_to_be_none() -> None:
     """A new key whose value is text must be sorted into `PATHS`, or here."""
-    names = {"model.name", "sampling.sampler"}
+    names = {"task", "objective.name", "sampling.sampler", "model.name", "model.mixer", "data.name"}
+    names |= {"data.caption_column"}
     assert {key for key, kinds in _types().items() if str in kinds} == {*PATHS, *names}

@@ -94,6 +94,7 @@ class _Reader:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(key_node, key, "a key is a word; {{ … }} is a template that has not been filled in")
+            self._check_text(key_node, key)
             name = key_node.value
             if key_node.tag == _MERGE:
                 sources = self.value(value_node, key)
@@ -109,8 +110,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, key: str) -> Any:
         plain = node.style is None
-        if re.search("[\ud800-\udfff]", node.value):
-            self._refuse(node, key, f"{node.value!r} is not text that UTF-8 can hold")
+        self._check_text(node, key)
         if node.tag in _TEXTS or (plain and self.is_text(key) and node.tag in _PLAIN[1:]):
             return node.value
         if node.tag not in _PLAIN:
@@ -124,6 +124,10 @@ class _Reader:
         if isinstance(value, (int, float)) and _SURPRISES.fullmatch(node.value):
             self._refuse(node, key, f"{node.value} would be read as {value}; write the number without 0 in front or :")
         return value
+
+    def _check_text(self, node: yaml.ScalarNode, key: str) -> None:
+        if re.search("[\ud800-\udfff]", node.value):
+            self._refuse(node, key, f"{node.value!r} is not text that UTF-8 can hold")
 
     def _refuse(self, node: yaml.Node, key: str, problem: str) -> Any:
         raise yaml.YAMLError(f"line {node.start_mark.line + 1}{f', key {key}' if key else ''}: {problem}")
