@@ -17,8 +17,10 @@ from gspn_dit.config.schema import (
     ModelConfig,
     ObjectiveConfig,
     SamplingConfig,
+    TextConfig,
     TrainArguments,
     TrainingConfig,
+    UNetConfig,
 )
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "SamplingConfig",
+    "TextConfig",
     "TrainArguments",
     "TrainingConfig",
+    "UNetConfig",
     "config_from_dict",
     "flatten",
     "load_config",

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gspn_dit import rng
 from gspn_dit.diffusion.guidance import Guidance
@@ -157,7 +157,7 @@ def _prediction(
 
 
 def draw_latents(
-    model: nn.Module,
+    model: Any,
     objective: Objective,
     shape: Sequence[int],
     class_labels: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.tasks.base import GenerativeTask, Task
@@ -9,8 +11,15 @@ from gspn_dit.tasks.class_conditional import ClassConditional
 
 __all__ = ["TASKS", "GenerativeTask", "Task", "create_task"]
 
-TASKS: dict[str, type[Task]] = {"class-conditional": ClassConditional}
-"""By the name that the config key `task` gives."""
+
+def _text_to_image(config: Config) -> Task:
+    from gspn_dit.tasks.text_to_image import TextToImage  # diffusers' UNets take seconds to import
+
+    return TextToImage(config)
+
+
+TASKS: dict[str, Callable[[Config], Task]] = {"class-conditional": ClassConditional, "text-to-image": _text_to_image}
+"""What builds each task, by the name that the config key `task` gives."""
 
 
 def create_task(config: Config) -> Task:

@@ -20,11 +20,8 @@ from gspn_dit.models.flops import forward_multiply_adds
 from gspn_dit.sampling_options import check_guided_channels
 from gspn_dit.tasks.alignment import Alignment, check_alignment
 from gspn_dit.tasks.base import GenerativeTask
-from gspn_dit.tasks.draws import Draws, training_draws, validation_draws
+from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
 from gspn_dit.tasks.finetune import pretrained_weights
-
-QUARTILES = 4
-"""Of t, by which the validation loss is told apart; the first is nearly clean."""
 
 
 class ClassConditional(GenerativeTask):
@@ -118,11 +115,7 @@ class ClassConditional(GenerativeTask):
         assert self.validation_data is not None
         latents, labels = self.validation_data.at(indices)
         draws = validation_draws(self.config.seed, indices, self.validation_count, latents, labels, self.objective)
-        losses = self._losses(model, latents, draws).double().cpu()
-        quartiles = (draws.timesteps * QUARTILES / 1000).long().clamp(0, QUARTILES - 1)
-        members = {"val_loss": torch.ones_like(quartiles)}
-        members |= {f"val_loss_q{number + 1}": (quartiles == number).long() for number in range(QUARTILES)}
-        return {name: ((losses * chosen).sum(), chosen.sum()) for name, chosen in members.items()}
+        return by_quartile(self._losses(model, latents, draws), draws.timesteps)
 
     # -- images --------------------------------------------------------------------------------------------------
 

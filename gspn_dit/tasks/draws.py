@@ -11,6 +11,9 @@ from torch import Tensor
 from gspn_dit import rng
 from gspn_dit.diffusion import Objective
 
+QUARTILES = 4
+"""Of t, by which the validation loss is told apart; the first is nearly clean."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -62,3 +65,12 @@ def validation_draws(
         class_labels=class_labels,
         keep_mask=None,
     )
+
+
+def by_quartile(losses: Tensor, timesteps: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return sum and count of the losses [B] as "val_loss", and by quartile of t (timesteps [B] in [0, 1000])."""
+    losses = losses.double().cpu()
+    quartiles = (timesteps * QUARTILES / 1000).long().clamp(0, QUARTILES - 1)
+    members = {"val_loss": torch.ones_like(quartiles)}
+    members |= {f"val_loss_q{number + 1}": (quartiles == number).long() for number in range(QUARTILES)}
+    return {name: ((losses * chosen).sum(), chosen.sum()) for name, chosen in members.items()}

@@ -9,24 +9,16 @@ import torch
 
 from gspn_dit.errors import UserError
 from gspn_dit.models.text import MINILM, TextEncoder, encode_all, encoder_place
+from tests.captioned import write_encoder
 
 transformers = pytest.importorskip(
     "transformers", reason="text encoders need transformers (pip install 'gspn-dit[text]')"
 )
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "cat", "dog"]
-
 
 @pytest.fixture
 def place(tmp_path: Path) -> str:
-    """A BERT of two layers that knows eight words."""
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.BertConfig(vocab_size=len(WORDS), **sizes)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    return str(tmp_path)
+    return write_encoder(tmp_path)
 
 
 def test_states_are_those_of_the_encoder_and_of_each_text_alone(place: str) -> None:

@@ -1,0 +1,297 @@
+"""Text-to-image: captioned images, a frozen text encoder, and a UNet with scans or attention that is told the caption.
+
+A caption is handled as a class is elsewhere: by its number in a table of encoded captions, one of which stands for "no
+caption". The UNet is trained from scratch, or its scans alone are, by distillation from one with attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gspn_dit import rng
+from gspn_dit.config import Config
+from gspn_dit.data.batches import Batches
+from gspn_dit.data.build import fingerprint
+from gspn_dit.data.captions import CaptionedImages, caption_variants, load_captioned
+from gspn_dit.data.images import evenly_spaced
+from gspn_dit.data.latents import create_latent, refuse_other_vae
+from gspn_dit.diffusion import Guidance, create_objective, draw_latents
+from gspn_dit.diffusion.objective import Objective
+from gspn_dit.diffusion.scheduled import objective_of_pipeline
+from gspn_dit.errors import UserError
+from gspn_dit.models.text import TextEncoder, encode_all
+from gspn_dit.models.text_unet import (
+    Captioned,
+    create_unet,
+    describe_unet,
+    mount_scans,
+    smallest_side,
+    unet_multiply_adds,
+)
+from gspn_dit.tasks.base import GenerativeTask
+from gspn_dit.tasks.distillation import Distillation, frozen_copy, load_teacher
+from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
+
+MODEL_NAME = "UNet"
+
+
+class TextToImage(GenerativeTask):
+    """A UNet learns to denoise latents given a caption, or none."""
+
+    model: Any
+    """A `UNet2DConditionModel`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        _check(config)
+        encoder = TextEncoder(config.text.encoder, config.text.max_tokens)
+        self.objective = _objective(config)
+        self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
+        self.train_data, self.captions = _open(config, "train")
+        self.latent = self.train_data.latent
+        self.image_size, self.image_channels = self.latent.image_size, self.latent.image_channels
+        self.validation_data: Batches | None = None
+        self.validation_captions: list[tuple[str, ...]] = []
+        if self.train_data.images.has_validation or config.data.validation_fraction > 0:
+            self.validation_data, self.validation_captions = _open(config, "validation")
+        self.distillation: Distillation | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            try:
+                self.model = self._build_model(encoder.width)
+            except ValueError as error:
+                raise UserError(f"unet: {error}") from None
+        side, least = self.latent.size, smallest_side(self.model, config.unet.patch_size)
+        if side % least:
+            raise UserError(
+                f"latents of {side}×{side} are not divisible by {least}, as this UNet needs; choose another "
+                "data.image_size, unet.patch_size or number of unet.channels"
+            )
+        self.prompts = config.text.prompts or self._captions_to_show()
+        texts = {text for variants in (*self.captions, *self.validation_captions) for text in variants}
+        self.table = encode_all(encoder, sorted(texts | set(self.prompts)))
+        images = self.train_data.images
+        digest = hashlib.sha256(json.dumps([fingerprint(images), self.captions]).encode()).hexdigest()[:16]
+        self.description: dict[str, Any] = {
+            "model": describe_unet(self.model, config.unet),
+            "latent": self.latent.spec(),
+            "text": encoder.spec(),
+            "class_names": [],
+            "data": {"name": images.name, "images": len(images), "fingerprint": digest},
+        }
+
+    def _build_model(self, text_width: int) -> Any:
+        """Return the UNet that is trained; with a teacher, its scans alone ask for gradients."""
+        options, channels = self.config.unet, self.latent.channels
+        if options.teacher is None:
+            unet = create_unet(options, channels, self.objective.out_channels(channels), text_width)
+            if options.mixer == "gspn":
+                mount_scans(unet, options)
+            return unet
+        unet, manifest = load_teacher(options.teacher)
+        self._check_teacher(unet, manifest, text_width)
+        teacher = frozen_copy(unet)
+        adapter = mount_scans(unet, options)
+        adapter.requires_grad_(True)
+        self.distillation = Distillation(teacher, unet, options.teacher_inputs)
+        return unet
+
+    def _check_teacher(self, unet: Any, manifest: Mapping[str, Any], text_width: int) -> None:
+        options, channels = self.config.unet, self.latent.channels * self.config.unet.patch_size**2
+        where = f"unet.teacher {options.teacher}"
+        for what, given, needed in (
+            ("channels of a latent", unet.config.in_channels, channels),
+            ("channels of a text", unet.config.cross_attention_dim, text_width),
+            ("patch_size", manifest.get("model", {}).get("patch_size", options.patch_size), options.patch_size),
+        ):
+            if given != needed:
+                raise UserError(f"{where} is of another shape: its {what} is {given}, and {needed} is needed here")
+        if manifest:
+            refuse_other_vae(manifest["latent"], self.latent.spec())
+
+    def _captions_to_show(self) -> list[str]:
+        variants = self.validation_captions or self.captions
+        return [variants[index][0] for index in evenly_spaced(len(variants), self.config.sampling.max_classes)]
+
+    # -- where and how it runs -----------------------------------------------------------------------------------
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.latent.to(device)
+        if self.distillation is not None:
+            self.distillation.teacher.to(device)  # type: ignore[arg-type]
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        return [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]
+
+    def checkpoint_activations(self) -> None:
+        self.model.enable_gradient_checkpointing()
+
+    def multiply_adds(self) -> int:
+        return unet_multiply_adds(self.description["model"], self.latent.size, self.latent.size, self.table.length)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def loss(self, model: nn.Module, numbers: range) -> dict[str, Tensor]:
+        seed, images = self.config.seed, self.train_data.images
+        latents, _ = self.train_data.training(numbers)
+        chosen = [self.captions[index] for index in rng.data_indices(seed, numbers, len(images))]
+        variants = caption_variants(seed, numbers, [len(texts) for texts in chosen])
+        texts = self._numbers([texts[variant] for texts, variant in zip(chosen, variants, strict=True)])
+        dropout = self.config.training.class_dropout
+        draws = training_draws(seed, numbers, latents, texts, self.objective, dropout, self.table.null, [0.0])
+        losses = self._losses(model, latents, draws).mean()
+        return {"loss": losses} if self.distillation is None else self.distillation.losses(losses)
+
+    def _numbers(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([self.table.numbers[text] for text in texts], dtype=torch.int64)
+
+    def _called(self, model: nn.Module) -> Captioned:
+        return Captioned(model, self.table, self.config.unet.patch_size)
+
+    def _losses(self, model: nn.Module, latents: Tensor, draws: Draws) -> Tensor:
+        """Return the loss of each sample, [B]; where the student is trained, its teacher is asked as well."""
+        weight = next(self.model.parameters())
+        student, training = self._called(model), torch.is_grad_enabled()
+
+        def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            if self.distillation is None or not training:
+                return student(noisy, timesteps, draws.class_labels)
+            teacher = self._called(self.distillation.teacher)
+            return self.distillation(
+                lambda: student(noisy, timesteps, draws.class_labels),
+                lambda: self._as_teacher(teacher, noisy, timesteps, draws.class_labels),
+            )
+
+        latents, noise = (tensor.to(weight.device, weight.dtype) for tensor in (latents, draws.noise))
+        return self.objective.loss(denoise, latents, noise, draws.timesteps.to(weight.device))
+
+    def _as_teacher(self, teacher: Captioned, noisy: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
+        with self.autocast():
+            return teacher(noisy, timesteps, texts)
+
+    @property
+    def validation_count(self) -> int:
+        data = self.validation_data
+        return 0 if data is None else min(self.config.training.validation_images, len(data.images))
+
+    def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the loss of fixed images, captions, times and noise, and the same by quartile of t."""
+        assert self.validation_data is not None
+        latents, _ = self.validation_data.validation(indices)
+        texts = self._numbers([self.validation_captions[index][0] for index in indices])
+        draws = validation_draws(self.config.seed, indices, self.validation_count, latents, texts, self.objective)
+        return by_quartile(self._losses(model, latents, draws), draws.timesteps)
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Write a grid: `per_class` images of each prompt."""
+        from gspn_dit.grid import class_grid, save_png
+
+        sampling = self.config.sampling
+        prompts = self.prompts[: sampling.max_classes]
+        rows = [row for row in range(len(prompts)) for _ in range(sampling.per_class)]
+        guidance = Guidance(sampling.guidance_scale, sampling.guidance_interval, sampling.guidance_channels)
+        images = self._sample(model, [prompts[row] for row in rows], range(len(rows)), guidance)
+        save_png(class_grid(images, rows, prompts), path)
+
+    def draw(self, model: nn.Module, indices: range) -> np.ndarray:
+        """Return images of the training captions in turn."""
+        return self._sample(model, [self.captions[i % len(self.captions)][0] for i in indices], indices, None)
+
+    def _sample(self, model: nn.Module, texts: list[str], indices: range, guidance: Guidance | None) -> np.ndarray:
+        sampling, size = self.config.sampling, self.latent.size
+        latents = draw_latents(
+            self._called(model),
+            self.objective,
+            (self.latent.channels, size, size),
+            self._numbers(texts),
+            self.table.null,
+            sampling.steps,
+            self.config.seed,
+            indices,
+            guidance=guidance,
+            sampler=sampling.sampler,
+        )
+        return self.latent.decode(latents)
+
+    @property
+    def reference_count(self) -> int:
+        return len(self.train_data.images)
+
+    def reference(self, indices: Sequence[int]) -> np.ndarray:
+        latents, _ = self.train_data.validation(indices)
+        return self.latent.decode(latents.to(self.device))
+
+    # -- between runs --------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        return self.description
+
+    def summary(self) -> list[tuple[str, str]]:
+        images, parameters = self.train_data.images, list(self.model.parameters())
+        total = sum(weight.numel() for weight in parameters)
+        trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
+        data = f"{self.config.data.path}: {len(images):,} images of {self.image_size}x{self.image_size}, "
+        data += f"{len(self.table.numbers) - 1:,} distinct captions; {self.validation_count:,} more for validation"
+        mixer = "scans" if self.config.unet.mixer == "gspn" else "attention"
+        model = f"UNet with {mixer}, {total:,} parameters"
+        if self.distillation is not None:
+            model += f", of which {trained:,} are trained to do as {self.config.unet.teacher} does"
+        return [("data", data), ("text", f"{self.config.text.encoder}"), ("model", model)]
+
+    def check_resumed(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+        refuse_other_vae(manifest["latent"], self.latent.spec())
+        if manifest["text"] != self.description["text"]:
+            raise UserError(f"{checkpoint} was trained with another text encoder: {manifest['text']}; restore it")
+        super().check_resumed(checkpoint, manifest)
+
+
+def _check(config: Config) -> None:
+    """Raise UserError for what does not go together."""
+    if config.model.name != MODEL_NAME:
+        raise UserError(
+            f"model.name is {config.model.name}, but task text-to-image trains a diffusers UNet; set model.name UNet "
+            "and describe it by the keys of unet"
+        )
+    for key, given in (("repa_features", config.training.repa_features), ("sharding", config.training.sharding)):
+        if given not in (None, "none"):
+            raise UserError(f"training.{key} does not go with task text-to-image; leave it out")
+    if config.unet.teacher is not None and config.training.compile:
+        raise UserError("training.compile does not go with unet.teacher, whose layers are read; leave one of them out")
+    if config.unet.teacher_inputs and config.training.activation_checkpointing:
+        raise UserError("training.activation_checkpointing does not go with unet.teacher_inputs; leave one out")
+
+
+def _objective(config: Config) -> Objective:
+    """Return the objective of the config, or, of a teacher that is a pipeline, its scheduler's."""
+    place = Path(config.unet.teacher or "")
+    if config.unet.teacher is None or not (place / "model_index.json").is_file():
+        return create_objective(config.objective)
+    try:
+        schedule = json.loads((place / "scheduler" / "scheduler_config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"unet.teacher {place} has no readable scheduler: {error}") from None
+    return objective_of_pipeline(config.objective, schedule)
+
+
+def _open(config: Config, split: str) -> tuple[Batches, list[tuple[str, ...]]]:
+    """Return the images of a split as batches, and the captions of each."""
+    captioned: CaptionedImages = load_captioned(config.data, split)
+    images = captioned.images
+    latent = create_latent(config.latent, images.image_size, images.channels)
+    images = dataclasses.replace(images, channels=latent.image_channels)
+    flip = config.data.horizontal_flip and split == "train"
+    batches = Batches(images, latent, config.seed, flip)
+    batches.decode_small_set()
+    return batches, captioned.captions
