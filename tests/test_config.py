@@ -21,8 +21,10 @@ from gspn_dit.config import (
     ModelConfig,
     ObjectiveConfig,
     SamplingConfig,
+    TextConfig,
     TrainArguments,
     TrainingConfig,
+    UNetConfig,
     config_from_dict,
     flatten,
     load_config,
@@ -32,6 +34,7 @@ from gspn_dit.config import (
 from gspn_dit.diffusion import create_objective
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
+from gspn_dit.models.text_unet import create_unet, mount_scans
 from gspn_dit.ops import DIRECTIONS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -409,9 +412,11 @@ def no_default() -> Config:
             *("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2, True, ["down", "right"]),
             **dict(mixer_options={"mine": 3}, lpu=True, scan_skip=True, proxy_channels=5, proxy_ratio=7),
         ),
-        data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77),
+        data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
         latent=LatentConfig("kl", "some/vae"),
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),
+        text=TextConfig("some/encoder", 77, ["a cat"]),
+        unet=UNetConfig([32], 2, 16, 4, "gspn", "qkv", 4, 16, False, 8, "some/teacher", True),
         training=TrainingConfig(
             **dict(initialize_from="some/run"),
             **dict(
@@ -438,7 +443,7 @@ def no_default() -> Config:
 def test_the_example_of_round_trips_leaves_no_default() -> None:
     defaults = dict(flatten(Config().to_dict()))
     same = {key for key, value in flatten(no_default().to_dict()) if value == defaults.get(key)}
-    assert same == {"model.long_skips", "model.conditioning"}  # which a DiT has not
+    assert same == {"model.long_skips", "model.conditioning", "unet.mixer"}  # a DiT has not; what can have a teacher
 
 
 GSPN_OPTIONS = Config(model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero"))
@@ -518,6 +523,11 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_loads_and_its_model_instantiates(path: Path) -> None:
     config = load_config(path)
+    if config.task == "text-to-image":
+        with torch.device("meta"):
+            unet = mount_scans(create_unet(config.unet, 3, 3, 384), config.unet)
+        assert len(unet.mixers) == 7
+        return
     channels, size = (1, 8) if config.data.name == "digits" else (4, 32)
     out_channels = create_objective(config.objective).out_channels(channels)
     with torch.device("meta"):

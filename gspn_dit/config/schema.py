@@ -121,14 +121,14 @@ class DataConfig(Section):
     """Pixels; images are centre-cropped and resized to it. null: all images share one size."""
     validation_fraction: float = 0.1
     """Share held out where the source has no validation split of its own."""
-    caption_column: str = "text"
-    """Where the captions are, one or several for an image: a key of metadata.jsonl or a column; text-to-image alone."""
     horizontal_flip: bool = False
     """Mirror half of the training images, chosen by sample number."""
     streaming: bool = False
     """hf: read the training images in the order they are stored, never the whole set; see docs/latents.md."""
     streaming_shuffle_images: int = 1024
     """Images of a stream that are shuffled among themselves."""
+    caption_column: str = "text"
+    """Where the captions are, one or several for an image: a key of metadata.jsonl or a column; text-to-image alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

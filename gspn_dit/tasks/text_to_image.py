@@ -143,7 +143,7 @@ class TextToImage(GenerativeTask):
 
     def loss(self, model: nn.Module, numbers: range) -> dict[str, Tensor]:
         seed, images = self.config.seed, self.train_data.images
-        latents, _ = self.train_data.training(numbers)
+        latents, _ = self.train_data.shuffled(numbers)
         chosen = [self.captions[index] for index in rng.data_indices(seed, numbers, len(images))]
         variants = caption_variants(seed, numbers, [len(texts) for texts in chosen])
         texts = self._numbers([texts[variant] for texts, variant in zip(chosen, variants, strict=True)])
@@ -187,7 +187,7 @@ class TextToImage(GenerativeTask):
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the loss of fixed images, captions, times and noise, and the same by quartile of t."""
         assert self.validation_data is not None
-        latents, _ = self.validation_data.validation(indices)
+        latents, _ = self.validation_data.at(indices)
         texts = self._numbers([self.validation_captions[index][0] for index in indices])
         draws = validation_draws(self.config.seed, indices, self.validation_count, latents, texts, self.objective)
         return by_quartile(self._losses(model, latents, draws), draws.timesteps)
@@ -230,7 +230,7 @@ class TextToImage(GenerativeTask):
         return len(self.train_data.images)
 
     def reference(self, indices: Sequence[int]) -> np.ndarray:
-        latents, _ = self.train_data.validation(indices)
+        latents, _ = self.train_data.at(indices)
         return self.latent.decode(latents.to(self.device))
 
     # -- between runs --------------------------------------------------------------------------------------------
