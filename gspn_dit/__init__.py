@@ -6,7 +6,14 @@ The public names below are imported on first use, so that `import gspn_dit` cost
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gspn_dit.config import load_config
+    from gspn_dit.models import create_model
+    from gspn_dit.models.unet import GSPNAdapter
+    from gspn_dit.ops import gspn_scan
+    from gspn_dit.pipeline import GSPNPipeline
 
 __version__ = "0.1.0"
 
@@ -17,10 +24,12 @@ _HOMES = {
     "gspn_scan": "gspn_dit.ops",
     "load_config": "gspn_dit.config",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["GSPNAdapter", "GSPNPipeline", "__version__", "create_model", "gspn_scan", "load_config"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gspn_dit' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # for type checkers these names are the imports above, and others are mistakes
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gspn_dit' has no attribute '{name}'")
+        return getattr(importlib.import_module(_HOMES[name]), name)

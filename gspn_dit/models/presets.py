@@ -1,4 +1,4 @@
-"""Published and small model sizes, and how a name such as "GSPN-XL/2" is read."""
+"""Published and smaller model sizes, and how a name such as "GSPN-XL/2" is read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class DiTPreset(Preset):
 
 
 GSPN_PRESETS = {
-    # For small studies and tests.
+    # This project's own: N and T for small studies and tests, S of about 20 million parameters.
     "N": Preset(96, 6),
     "T": Preset(192, 10),
-    # The published generative sizes (arXiv 2501.12381).
     "S": Preset(368, 24),
+    # The published generative sizes (arXiv 2501.12381).
     "B": Preset(900, 30),
     "L": Preset(1200, 56),
     "XL": Preset(1500, 56),
