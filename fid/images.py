@@ -24,6 +24,7 @@ from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from gspn_dit.data.images import Headers
+from gspn_dit.paths import require_utf8
 from gspn_dit.protocols import Protocol
 
 SIDECAR = "generation.json"
@@ -138,7 +139,7 @@ def require_samples(path: str | os.PathLike[str]) -> Path:
     """The path, if something is there."""
     if not Path(path).exists():
         raise UserError(f"no samples at {path}: there is no such file or directory")
-    return Path(path)
+    return Path(require_utf8(path))
 
 
 def read_samples(path: str | os.PathLike[str]) -> LabelledImages:
@@ -165,7 +166,7 @@ def read_reference(reference: str | os.PathLike[str], image_size: int | None) ->
     a folder or saved set are centre-cropped and resized to `image_size` (the feature net's) as for training; PNGs of
     a flat directory and arrays are taken as they are.
     """
-    name, location = str(reference), Path(reference)
+    name, location = require_utf8(str(reference)), Path(reference)
     bundled = [word for word, source in image_sources().items() if source.bundled]
     if name in bundled:
         return _read_image_set(name, None, None)

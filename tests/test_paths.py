@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from gspn_dit.errors import ArgumentParser, UserError
@@ -47,6 +49,13 @@ def test_an_unknown_home_is_refused() -> None:
 def test_no_path_holds_nul() -> None:
     with pytest.raises(UserError, match="but no path can hold a NUL character"):
         user_path("a\0b", "--out")
+
+
+def test_a_path_that_is_not_utf8_is_refused() -> None:
+    """Configs, manifests and reports could not hold it."""
+    with pytest.raises(UserError, match=r"the name runs/caf\\xe9 is not UTF-8; rename it") as caught:
+        user_path(os.fsdecode(b"runs/caf\xe9"), "--out")
+    str(caught.value).encode()
 
 
 def test_a_command_line_names_the_argument() -> None:

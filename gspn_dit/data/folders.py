@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gspn_dit.errors import UserError
+from gspn_dit.paths import require_utf8
 
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif"),
@@ -31,17 +32,6 @@ _SHOWN_NAMES = 4
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
-
-
-def require_utf8(path: str | os.PathLike[str]) -> str:
-    """Return a path as text; raises UserError, naming it, if its bytes are not UTF-8."""
-    text = os.fspath(path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(text).decode("utf-8", "backslashreplace")
-        raise UserError(f"the name {shown} is not UTF-8; rename it (convmv finds and renames such files)") from None
-    return text
 
 
 def is_hidden(name: str) -> bool:

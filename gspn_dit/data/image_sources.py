@@ -21,10 +21,10 @@ from gspn_dit.data.folders import (
     Walk,
     choose_splits,
     list_folder,
-    require_utf8,
     split_word,
 )
 from gspn_dit.errors import UserError
+from gspn_dit.paths import require_utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

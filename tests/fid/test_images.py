@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,6 +221,14 @@ def test_references_are_also_saved_sets_flat_directories_and_arrays(tmp_path: Pa
     assert read_reference(tmp_path / "flat", 8).images.pixels.max() == 9
     array = read_reference(save(np.full((2, 8, 8, 3), 4, np.uint8)), 8)
     assert array.held_out is None and array.images.pixels.shape == (2, 8, 8, 3)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    write_png(place / "0.png")
+    for look in (read_samples, lambda path: read_reference(path, 8)):
+        with pytest.raises(UserError, match=r"/caf\\xe9 is not UTF-8; rename it"):
+            look(place)
 
 
 def test_an_unknown_reference_is_refused() -> None:
