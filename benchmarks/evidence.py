@@ -21,7 +21,7 @@ from benchmarks.quality import METRICS, paired_ratio
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
-EVIDENCE, SCALE, KERNELS = "docs/evidence.md", "docs/scale.md", "cuda/README.md"
+README, EVIDENCE, SCALE, KERNELS = "README.md", "docs/evidence.md", "docs/scale.md", "cuda/README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 RATIO = "paired_ratio_to_"
@@ -210,6 +210,27 @@ def cuda_traffic_table(result: Result) -> str:
     return table(head, rows) + f"\n{result['dtype']}, four directions. Commit {result['software']['commit']}.\n"
 
 
+def demo_table(result: Result) -> str:
+    """Tabulate `benchmarks.demo_quality`: the demo's samples beside real held-out images."""
+    scores, own = result["scores"], result["held_out"]
+    words = {"class_agreement": "class agreement", "n": "images"}
+    kept = [name for name in scores if name.startswith(("FD-", "IS-")) or name in ("precision", "recall", *words)]
+    rows = [[words.get(name, name), *(_score(part[name]) for part in (scores, own))] for name in kept]
+    run, setting = result["run"], result["setting"]
+    return (
+        table(["score", "samples", "real, held out"], rows)
+        + f"\n{run['steps']:,} steps in {run['training_seconds'] / 60:.0f} minutes, {setting['steps']} steps of "
+        + f"sampling, guidance {setting['guidance_scale']}; {result['machine']['cores']} cores, torch "
+        + f"{result['versions']['torch']}, commit {result['git_commit'][:7]}.\n"
+    )
+
+
+def _score(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{short(value['mean'])} ± {short(value['std'], 2)}"
+    return f"{value:,}" if isinstance(value, int) else short(value)
+
+
 # -- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +327,7 @@ STUDIES = {
     "ablations_block": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion_block": Study(EVIDENCE, quality_table),
     "resolution": Study(EVIDENCE, resolution_table, plot_resolution),
+    "demo": Study(README, demo_table),
     "memory": Study(SCALE, memory_table),
     "cuda_traffic": Study(KERNELS, cuda_traffic_table),
 }

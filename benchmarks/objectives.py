@@ -2,7 +2,7 @@
 
     python -m benchmarks.objectives --runs runs --out benchmarks/results/objectives.json
 
-trains configs/demo.yaml (velocity) and configs/demo_epsilon.yaml into RUNS, or goes on from what is there, and draws
+trains configs/demo.yaml (velocity) and configs/demo_epsilon.yaml into RUNS, or resumes what is there, and draws
 from both. The setting is fixed beforehand: seed 0, 50 steps, the guidance of the config's previews, 1,000 samples of
 the objective's default sampler and 128 of each other. The judge is a support vector machine, see `benchmarks/judge.py`.
 """
@@ -31,7 +31,7 @@ LEAST_AGREEMENT = 0.9
 
 
 def train(objective: str, run: Path) -> None:
-    """Train a config to its end, or go on; does nothing where that was done before."""
+    """Train a config to its end, or resume; does nothing where that was done before."""
     config = ROOT / "configs" / CONFIGS[objective]
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config)]
     done = subprocess.run([*command, "--output_dir", str(run), "--resume", "auto"], check=False)

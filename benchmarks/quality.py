@@ -7,7 +7,7 @@ Every cell is a run of `train.py` on one thread, then samples with guidance and 
 `fid`. A budget is a number of optimiser steps, or of seconds: those are turned into steps by timing all variants in
 turn, once, before the first cell, so that a busy neighbour hits every model alike and each learning rate schedule ends
 with its budget. Cells of one seed share data order, noise, times and labels: the comparison is paired. A cell that is
-done is not run again, whatever study asks for it, and says which commit trained it; one that was interrupted goes on
+done is not run again, whatever study asks for it, and says which commit trained it; one that was interrupted resumes
 from its last checkpoint; one that was trained or scored with other settings than today's is refused.
 """
 

@@ -1,4 +1,4 @@
-"""Generate an evaluation set by class, in one process or many, and go on where a killed run stopped.
+"""Generate an evaluation set by class, in one process or many, and resume where an interrupted run stopped.
 
     accelerate launch -m gspn_dit.generate --checkpoint runs/NAME --protocol adm-50k --out samples.npz
 

@@ -1,4 +1,4 @@
-"""Sets of generated images on disk, made chunk by chunk, so that a killed run goes on where it stopped.
+"""Sets of generated images on disk, made chunk by chunk, so that an interrupted run resumes where it stopped.
 
 DIR/000123-207.png …       a folder: index and class id
 DIR/generation.json        what the images are a function of, and whether the set is complete
@@ -281,7 +281,7 @@ def check_same_settings(path: str | os.PathLike[str], stored: Mapping[str, Any],
 
 
 def _continued(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stored settings, with the environment in which the set goes on if it is another one."""
+    """Return the stored settings, with the environment in which the set is continued if it is another one."""
     environments = [stored.get("environment"), *stored.get("resumed", [])]
     now = json.loads(json.dumps(settings.get("environment")))
     if now in environments:

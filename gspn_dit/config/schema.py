@@ -239,7 +239,7 @@ class TrainingConfig(Section):
 
     max_steps: int = 400_000
     initialize_from: str | None = None
-    """Run directory or checkpoint whose averaged weights the model starts from (fine-tuning); null: from scratch."""
+    """Run directory or checkpoint whose EMA weights the model starts from (fine-tuning); null: from scratch."""
     batch_size: int = 256
     """Images per optimiser step, over all processes and accumulation steps."""
     gradient_accumulation_steps: int = 1

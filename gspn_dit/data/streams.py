@@ -1,7 +1,7 @@
 """Training images that are read as they come: `datasets` streaming, split over the processes.
 
 The image of a sample number is a function of (seed, number of processes, sample number), as everywhere in this project,
-so a resumed run goes on bit by bit if it has as many processes as before. Unlike a stored set, a stream cannot be
+so a resumed run is bit-identical if it has as many processes as before. Unlike a stored set, a stream cannot be
 entered anywhere: resuming reads, without decoding, what this process has seen of the current epoch.
 """
 

@@ -43,7 +43,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def working_elements(self, height: int, width: int) -> int:
-        """Return how many elements the backward pass makes again for an image; they come and go with each mixer."""
+        """Return how many elements the backward pass recomputes for an image; they come and go with each mixer."""
         return 0
 
     def initialise(self) -> None:

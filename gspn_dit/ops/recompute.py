@@ -1,4 +1,4 @@
-"""Linear maps that keep what their input was made from, and make it again in the backward pass.
+"""Linear maps that keep what their input was made from, and recompute it in the backward pass.
 
 A linear map saves its input for its weight's gradient. Where that input is a cheap function of a tensor that is kept
 anyway, a block stores the same values twice or three times; these functions store them once.

@@ -4,7 +4,7 @@
 
 Shard i holds the images [i·n, (i+1)·n) of the source, encoded in batches that depend on these numbers alone: neither
 the number of processes nor an interruption changes a bit (on one kind of machine). Each shard is complete or absent;
-the manifest is written last. `--resume` goes on, `--verify` checks what was written.
+the manifest is written last. `--resume` continues, `--verify` checks what was written.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Task(ABC):
             )
 
     def start_from(self, checkpoint: str) -> None:
-        """Give the model the averaged weights of a run directory or checkpoint; UserError where they do not fit."""
+        """Give the model the EMA weights of a run directory or checkpoint; UserError where they do not fit."""
         raise UserError(f"training.initialize_from does not go with task {self.config.task}; leave it out")
 
 

@@ -193,5 +193,5 @@ class ClassConditional(GenerativeTask):
         super().check_resumed(checkpoint, manifest)
 
     def start_from(self, checkpoint: str) -> None:
-        """Take averaged weights; a class of the same name keeps its row of the label table."""
+        """Take EMA weights; a class of the same name keeps its row of the label table."""
         self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))

@@ -19,7 +19,7 @@ LABEL_TABLE = "class_embed.weight"
 
 
 def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the averaged weights of a run directory or checkpoint, for a model that a checkpoint describes so.
+    """Return the EMA weights of a run directory or checkpoint, for a model that a checkpoint describes so.
 
     The label table [classes + 1, C] is resized: a class of the same name keeps its row, the last row stays that of "no
     class", and a new class keeps the row that the model has.

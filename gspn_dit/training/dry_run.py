@@ -97,7 +97,7 @@ class MemoryEstimate:
     activations: int
     """What autograd keeps of a micro-batch, and with checkpointing one block's activations on top."""
     working: int
-    """Logits and gates of one scan with their gradients, which are made again in the backward pass."""
+    """Logits and gates of one scan with their gradients, which are recomputed in the backward pass."""
 
     @property
     def total(self) -> int:

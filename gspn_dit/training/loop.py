@@ -1,4 +1,4 @@
-"""The training loop: a run is a function of its config."""
+"""The training loop: deterministic, so that an interrupted run resumes bit-exactly on a CPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A Fréchet distance to watch while training: few samples, so a trend within one run, never a figure to compare.
 
-Samples are drawn from the averaged weights without guidance, always from the same noise. The reference is real images
+Samples are drawn from the EMA weights without guidance, always from the same noise. The reference is real images
 as the task would draw them, through its autoencoder, so that the model is measured and not the autoencoder.
 """
 
@@ -62,7 +62,7 @@ def create_quick_fd(
 
 
 class QuickFD:
-    """Scores a model by few samples; nothing random but functions of the seed, so training goes on as without it.
+    """Scores a model by few samples; all that is random is a function of the seed, so training is the same without it.
 
     Raises UserError if no net fits, or there are too few images for its features.
     """

@@ -77,7 +77,7 @@ class RunDirectory:
             print(f"checkpoint of step {ignored} is ignored: {problem}; going on from step {step}")
 
     def _record_environment(self, step: int) -> None:
-        """Write what the run started with; a resumed run adds what it goes on with under "resumed"."""
+        """Write what the run started with; a resumed run adds what it continues with under "resumed"."""
         path = self.path / "environment.json"
         environment = describe_environment()
         if self.checkpoint is not None and path.exists():

@@ -158,6 +158,27 @@ def test_memory_and_traffic() -> None:
     assert rows(evidence.cuda_traffic_table(TRAFFIC))[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
 
 
+def test_the_demos_scores_stand_beside_those_of_real_images() -> None:
+    scores = {"FD-digits": 0.2606, "KID-digits": {"mean": 0.0, "std": 0.1}, "IS-digits": {"mean": 9.8147, "std": 0.129}}
+    result = {
+        "scores": {**scores, "recall": 0.8455, "n": 1000},
+        "held_out": {"FD-digits": 0.2252, "IS-digits": {"mean": 9.7955, "std": 0.1}, "recall": 0.9, "n": 360},
+        "run": {"steps": 1500, "training_seconds": 593.6},
+        "setting": {"steps": 50, "guidance_scale": 1.2},
+        "machine": {"cores": 2},
+        "versions": {"torch": "2.0"},
+        "git_commit": "0123456789",
+    }
+    text = evidence.demo_table(result)
+    assert rows(text)[2:] == [
+        ["FD-digits", "0.261", "0.225"],
+        ["IS-digits", "9.81 ± 0.13", "9.80 ± 0.10"],
+        ["recall", "0.846", "0.900"],
+        ["images", "1,000", "360"],
+    ]
+    assert "1,500 steps in 10 minutes, 50 steps of sampling, guidance 1.2; 2 cores, torch 2.0, commit 0123456." in text
+
+
 OWN = [name for name, study in evidence.STUDIES.items() if study.page == evidence.EVIDENCE]
 
 
