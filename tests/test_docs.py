@@ -186,3 +186,27 @@ def test_the_recipe_of_readme_answers_a_dry_run(home: Path, capsys: pytest.Captu
     (words,) = [words for words in commands(section("ImageNet 256×256 in four commands")) if "--data.path" in words]
     dry_run(parse_train_arguments([*target(words)[1], "--dry-run"]).config)
     assert "GSPN-XL/2, 691,704,260 parameters" in capsys.readouterr().out
+
+
+# -- docs/architecture.md --------------------------------------------------------------------------------------------
+
+ROWS = re.findall(
+    r"^\| .* \| (.*`.*) \|$", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_architecture_names_what_is_there(row: str) -> None:
+    """Paths exist, and a name before a path is defined there."""
+    quoted = re.findall(r"`([^`]+)`", row)
+    names: list[str] = []
+    for word in quoted:
+        if "/" not in word:
+            names.append(word)
+            continue
+        path = ROOT / word
+        assert path.exists(), word
+        for name in names:
+            defined = rf"^\s*(?:(?:async )?def|class) {name}\b|^{name}\b.* = |import .*\b{name}\b"
+            assert re.search(defined, path.read_text(encoding="utf-8"), re.MULTILINE), f"{name} is not in {word}"
+        names = []
