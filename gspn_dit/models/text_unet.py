@@ -118,7 +118,8 @@ def unet_multiply_adds(description: Mapping[str, Any], height: int, width: int, 
             total += output.numel() * module.weight[0].numel()
         elif isinstance(module, GSPNSelfAttention):
             _, tokens, channels = output.shape
-            maps = (module.to_logits, module.to_input_gate, module.to_output_gate, module.to_skip)
+            mixer = module.mixer
+            maps = (mixer.to_logits, mixer.to_input_gate, mixer.to_output_gate, mixer.to_skip)
             total += tokens * sum(linear.weight.numel() for linear in maps if linear is not None)
             total += scan_multiply_adds(tokens, channels)
         elif isinstance(module, Attention):

@@ -20,7 +20,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gspn_dit.ops import DIRECTIONS, gspn_scan_from_proxy
+from gspn_dit.models.mixers import GSPNMixer
+from gspn_dit.ops import gspn_scan_from_proxy
 
 PROXY_RATIOS = {"pure": 8, "qkv": 32}
 """Published width of the tokens over that of the proxy, by variant."""
@@ -55,24 +56,12 @@ class GSPNSelfAttention(nn.Module):
         weight_groups: int | None = None,
     ) -> None:
         super().__init__()
-        groups = channels if weight_groups is None else weight_groups
-        for name, divisor in (("weight_groups", groups), ("proxy_ratio", proxy_ratio)):
-            if divisor < 1 or channels % divisor:
-                raise ValueError(f"{name} {divisor} does not divide the {channels} channels of a layer")
-        self.window = window
-        proxy, count = channels // proxy_ratio, len(DIRECTIONS)
+        if proxy_ratio < 1 or channels % proxy_ratio:
+            raise ValueError(f"proxy_ratio {proxy_ratio} does not divide the {channels} channels of a layer")
         self.to_qkv = nn.ModuleList(nn.Linear(channels, channels, bias=False) for _ in "qkv" if variant == "qkv")
-        self.to_proxy = nn.Linear(channels, proxy, bias=False)
-        self.to_logits = nn.Linear(proxy, count * 3 * groups, bias=False)
-        self.to_input_gate = nn.Linear(proxy, count * channels, bias=False)
-        self.to_output_gate = nn.Linear(proxy, count * channels, bias=False)
-        self.to_skip = nn.Linear(proxy, channels, bias=False) if skip else None
-        self.merge_weight = nn.Parameter(torch.ones(count))
+        self.mixer = GSPNMixer(channels, weight_groups, window, proxy_ratio=proxy_ratio, skip=skip)
         self.to_out = nn.Linear(channels, channels)
-        for gate in (self.to_input_gate, self.to_output_gate):  # keeps the tokens' scale, as in `GSPNMixer`
-            nn.init.normal_(gate.weight, std=count**-0.25 / proxy**0.5)
-        if self.to_skip is not None:
-            nn.init.zeros_(self.to_skip.weight)
+        self.mixer.initialise()
 
     def start_from(self, attention: Attention) -> None:
         """Copy what an attention has as well: the output map, and those to q, k and v; missing biases are zero."""
@@ -109,21 +98,23 @@ class GSPNSelfAttention(nn.Module):
 
     def _scan(self, tokens: Tensor) -> Tensor:
         """Propagate tokens [B, H, W, C]."""
-        proxy = None if self.to_qkv else self.to_proxy(tokens)
-        linear_maps = [self.to_logits, self.to_input_gate, self.to_output_gate]
-        weights: list[Tensor] = [linear.weight for linear in linear_maps]
-        skip: Tensor | None = None if self.to_skip is None else self.to_skip.weight
-        if proxy is None:
-            query, key, value = (linear(tokens) for linear in self.to_qkv)
-            proxy = torch.cat([self.to_proxy(tokens + key), self.to_proxy(tokens + query)], dim=-1)
-            width = proxy.shape[-1] // 2
-            of_key, of_query = (0, width), (width, 0)  # the half of the proxy that a map reads; it is zero on the other
-            weights = [F.pad(weight, half) for weight, half in zip(weights, (of_key, of_key, of_query), strict=True)]
-            skip = None if skip is None else F.pad(skip, of_query)
-            tokens = tokens + value
-        logits, input_gate, output_gate = weights
+        mixer = self.mixer
+        if not self.to_qkv:
+            return mixer(tokens)
+        query, key, value = (linear(tokens) for linear in self.to_qkv)
+        proxy = torch.cat([mixer.to_proxy(tokens + key), mixer.to_proxy(tokens + query)], dim=-1)
+        width = proxy.shape[-1] // 2
+        of_key, of_query = (0, width), (width, 0)  # the half of the proxy that a map reads; it is zero on the other
         return gspn_scan_from_proxy(
-            tokens, proxy, logits, input_gate, output_gate, self.merge_weight, skip, window=self.window
+            tokens + value,
+            proxy,
+            F.pad(mixer.to_logits.weight, of_key),
+            F.pad(mixer.to_input_gate.weight, of_key),
+            F.pad(mixer.to_output_gate.weight, of_query),
+            mixer.merge_weight,
+            None if mixer.to_skip is None else F.pad(mixer.to_skip.weight, of_query),
+            directions=mixer.directions,
+            window=mixer.window,
         )
 
     # Loaders (IP-Adapter, `set_attn_processor`) count a processor for every attention; this one has no effect.

@@ -76,22 +76,26 @@ def test_a_layer_is_the_published_formula(variant: str, window: int | None) -> N
         torch.nn.init.normal_(parameter, std=0.5)
     tokens = torch.randn(2, 15, 16, dtype=torch.float64)
     if variant == "pure":
-        of_key = of_query = layer.to_proxy(tokens)
+        of_key = of_query = layer.mixer.to_proxy(tokens)
         scanned = tokens
     else:
         query, key, value = (tokens @ linear.weight.T for linear in layer.to_qkv)
-        of_key, of_query, scanned = layer.to_proxy(tokens + key), layer.to_proxy(tokens + query), tokens + value
+        of_key, of_query, scanned = (
+            layer.mixer.to_proxy(tokens + key),
+            layer.mixer.to_proxy(tokens + query),
+            tokens + value,
+        )
     x = scanned.view(2, 3, 5, 16)
     y = gspn_scan(
         x,
-        layer.to_logits(of_key).view(2, 3, 5, 4, 3, 8),
-        layer.to_input_gate(of_key).view(2, 3, 5, 4, 16),
-        layer.to_output_gate(of_query).view(2, 3, 5, 4, 16),
-        layer.merge_weight,
+        layer.mixer.to_logits(of_key).view(2, 3, 5, 4, 3, 8),
+        layer.mixer.to_input_gate(of_key).view(2, 3, 5, 4, 16),
+        layer.mixer.to_output_gate(of_query).view(2, 3, 5, 4, 16),
+        layer.mixer.merge_weight,
         window=window,
     )
-    assert layer.to_skip is not None
-    y = y + layer.to_skip(of_query).view(2, 3, 5, 16) * x
+    assert layer.mixer.to_skip is not None
+    y = y + layer.mixer.to_skip(of_query).view(2, 3, 5, 16) * x
     expected = y.reshape(2, 15, 16) @ layer.to_out.weight.T + layer.to_out.bias
     torch.testing.assert_close(layer(tokens, gspn_grid=(3, 5)), expected, rtol=1e-10, atol=1e-10)
 
@@ -105,7 +109,7 @@ def test_a_layer_without_skip_has_no_map_for_it() -> None:
 @pytest.mark.parametrize("grid", [None, (4, 4)])
 def test_a_layer_refuses_another_grid(grid: tuple[int, int] | None) -> None:
     with pytest.raises(ValueError, match="got 15 tokens and the grid"):
-        GSPNSelfAttention(16)(torch.zeros(1, 15, 16), gspn_grid=grid)
+        GSPNSelfAttention(16, proxy_ratio=4)(torch.zeros(1, 15, 16), gspn_grid=grid)
 
 
 # -- Stable Diffusion's own UNets --------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ def gradients(unet: UNet2DConditionModel, adapter: GSPNAdapter, between: bool = 
 
 def test_checkpointing_recomputes_with_the_grid_of_its_own_forward_pass(unet: UNet2DConditionModel) -> None:
     adapter = GSPNAdapter.create(unet).mount(unet)
-    torch.nn.init.normal_(adapter.mixers[0].to_skip.weight)
+    torch.nn.init.normal_(adapter.mixers[0].mixer.to_skip.weight)
     unet.train()
     plain = gradients(unet, adapter)
     unet.enable_gradient_checkpointing()
