@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gspn_dit.data.sources import image_sources
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.paths import path_argument
 
@@ -132,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     if os.path.exists(options.out) and not options.overwrite:
         raise UserError(f"{options.out} exists; give --overwrite to replace it")
-    if options.data != "digits" and not options.data_path:
+    source = image_sources().get(options.data)  # what is unknown is refused where it is opened
+    if source is not None and not source.bundled and not options.data_path:
         raise UserError(f"--data {options.data} needs --data-path")
     for name in ("epochs", "images"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -144,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(1)  # the order of float sums depends on the number of threads
     train = load_images(options.data, options.data_path, "train", options.image_size)
+    print(train.describe())
     validation = load_images(options.data, options.data_path, "validation", options.image_size)
     model = train_classifier(train, validation, options.architecture, options.seed, options.epochs, options.images)
     save_classifier(model, model.info, options.out)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gspn_dit import rng
 from gspn_dit.config import DataConfig
-from gspn_dit.data.folders import choose_splits
+from gspn_dit.data.folders import LeftOut, choose_splits, list_folder
 from gspn_dit.data.image_sources import open_saved, require_directory, split_rows
 from gspn_dit.data.images import ImageSet, read_headers
 from gspn_dit.errors import UserError, nearest
@@ -96,7 +96,8 @@ def _choose(parts: dict[str, _Part], split: str, fraction: float, place: Path) -
 def _folder_parts(place: Path, column: str) -> dict[str, _Part]:
     if (place / METADATA).is_file():
         return {"all": _folder_part(place, column)}
-    splits = sorted(path.parent for path in place.glob(f"*/{METADATA}"))
+    folders = [Path(folder) for folder in list_folder(place, LeftOut()).folders.values()]
+    splits = [folder for folder in folders if (folder / METADATA).is_file()]
     if not splits:
         example = json.dumps({"file_name": "cat.png", column: "a cat"})
         raise UserError(f"{place} has no {METADATA} with captions; write one with a line for each image: {example}")

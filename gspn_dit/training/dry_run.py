@@ -69,7 +69,7 @@ def _imagenet(config: Config) -> DataFacts:
     data, source = config.data, f"ImageNet's figures: data.path {config.data.path} is not there"
     if data.image_size is None:
         raise UserError(f"data.path {data.path} is not there; a dry run without data needs data.image_size")
-    if data.name != "latents" and config.latent.name == "identity":
+    if find_source(data.name).latents is None and config.latent.name == "identity":
         size_bytes = IMAGENET_IMAGES * data.image_size**2 * 3
         return DataFacts(IMAGENET_IMAGES, IMAGENET_CLASSES, 3, data.image_size, size_bytes, source)
     if data.image_size % KL_FACTOR:
