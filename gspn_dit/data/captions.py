@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import numpy as np
 
 from gspn_dit import rng
 from gspn_dit.config import DataConfig
-from gspn_dit.data.folders import LeftOut, choose_splits, list_folder
+from gspn_dit.data.folders import LeftOut, Walk, choose_splits, list_folder
 from gspn_dit.data.image_sources import open_saved, require_directory, split_rows
-from gspn_dit.data.images import ImageSet, read_headers
+from gspn_dit.data.images import ImageSet, read_headers, undecoded
 from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -68,13 +69,17 @@ def load_captioned(data: DataConfig, split: str = "train") -> CaptionedImages:
         parts = {name: _saved_part(part, place, data.caption_column) for name, part in open_saved(data.path).items()}
     split_name, rows, has_validation = _choose(parts, split, data.validation_fraction, place)
     dataset, captions = parts[split_name]
+    remarks = []
+    if data.name == "imagefolder":
+        remarks = _left_out(place if split_name == "all" else place / split_name, dataset)
     if rows is not None:
         dataset, captions = dataset.select(rows), [captions[row] for row in rows]
     if not captions:
         raise UserError(f"the split '{split_name}' of {place} has no images")
     headers = read_headers({split_name: dataset})
     size = data.image_size or headers.common_size(place.name)
-    images = ImageSet(dataset, place.name, size, headers.channels, data.image_size is not None, has_validation)
+    crop, told = data.image_size is not None, tuple([*remarks, *headers.remarks()])
+    images = ImageSet(dataset, place.name, size, headers.channels, crop, has_validation, told)
     return CaptionedImages(images, captions)
 
 
@@ -124,6 +129,16 @@ def _folder_part(folder: Path, column: str) -> _Part:
         captions.append(_captions(row, column, f"{where} ({row['file_name']})"))
     features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
     return Dataset.from_dict({"image": paths, "label": [0] * len(paths)}, features=features), captions
+
+
+def _left_out(folder: Path, dataset: Dataset) -> list[str]:
+    """Return what a folder holds beside the images that its metadata names."""
+    left_out = LeftOut(expected=(METADATA,))
+    named = {os.path.normpath(cell["path"]) for cell in undecoded(dataset)["image"]}
+    for path in Walk([folder], left_out).images(folder, of_one_class=False):
+        if os.path.normpath(path) not in named:
+            left_out.add("images without a caption", os.path.basename(path))
+    return [f"left out: {left_out}"] if str(left_out) else []
 
 
 def _saved_part(dataset: Dataset, place: Path, column: str) -> _Part:

@@ -174,10 +174,10 @@ class Walk:
         earlier = self._seen.setdefault((status.st_dev, status.st_ino), path)
         return earlier if earlier != path else None
 
-    def images(self, root: str | os.PathLike[str]) -> list[str]:
+    def images(self, root: str | os.PathLike[str], of_one_class: bool = True) -> list[str]:
         """Return the paths of all images below a folder, sorted.
 
-        Raises UserError for folders in it that are splits, which would all be read as one.
+        Raises UserError for folders in it that are splits, which would all be read as one class.
         """
         found: list[str] = []
         folders = [os.fspath(root)]
@@ -187,7 +187,7 @@ class Walk:
                 self.left_out.add("links to folders already read", os.path.basename(folder))
                 continue
             listing = list_folder(folder, self.left_out)
-            if splits := choose_splits(listing.folders, folder):
+            if of_one_class and (splits := choose_splits(listing.folders, folder)):
                 raise UserError(
                     f"{folder} holds splits ({', '.join(splits)}) where images of one class are looked for; "
                     "give a folder that holds the splits, and in each of them the classes"

@@ -70,7 +70,7 @@ class ImageSet:
 
     @cached_property
     def _undecoded(self) -> Dataset:
-        return _undecoded(self.dataset)
+        return undecoded(self.dataset)
 
     def describe(self) -> str:
         """Return a line about the set, and one for each remark."""
@@ -239,7 +239,8 @@ def _labels(dataset: Dataset) -> np.ndarray:
     return np.asarray(dataset.select_columns("label").with_format(None)[:]["label"], dtype=np.int64)
 
 
-def _undecoded(dataset: Dataset) -> Dataset:
+def undecoded(dataset: Dataset) -> Dataset:
+    """Return the images of a set alone, whose cells become {"bytes": …, "path": …}."""
     from datasets import Image as ImageFeature
 
     return dataset.with_format(None).select_columns("image").cast_column("image", ImageFeature(decode=False))
@@ -310,9 +311,9 @@ def read_headers(parts: Mapping[str, Dataset]) -> Headers:
         rows = np.arange(len(dataset))
         if total > MAX_HEADERS:
             rows = evenly_spaced(len(dataset), SAMPLED_HEADERS)
-        undecoded = _undecoded(dataset)
+        cells = undecoded(dataset)
         for start in range(0, len(rows), DECODE_CHUNK):
             chunk = rows[start : start + DECODE_CHUNK]
-            for row, cell in zip(chunk, undecoded[chunk]["image"]):
+            for row, cell in zip(chunk, cells[chunk]["image"]):
                 headers.add(cell, int(row))
     return headers

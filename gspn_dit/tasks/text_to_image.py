@@ -248,7 +248,8 @@ class TextToImage(GenerativeTask):
         model = f"UNet with {mixer}, {total:,} parameters"
         if self.distillation is not None:
             model += f", of which {trained:,} are trained to do as {self.config.unet.teacher} does"
-        return [("data", data), ("text", f"{self.config.text.encoder}"), ("model", model)]
+        told = [("", remark) for remark in images.remarks]
+        return [("data", data), *told, ("text", f"{self.config.text.encoder}"), ("model", model)]
 
     def check_resumed(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
         refuse_other_vae(manifest["latent"], self.latent.spec())

@@ -50,6 +50,17 @@ def test_each_split_has_its_images_and_captions(folder: Path, split: str, first:
     assert captioned.images.image_size == 8 and captioned.images.has_validation
 
 
+def test_what_no_caption_names_is_said(folder: Path) -> None:
+    write_images(folder / "train", 2, 30)
+    write_images(folder / "train" / "@eaDir", 1)
+    (folder / "train" / "notes.txt").write_text("x")
+    assert load_captioned(config(folder)).images.remarks == (
+        "left out: hidden or system folders: 1 (@eaDir), unread files: 1 (.txt), images without a caption: 2 "
+        "(30.png, 31.png)",
+    )
+    assert load_captioned(config(folder), "validation").images.remarks == ()
+
+
 def test_an_image_can_have_several_captions(folder: Path) -> None:
     captioned = load_captioned(config(folder, caption_column="texts"))
     assert captioned.captions[3] == ("a", "b 3.png")
