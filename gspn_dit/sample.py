@@ -1,8 +1,9 @@
-"""The command line of `sample.py`: class-conditional grids, PNG files and .npz sets from a checkpoint."""
+"""The command line of `sample.py`: grids, PNG files and .npz sets by class or by prompt from a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Parse and check what can be checked without the checkpoint; raises UserError."""
     parser = ArgumentParser(
         prog="sample.py",
-        description="Draw images by class from a checkpoint.",
+        description="Draw images by class, or by prompt, from a checkpoint.",
         formatter_class=argparse.HelpFormatter,
     )
     add_sampling_options(parser, guidance_scale=2.0, classes="all", weights="ema", steps=50)
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images per class (default: 8)")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                        help="draw this instead of classes; can be given several times")  # fmt: skip
+    parser.add_argument("--prompts", type=path_argument, metavar="FILE",
+                        help="prompts, one a line, or a metadata.jsonl whose texts are taken")  # fmt: skip
+    parser.add_argument("--per-class", type=int, default=8, metavar="N",
+                        help="images per class or prompt (default: 8)")  # fmt: skip
     parser.add_argument("--order", choices=("grouped", "interleaved"), default="grouped",
                         help="order of the labels: 000111… or 010101… (default: grouped)")  # fmt: skip
     parser.add_argument(
@@ -38,8 +44,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     check_sampling_options(options, "per_class")
     if not (options.out or options.save_images or options.save_npz):
         raise UserError("nothing to write: give --out FILE, --save-images DIR or --save-npz FILE")
+    options.prompt += _read_prompts(options.prompts) if options.prompts else []
+    if any(not prompt.strip() for prompt in options.prompt):
+        raise UserError("--prompt is empty; say what to draw")
+    if options.prompt and (options.classes != "all" or options.guide_checkpoint):
+        raise UserError("--prompt does not go with --classes or --guide-checkpoint; leave one of them out")
     _check_outputs(options)
     return options
+
+
+def _read_prompts(file: str) -> list[str]:
+    """Return the prompts of a file, one a line, or the key `text` of each line's object."""
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [str(json.loads(line)["text"]) if file.endswith(".jsonl") else line for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--prompts {file} cannot be read: {error}") from None
+    if not prompts:
+        raise UserError(f"--prompts {file} holds no prompt; write one a line")
+    return prompts
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -106,10 +129,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int], list[str]]:
-    """Return images, uint8 [n, H, W, C], their class ids, and the names of all classes."""
+    """Return images, uint8 [n, H, W, C], their class ids, and the names of all classes; or prompts for classes."""
     from tqdm import tqdm
 
     from gspn_dit.pipeline import GSPNPipeline
+    from gspn_dit.text_sampler import is_text_checkpoint
+
+    if options.prompt:
+        return _generate_by_prompt(options, device)
+    if is_text_checkpoint(options.checkpoint):
+        raise UserError(f"{options.checkpoint} draws by prompt, not by class; give --prompt TEXT or --prompts FILE")
 
     pipeline = GSPNPipeline.from_checkpoint(options.checkpoint, options.weights, device, options.vae)
     if options.guide_checkpoint:
@@ -141,6 +170,30 @@ def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int],
     return images, labels, pipeline.class_names
 
 
+def _generate_by_prompt(options: argparse.Namespace, device: str) -> tuple[Any, list[int], list[str]]:
+    from tqdm import tqdm
+
+    from gspn_dit.diffusion import Guidance
+    from gspn_dit.text_sampler import TextSampler
+
+    drawer = TextSampler.from_checkpoint(options.checkpoint, options.weights, device, options.vae)
+    numbers = [number for number in range(len(options.prompt)) for _ in range(options.per_class)]
+    if options.order == "interleaved":
+        numbers = list(range(len(options.prompt))) * options.per_class
+    guidance = Guidance(options.guidance_scale, tuple(options.guidance_interval), options.guidance_channels)
+    prompts = [options.prompt[number] for number in numbers]
+    with tqdm(total=len(prompts), unit="image", disable=None) as bar:
+        images = drawer.draw(
+            prompts,
+            options.steps,
+            guidance,
+            options.sampler,
+            options.seed,
+            on_chunk=lambda done: bar.update(done - bar.n),
+        )
+    return images, numbers, options.prompt
+
+
 def _write(options: argparse.Namespace, images: Any, labels: list[int], class_names: list[str]) -> None:
     import numpy as np
 
@@ -157,8 +210,15 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
         folder.mkdir(parents=True, exist_ok=True)
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             save_png(to_pil(image), folder / f"{index:06d}-{label}.png")
+        if options.prompt:
+            rows = [{"file_name": f"{index:06d}-{n}.png", "text": class_names[n]} for index, n in enumerate(labels)]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomically(folder / "metadata.jsonl", lines.encode())
         print(f"{len(images)} images: {folder}")
     if options.save_npz:
         ids = np.asarray(labels, dtype=np.int64)
-        write_atomically(options.save_npz, lambda file: np.savez(file, arr_0=images, arr_1=ids))
+        captions: dict[str, Any] = (
+            {"captions": np.asarray([class_names[label] for label in labels])} if options.prompt else {}
+        )
+        write_atomically(options.save_npz, lambda file: np.savez(file, arr_0=images, arr_1=ids, **captions))
         print(f"{len(images)} images: {options.save_npz}")

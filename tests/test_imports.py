@@ -29,7 +29,7 @@ FLOORS = (
     {"data", "diffusion", "models"},
     {"doctor", "importers", "model_card", "prepare", "tasks"},
     {"hub", "training"},
-    {"pipeline"},
+    {"highres", "pipeline", "text_sampler"},
     {"sample"},
     {"generate"},
 )

@@ -1,5 +1,8 @@
 """Objectives, guidance and sampling; a model is any callable `model(latents, timesteps, class_labels)`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.diffusion.epsilon import EpsilonObjective
 from gspn_dit.diffusion.guidance import Guidance
@@ -12,6 +15,7 @@ from gspn_dit.diffusion.sampling import (
     draw_noise,
     sample_latents,
 )
+from gspn_dit.diffusion.scheduled import ScheduledObjective
 from gspn_dit.diffusion.velocity import VelocityObjective
 from gspn_dit.errors import UserError, nearest
 
@@ -26,6 +30,7 @@ __all__ = [
     "create_objective",
     "draw_latents",
     "draw_noise",
+    "objective_of",
     "sample_latents",
 ]
 
@@ -39,3 +44,15 @@ def create_objective(config: ObjectiveConfig) -> Objective:
         known = f"{', '.join(OBJECTIVES)}{nearest(config.name, OBJECTIVES)}"
         raise UserError(f"unknown objective.name '{config.name}'; allowed are {known}")
     return OBJECTIVES[config.name](config)
+
+
+def objective_of(config: ObjectiveConfig, schedule: Mapping[str, Any] | None) -> Objective:
+    """Return the objective that a pipeline's scheduler stands for, or, without one, the config's.
+
+    `schedule` is the config of a diffusers scheduler: of flow matching, or of betas. Raises UserError as both do.
+    """
+    if schedule is None:
+        return create_objective(config)
+    if str(schedule.get("_class_name", "")).startswith("FlowMatch"):
+        return VelocityObjective(config)
+    return ScheduledObjective(config, schedule)

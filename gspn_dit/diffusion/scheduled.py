@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.diffusion.objective import Denoiser, Objective
-from gspn_dit.diffusion.velocity import VelocityObjective
 from gspn_dit.errors import UserError
 
 SCHEDULE_KEYS = (
@@ -67,10 +66,3 @@ class ScheduledObjective(Objective):
 
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         return output, None
-
-
-def objective_of_pipeline(config: ObjectiveConfig, schedule: Mapping[str, Any]) -> Objective:
-    """Return the objective that a pipeline's scheduler stands for: flow matching, or a schedule of betas."""
-    if str(schedule.get("_class_name", "")).startswith("FlowMatch"):
-        return VelocityObjective(config)
-    return ScheduledObjective(config, schedule)

@@ -24,9 +24,7 @@ from gspn_dit.data.build import fingerprint
 from gspn_dit.data.captions import CaptionedImages, caption_variants, load_captioned
 from gspn_dit.data.images import evenly_spaced
 from gspn_dit.data.latents import create_latent, refuse_other_vae
-from gspn_dit.diffusion import Guidance, create_objective, draw_latents
-from gspn_dit.diffusion.objective import Objective
-from gspn_dit.diffusion.scheduled import objective_of_pipeline
+from gspn_dit.diffusion import Guidance, draw_latents, objective_of
 from gspn_dit.errors import UserError
 from gspn_dit.models.text import TextEncoder, encode_all
 from gspn_dit.models.text_unet import (
@@ -54,7 +52,8 @@ class TextToImage(GenerativeTask):
         super().__init__(config)
         _check(config)
         encoder = TextEncoder(config.text.encoder, config.text.max_tokens)
-        self.objective = _objective(config)
+        schedule = _schedule(config)
+        self.objective = objective_of(config.objective, schedule)
         self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
         self.train_data, self.captions = _open(config, "train")
         self.latent = self.train_data.latent
@@ -85,6 +84,7 @@ class TextToImage(GenerativeTask):
             "model": describe_unet(self.model, config.unet),
             "latent": self.latent.spec(),
             "text": encoder.spec(),
+            "schedule": schedule,
             "class_names": [],
             "data": {"name": images.name, "images": len(images), "fingerprint": digest},
         }
@@ -274,16 +274,15 @@ def _check(config: Config) -> None:
         raise UserError("training.activation_checkpointing does not go with unet.teacher_inputs; leave one out")
 
 
-def _objective(config: Config) -> Objective:
-    """Return the objective of the config, or, of a teacher that is a pipeline, its scheduler's."""
+def _schedule(config: Config) -> dict[str, Any] | None:
+    """Return the scheduler's config of a teacher that is a pipeline, else None."""
     place = Path(config.unet.teacher or "")
     if config.unet.teacher is None or not (place / "model_index.json").is_file():
-        return create_objective(config.objective)
+        return None
     try:
-        schedule = json.loads((place / "scheduler" / "scheduler_config.json").read_bytes())
+        return json.loads((place / "scheduler" / "scheduler_config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"unet.teacher {place} has no readable scheduler: {error}") from None
-    return objective_of_pipeline(config.objective, schedule)
 
 
 def _open(config: Config, split: str) -> tuple[Batches, list[tuple[str, ...]]]:

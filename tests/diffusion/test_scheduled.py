@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gspn_dit.config import ObjectiveConfig
-from gspn_dit.diffusion import sample_latents
-from gspn_dit.diffusion.scheduled import ScheduledObjective, objective_of_pipeline
+from gspn_dit.diffusion import objective_of, sample_latents
+from gspn_dit.diffusion.scheduled import ScheduledObjective
 from gspn_dit.diffusion.velocity import VelocityObjective
 from gspn_dit.errors import UserError
 
@@ -26,7 +26,7 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dty
 
 
 def objective(prediction_type: str = "epsilon") -> Any:
-    return objective_of_pipeline(ObjectiveConfig(), {**STABLE_DIFFUSION, "prediction_type": prediction_type})
+    return objective_of(ObjectiveConfig(), {**STABLE_DIFFUSION, "prediction_type": prediction_type})
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -72,7 +72,7 @@ def test_samplers_find_the_data_of_a_perfect_model(sampler: str, prediction_type
 
 
 def test_other_schedulers() -> None:
-    flow = objective_of_pipeline(ObjectiveConfig(), {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    flow = objective_of(ObjectiveConfig(), {"_class_name": "FlowMatchEulerDiscreteScheduler"})
     assert isinstance(flow, VelocityObjective)
     assert isinstance(objective(), ScheduledObjective)
     with pytest.raises(UserError, match="a schedule that predicts 'sample' cannot be trained"):
