@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn_dit.ops.contract import compute_dtype
+
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut [B, C, H, W] into patches: [B, H/p, W/p, C·p·p]."""
@@ -66,7 +68,9 @@ class TimestepEmbedding(nn.Module):
         half = self.frequencies // 2
         # In the order of DiT and diffusers: at timestep 999 another rounding of the exponents is seen in the output.
         exponents = -math.log(10_000) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
-        angles = timesteps.float()[:, None] * torch.exp(exponents / (half - self.endpoint))
+        angles = timesteps.to(compute_dtype(self.expand.weight.dtype))[:, None] * torch.exp(
+            exponents / (half - self.endpoint)
+        )
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mix(F.silu(self.expand(sinusoids.to(self.expand.weight.dtype))))
 

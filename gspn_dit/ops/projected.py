@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.ops.backends import resolve_backend
 from gspn_dit.ops.contract import DIRECTIONS, autocast_dtype, check_projection, direction_codes, without_autocast
+from gspn_dit.ops.forward_mode import carries_tangent, scan_forward
 from gspn_dit.ops.materialised import projected_forward
 from gspn_dit.ops.projected_operator import projected_scan_forward
 from gspn_dit.ops.reference import scan_reference
-from gspn_dit.ops.scan import refuse_forward_mode
 
 
 def gspn_scan_from_proxy(
@@ -59,14 +59,16 @@ def gspn_scan_from_proxy(
         skip_weight = None if skip_weight is None else skip_weight.to(dtype)
     check_projection(x, proxy, weights, merge_weight, skip_weight, len(codes), window)
     with without_autocast(x.device.type):
-        if resolve_backend(backend, x.device) != "reference":
-            refuse_forward_mode("gspn_scan_from_proxy", x, proxy, *weights, merge_weight, skip_weight)
+        reference = resolve_backend(backend, x.device) == "reference"
+        forward_mode = carries_tangent(x, proxy, *weights, merge_weight, skip_weight)
+        if not reference and not forward_mode:
             return projected_scan_forward(x, proxy, *weights, merge_weight, skip_weight, codes, window or 0)
+        scan = scan_reference if reference else scan_forward
 
         def run(x: Tensor, proxy: Tensor, merge_weight: Tensor, skip_weight: Tensor | None, *weights: Tensor) -> Tensor:
-            return projected_forward(scan_reference, x, proxy, weights, merge_weight, skip_weight, codes, window or 0)
+            return projected_forward(scan, x, proxy, weights, merge_weight, skip_weight, codes, window or 0)
 
-        if not torch.is_grad_enabled():
+        if forward_mode or not torch.is_grad_enabled():  # a checkpoint would refuse the former
             return run(x, proxy, merge_weight, skip_weight, *weights)
         y = checkpoint(run, x, proxy, merge_weight, skip_weight, *weights, use_reentrant=False)
         assert isinstance(y, Tensor)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn_dit.ops.contract import autocast_dtype, without_autocast
+from gspn_dit.ops.forward_mode import carries_tangent
 
 
 def _normalise(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +77,8 @@ def norm_linear(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, epsilon
     if (dtype := autocast_dtype(x.device.type)) is not None:  # as autocast does: float32 inside the normalisation
         x, scale, shift, weight = x.float(), scale.float(), shift.float(), weight.to(dtype)
     with without_autocast(x.device.type):
+        if carries_tangent(x, scale, shift, weight):  # nothing is kept for a backward pass
+            return F.linear(F.layer_norm(x, x.shape[-1:], scale, shift, epsilon).to(weight.dtype), weight)
         return _NormLinear.apply(x, scale, shift, weight, epsilon)
 
 
@@ -92,4 +95,6 @@ def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
     if (dtype := autocast_dtype(x.device.type)) is not None:
         weight = weight.to(dtype)
     with without_autocast(x.device.type):
+        if carries_tangent(x, weight):
+            return F.linear((x * F.relu(x)).to(weight.dtype), weight)
         return _SquaredReLULinear.apply(x, weight)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from gspn_dit.ops import operator
 from gspn_dit.ops.backends import resolve_backend
 from gspn_dit.ops.contract import DIRECTIONS, autocast_dtype, check_arguments, direction_codes
+from gspn_dit.ops.forward_mode import scan_forward
 from gspn_dit.ops.reference import scan_reference
 
 
@@ -51,7 +50,8 @@ def gspn_scan(
 
     Returns:
         y [B, H, W, C], contiguous, x's dtype. Accumulation is in float32 (float64 for float64). Differentiable in
-        the five tensors; twice and in forward mode through backend="reference" alone.
+        the five tensors, on CPUs and through backend="reference" in forward mode too (`torch.func.jvp`; not under
+        torch.compile), twice through backend="reference" alone.
 
     Raises:
         ValueError: a shape, dtype, device, direction, window or backend name breaks the contract.
@@ -65,17 +65,5 @@ def gspn_scan(
     check_arguments(x, weight_logits, input_gate, output_gate, merge_weight, len(codes), window)
     if merge_weight is None:
         merge_weight = torch.ones(len(codes), dtype=torch.float32, device=x.device)
-    if resolve_backend(backend, x.device) == "reference":
-        run = scan_reference
-    else:
-        refuse_forward_mode("gspn_scan", x, weight_logits, input_gate, output_gate, merge_weight)
-        run = operator.scan_forward
+    run = scan_reference if resolve_backend(backend, x.device) == "reference" else scan_forward
     return run(x, weight_logits, input_gate, output_gate, merge_weight, codes, window or 0)
-
-
-def refuse_forward_mode(function: str, *inputs: Tensor | None) -> None:
-    """Raise NotImplementedError for inputs with tangents, which a custom operator would drop without a word."""
-    if not torch.compiler.is_compiling() and any(t is not None and unpack_dual(t).tangent is not None for t in inputs):
-        raise NotImplementedError(
-            f"{function} has no forward-mode derivative in its kernels: use {function}(..., backend='reference')"
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gspn_dit.ops import gspn_scan
 from tests.ops.scan_cases import (
@@ -51,21 +50,6 @@ def test_kernels_refuse_a_double_derivative() -> None:
     (grad_x,) = torch.autograd.grad(y.square().sum(), leaves.x, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"double derivative.*backend='reference'"):
         grad_x.sum().backward()
-
-
-@pytest.mark.parametrize("position", range(5))
-def test_kernels_refuse_forward_mode(position: int) -> None:
-    tensors: list[Tensor] = make_inputs((1, 2, 2, 2)).tensors()
-    with forward_ad.dual_level():
-        tensors[position] = forward_ad.make_dual(tensors[position], torch.ones_like(tensors[position]))
-        with pytest.raises(NotImplementedError, match=r"forward-mode.*backend='reference'"):
-            gspn_scan(*tensors, backend="cpu")
-
-
-def test_kernels_refuse_functional_forward_mode() -> None:
-    x, *others = make_inputs((1, 2, 2, 2)).tensors()
-    with pytest.raises(NotImplementedError, match=r"forward-mode.*backend='reference'"):
-        torch.func.jvp(lambda x: gspn_scan(x, *others, backend="cpu"), (x,), (x,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
