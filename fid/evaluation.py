@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fid.cache import extract_cached
+from fid.checks import check_pair, check_set, notes_on
 from fid.distributed import World, connect, local_device
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet, load_dinov2, load_feature_net, load_inception, resolve_device
@@ -33,7 +34,7 @@ from fid.scores import (
     score_titles,
     scores_of,
 )
-from gspn_dit.errors import UserError, nearest
+from gspn_dit.errors import UserError
 from gspn_dit.protocols import INCEPTION, Protocol, find_protocol
 
 REPORT_FORMAT_VERSION = 2
@@ -199,11 +200,11 @@ def score(
     protocol = protocol or _of_small_study(net.source, seed)
     passes = Passes(**options)
     held_out = reference.held_out
-    _check_set(samples, net, protocol, "samples", "sample images", others)
-    _check_set(reference.images, net, protocol, "reference", "reference images", others)
-    _check_pair(samples, reference.images)
+    check_set(samples, net, protocol, "samples", "sample images", others)
+    check_set(reference.images, net, protocol, "reference", "reference images", others)
+    check_pair(samples, reference.images)
     if held_out is not None:
-        _check_set(held_out, net, protocol, "held-out images", None)
+        check_set(held_out, net, protocol, "held-out images", None)
     nets, cache = [net, *others], None if passes.cache is None else Path(passes.cache)
     # the reference first: what is wrong with it shows before the samples' long pass
     found = extract_cached(reference.images, nets, cache, **passes.options("reference"))
@@ -232,7 +233,7 @@ def _report(
     passes: Passes,
 ) -> dict[str, Any]:
     drawn, real, held_out = measured["samples"], measured["reference"], measured.get("held_out")
-    notes = _notes(drawn, held_out, reference, net, protocol)
+    notes = notes_on(drawn, held_out, reference, net, protocol)
     if held_out is not None and len(held_out) < protocol.needed(net.feature_dim):
         held_out = None
     subset = min(protocol.kid_subset_size, *(len(part) for part in (drawn, real, held_out) if part is not None))
@@ -264,20 +265,8 @@ def _report(
         "published": [dataclasses.asdict(row) for row in rows],
         "neighbours": nearest_neighbours(drawn, target),
         "settings": {
-            "protocol": protocol.knobs(),
-            "generation": drawn.images.generation,
-            "samples": _describe(drawn),
-            "reference": {**_describe(real), "statistics": target.statistics_sha256},
-            "held_out": None if "held_out" not in measured else _describe(measured["held_out"]),
-            "feature_net": _describe_net(net),
-            "other_nets": {other.names["fd"]: _describe_net(other) for other in others},
-            "inception_score": {"splits": protocol.inception_splits, "order": drawn.order_name},
-            "precision_recall": {"neighbourhood": protocol.neighbourhood},
-            "kernel_distance": {
-                "subsets": protocol.kid_subsets,
-                "subset_size": subset,
-                "seed": protocol.kid_seed,
-            },
+            **_described(measured, net, others, protocol, target),
+            "kernel_distance": {"subsets": protocol.kid_subsets, "subset_size": subset, "seed": protocol.kid_seed},
             "batch_size": passes.batch_size,
             "device": passes.device,
             "processes": passes.world.size,
@@ -288,101 +277,22 @@ def _report(
     }
 
 
-def _check_set(
-    images: LabelledImages,
-    net: FeatureNet,
-    protocol: Protocol,
-    what: str,
-    counted: str | None,
-    others: Sequence[FeatureNet] = (),
-) -> None:
-    """Refuse images that the net cannot read, or fewer than the metrics need (`counted` names them)."""
-    height, width, channels = images.pixels.shape[1:]
-    if net.image_size is not None and (height, width, channels) != (net.image_size, net.image_size, net.channels):
-        raise UserError(
-            f"the {what} ({images.source}) are {height}x{width} with {channels} channel(s); the feature net "
-            f"'{net.source}' reads {net.image_size}x{net.image_size} with {net.channels}"
-        )
-    for each in (net, *others) if counted is not None else ():
-        needed = protocol.needed(each.feature_dim)
-        if len(images) >= needed:
-            continue
-        full = protocol.full_rank and needed == each.feature_dim + 1
-        why = f"its {each.feature_dim} features + 1" if full else "one for each of the Inception score's splits"
-        raise UserError(
-            f"{each.names['fd']} needs at least {needed} {counted} ({why}), {len(images)} given ({images.source})"
-        )
-    known = len(net.class_names)
-    if known and images.labels is not None and images.class_names is None and images.labels.max() >= known:
-        raise UserError(
-            f"the {what} ({images.source}) have the class id {images.labels.max()}; the feature net "
-            f"'{net.source}' knows the ids 0 to {known - 1}"
-        )
-
-
-def _check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
-    """Refuse samples of another resolution than the reference, and classes of which some are misnamed."""
-    sizes = [f"{images.pixels.shape[1]}x{images.pixels.shape[2]}" for images in (samples, reference)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"the samples ({samples.source}) are {sizes[0]}, the reference ({reference.source}) is {sizes[1]}; "
-            "both must have one resolution"
-        )
-    if samples.class_names is None or reference.class_names is None:
-        return
-    unknown = [name for name in samples.class_names if name not in reference.class_names]
-    if unknown and len(unknown) < len(samples.class_names):
-        raise UserError(
-            f"the samples ({samples.source}) have the class '{unknown[0]}', which is not among the reference's "
-            f"{len(reference.class_names)} classes{nearest(unknown[0], reference.class_names)}"
-        )
-
-
-def _notes(
-    drawn: Measured, held_out: Measured | None, reference: Reference, net: FeatureNet, protocol: Protocol
-) -> list[str]:
-    notes = [f"{images.source}: {images.remarks}." for images in (drawn.images, reference.images) if images.remarks]
-    if net.class_names:
-        notes.append(
-            f"Scores named …-{net.score_suffix} come from a small net trained on {net.score_suffix}: "
-            "they compare with one another, and with no published FID or Inception score."
-        )
-    elif net.score_suffix:
-        notes.append(
-            f"The weights are not those of the published Inception net: scores named …-{net.score_suffix} are no FID "
-            "and compare with nothing but scores on the same weights."
-        )
-    elif not protocol.comparable:
-        notes.append("Not comparable with published figures: another number of images, or another protocol.")
-    if reference.statistics and net.score_suffix:
-        notes.append("The reference's statistics are of another net and were not used; its own images were.")
-    needed = protocol.needed(net.feature_dim)
-    if not protocol.full_rank and len(drawn) <= net.feature_dim:
-        notes.append(
-            f"{len(drawn)} samples for {net.feature_dim} features: a Fréchet distance of so few is mostly bias."
-        )
-    if drawn.images.generation is None and protocol.required:
-        wanted = ", ".join(f"{key} '{value}'" for key, value in protocol.required)
-        notes.append(f"The samples carry no generation.json: the protocol's {wanted} are taken on trust.")
-    if drawn.images.labels is None:
-        notes.append(
-            "The samples have no labels: they were scored in file order, and if that order is by class the "
-            "Inception score is too low."
-        )
-    elif drawn.labels is None and net.class_names:
-        notes.append("The samples' class names are not the feature net's: class agreement was not measured.")
-    if drawn.was_sorted:
-        notes.append("The samples are stored class by class: they were interleaved for the Inception score's splits.")
-    if held_out is None:
-        notes.append("The reference has no validation split: there are no scores of real images to compare with.")
-    elif len(held_out) < needed:
-        notes.append(f"{len(held_out)} held-out images are too few to be scored; {needed} are needed.")
-    elif not net.class_names and len(held_out) != len(drawn):
-        notes.append(
-            f"The real images' own Fréchet distances are left out: they are {len(held_out)}, the samples {len(drawn)}, "
-            "and the distance falls with the number; see the rows at an equal number."
-        )
-    return notes
+def _described(
+    measured: dict[str, Measured], net: FeatureNet, others: Sequence[FeatureNet], protocol: Protocol, target: Target
+) -> dict[str, Any]:
+    """What was scored, by which nets, under which protocol."""
+    drawn, held_out = measured["samples"], measured.get("held_out")
+    return {
+        "protocol": protocol.knobs(),
+        "generation": drawn.images.generation,
+        "samples": _describe(drawn),
+        "reference": {**_describe(measured["reference"]), "statistics": target.statistics_sha256},
+        "held_out": None if held_out is None else _describe(held_out),
+        "feature_net": _describe_net(net),
+        "other_nets": {other.names["fd"]: _describe_net(other) for other in others},
+        "inception_score": {"splits": protocol.inception_splits, "order": drawn.order_name},
+        "precision_recall": {"neighbourhood": protocol.neighbourhood},
+    }
 
 
 def _describe(measured: Measured) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""What sets of images are refused before the pass over them, and what a report has to say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fid.features import FeatureNet
+from fid.images import LabelledImages, Reference
+from fid.measured import Measured
+from gspn_dit.errors import UserError, nearest
+from gspn_dit.protocols import Protocol
+
+
+def check_set(
+    images: LabelledImages,
+    net: FeatureNet,
+    protocol: Protocol,
+    what: str,
+    counted: str | None,
+    others: Sequence[FeatureNet] = (),
+) -> None:
+    """Refuse images that the net cannot read, or fewer than the metrics need (`counted` names them)."""
+    height, width, channels = images.pixels.shape[1:]
+    if net.image_size is not None and (height, width, channels) != (net.image_size, net.image_size, net.channels):
+        raise UserError(
+            f"the {what} ({images.source}) are {height}x{width} with {channels} channel(s); the feature net "
+            f"'{net.source}' reads {net.image_size}x{net.image_size} with {net.channels}"
+        )
+    for each in (net, *others) if counted is not None else ():
+        needed = protocol.needed(each.feature_dim)
+        if len(images) >= needed:
+            continue
+        full = protocol.full_rank and needed == each.feature_dim + 1
+        why = f"its {each.feature_dim} features + 1" if full else "one for each of the Inception score's splits"
+        raise UserError(
+            f"{each.names['fd']} needs at least {needed} {counted} ({why}), {len(images)} given ({images.source})"
+        )
+    known = len(net.class_names)
+    if known and images.labels is not None and images.class_names is None and images.labels.max() >= known:
+        raise UserError(
+            f"the {what} ({images.source}) have the class id {images.labels.max()}; the feature net "
+            f"'{net.source}' knows the ids 0 to {known - 1}"
+        )
+
+
+def check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
+    """Refuse samples of another resolution than the reference, and classes of which some are misnamed."""
+    sizes = [f"{images.pixels.shape[1]}x{images.pixels.shape[2]}" for images in (samples, reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the samples ({samples.source}) are {sizes[0]}, the reference ({reference.source}) is {sizes[1]}; "
+            "both must have one resolution"
+        )
+    if samples.class_names is None or reference.class_names is None:
+        return
+    unknown = [name for name in samples.class_names if name not in reference.class_names]
+    if unknown and len(unknown) < len(samples.class_names):
+        raise UserError(
+            f"the samples ({samples.source}) have the class '{unknown[0]}', which is not among the reference's "
+            f"{len(reference.class_names)} classes{nearest(unknown[0], reference.class_names)}"
+        )
+
+
+def notes_on(
+    drawn: Measured, held_out: Measured | None, reference: Reference, net: FeatureNet, protocol: Protocol
+) -> list[str]:
+    """What a reader of the report must know, a sentence or two each."""
+    notes = [f"{images.source}: {images.remarks}." for images in (drawn.images, reference.images) if images.remarks]
+    if net.class_names:
+        notes.append(
+            f"Scores named …-{net.score_suffix} come from a small net trained on {net.score_suffix}: "
+            "they compare with one another, and with no published FID or Inception score."
+        )
+    elif net.score_suffix:
+        notes.append(
+            f"The weights are not those of the published Inception net: scores named …-{net.score_suffix} are no FID "
+            "and compare with nothing but scores on the same weights."
+        )
+    elif not protocol.comparable:
+        notes.append("Not comparable with published figures: another number of images, or another protocol.")
+    if reference.statistics and net.score_suffix:
+        notes.append("The reference's statistics are of another net and were not used; its own images were.")
+    needed = protocol.needed(net.feature_dim)
+    if not protocol.full_rank and len(drawn) <= net.feature_dim:
+        notes.append(
+            f"{len(drawn)} samples for {net.feature_dim} features: a Fréchet distance of so few is mostly bias."
+        )
+    if drawn.images.generation is None and protocol.required:
+        wanted = ", ".join(f"{key} '{value}'" for key, value in protocol.required)
+        notes.append(f"The samples carry no generation.json: the protocol's {wanted} are taken on trust.")
+    if drawn.images.labels is None:
+        notes.append(
+            "The samples have no labels: they were scored in file order, and if that order is by class the "
+            "Inception score is too low."
+        )
+    elif drawn.labels is None and net.class_names:
+        notes.append("The samples' class names are not the feature net's: class agreement was not measured.")
+    if drawn.was_sorted:
+        notes.append("The samples are stored class by class: they were interleaved for the Inception score's splits.")
+    if held_out is None:
+        notes.append("The reference has no validation split: there are no scores of real images to compare with.")
+    elif len(held_out) < needed:
+        notes.append(f"{len(held_out)} held-out images are too few to be scored; {needed} are needed.")
+    elif not net.class_names and len(held_out) != len(drawn):
+        notes.append(
+            f"The real images' own Fréchet distances are left out: they are {len(held_out)}, the samples {len(drawn)}, "
+            "and the distance falls with the number; see the rows at an equal number."
+        )
+    return notes
