@@ -54,30 +54,6 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(
-    run_directory: str | os.PathLike[str],
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    manifest: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of a step atomically and durably.
-
-    Args:
-        run_directory: the run; the checkpoint goes to `checkpoints/step-XXXXXXXX` in it.
-        step: optimiser steps done.
-        tensors: named tensors of each file stem ("model", "ema", "optimizer").
-        manifest: plain JSON values; step, format_version and file sizes are added.
-
-    Returns:
-        The directory; a complete checkpoint of this step is left as it is. Raises UserError if the disk refuses;
-        what was there before is untouched.
-    """
-    target = checkpoint_directory(run_directory, step)
-    if not is_complete(target):
-        finish_checkpoint(begin_checkpoint(target), target, step, tensors, manifest)
-    return target
-
-
 def is_complete(directory: Path) -> bool:
     """Tell whether a directory is a complete checkpoint."""
     return directory.is_dir() and _problem(directory) is None
@@ -98,6 +74,23 @@ def begin_checkpoint(target: Path) -> Path:
 def partial_directory(target: Path) -> Path:
     """Return where a checkpoint grows before it is complete."""
     return target.with_name(target.name + _PARTIAL_SUFFIX)
+
+
+def write_checkpoint(
+    target: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint atomically and durably; what was there is replaced.
+
+    Args:
+        target: its directory.
+        step: optimiser steps done.
+        tensors: named tensors of each file stem ("model", "ema", "optimizer").
+        manifest: plain JSON values; step, format_version and what is known of the files are added.
+
+    Raises:
+        UserError: the disk refuses; what was there before is untouched.
+    """
+    finish_checkpoint(begin_checkpoint(target), target, step, tensors, manifest)
 
 
 def finish_checkpoint(

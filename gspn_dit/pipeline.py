@@ -21,7 +21,7 @@ from gspn_dit.checkpoint import load_weights, read_manifest, resolve_checkpoint,
 from gspn_dit.class_names import ClassNames, resolve_class
 from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
-from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_noise, sample_latents
+from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_latents
 from gspn_dit.diffusion.sampling import choose_seed
 from gspn_dit.diffusion.schedulers import prepare_scheduler
 from gspn_dit.errors import UserError
@@ -326,7 +326,6 @@ class GSPNPipeline(DiffusionPipeline):
     def _draw(self, ids: list[int], first: int, request: _Request, advance: Callable[[], Any]) -> Tensor:
         """Generate the latents of CHUNK images from index `first` on; labels are padded with the last one."""
         labels, indices = torch.tensor(ids + ids[-1:] * (CHUNK - len(ids))), range(first, first + CHUNK)
-        device = self._execution_device
 
         def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
             if request.callback is None:
@@ -335,21 +334,21 @@ class GSPNPipeline(DiffusionPipeline):
             answer = request.callback(self, step, timestep, tensors) or {}
             return torch.cat([answer.get("latents", latents[: len(ids)]).to(latents), latents[len(ids) :]])
 
-        return sample_latents(
+        return draw_latents(
             self.model.in_float32,
             self.objective,
-            draw_noise(request.seed, indices, request.shape).to(device),
-            labels.to(device),
+            request.shape,
+            labels,
             self.model.null_label,
             len(request.scheduler.timesteps),
-            request.guidance,
-            None,
-            advance,
             request.seed,
             indices,
-            None if self.guide is None else self.guide.in_float32,
-            copy.deepcopy(request.scheduler),  # which remembers its steps
-            on_step_end,
+            self._execution_device,
+            guidance=request.guidance,
+            on_step=advance,
+            guide=None if self.guide is None else self.guide.in_float32,
+            scheduler=copy.deepcopy(request.scheduler),  # which remembers its steps
+            on_step_end=on_step_end,
         )
 
     @torch.no_grad()

@@ -24,14 +24,15 @@ from gspn_dit.checkpoint import (
     read_manifest,
     remove_old_checkpoints,
     resolve_checkpoint,
-    save_checkpoint,
+    write_checkpoint,
 )
 from gspn_dit.errors import UserError
 
 
 def save(run: Path, step: int, value: float = 1.0) -> Path:
     tensors = {"model": {"w": torch.full((3,), value)}, "ema": {"w": torch.full((3,), value / 2)}}
-    return save_checkpoint(run, step, tensors, {"note": "x"})
+    write_checkpoint(checkpoint_directory(run, step), step, tensors, {"note": "x"})
+    return checkpoint_directory(run, step)
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch, before: Callable[[str, int], None]) -> list[str]:
@@ -218,11 +219,11 @@ def test_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> Non
         load_tensors(directory, "repa")
 
 
-def test_saving_a_step_again_leaves_its_checkpoint_alone_and_clears_remains(tmp_path: Path) -> None:
+def test_writing_a_step_again_replaces_its_checkpoint_and_clears_remains(tmp_path: Path) -> None:
     directory = save(tmp_path, 3, value=1.0)
     (tmp_path / "checkpoints" / "step-00000002.partial").mkdir()
     assert save(tmp_path, 3, value=2.0) == directory
-    assert torch.equal(load_tensors(directory, "model")["w"], torch.ones(3))
+    assert torch.equal(load_tensors(directory, "model")["w"], torch.full((3,), 2.0))
     save(tmp_path, 4)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
 

@@ -21,13 +21,12 @@ import pytest
 from PIL import Image
 
 from gspn_dit import generate, rng
-from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.errors import LocalUserError, UserError
 from gspn_dit.files import is_temporary, write_atomically
 from gspn_dit.generate import parse_arguments, run
 from gspn_dit.pipeline import CHUNK, GSPNPipeline
 from gspn_dit.sample_sets import NpzFile, PngFolder, draw_labels, read_settings
-from tests.tiny import CLASS_NAMES, SIZE, tiny_manifest, tiny_tensors, write_run
+from tests.tiny import CLASS_NAMES, SIZE, save_checkpoint, tiny_manifest, tiny_tensors, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 2 * CHUNK + 9

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from gspn_dit.checkpoint import checkpoint_directory, save_checkpoint
+from gspn_dit.checkpoint import checkpoint_directory
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.data.latents import to_uint8
 from gspn_dit.diffusion import Guidance, create_objective, draw_noise, sample_latents
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import CHUNK, GSPNPipeline, resolve_class
-from tests.tiny import CLASS_NAMES, SIZE, tiny_manifest, tiny_model, tiny_tensors, write_run
+from tests.tiny import CLASS_NAMES, SIZE, save_checkpoint, tiny_manifest, tiny_model, tiny_tensors, write_run
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config, LatentConfig
 from gspn_dit.data.latents import latent_from_spec
 from gspn_dit.pipeline import CHUNK, GSPNPipeline
 from tests.data.tiny_vae import write_vae
-from tests.tiny import SIZE, tiny_manifest, tiny_model, tiny_tensors, write_run
+from tests.tiny import SIZE, save_checkpoint, tiny_manifest, tiny_model, tiny_tensors, write_run
 
 
 @pytest.fixture

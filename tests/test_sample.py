@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 import gspn_dit.pipeline
-from gspn_dit.checkpoint import checkpoint_directory, save_checkpoint
+from gspn_dit.checkpoint import checkpoint_directory
 from gspn_dit.errors import UserError
 from gspn_dit.grid import class_grid
 from gspn_dit.sample import parse_arguments, parse_classes, run
-from tests.tiny import CLASS_NAMES, SIZE, tiny_manifest, tiny_tensors, write_run
+from tests.tiny import CLASS_NAMES, SIZE, save_checkpoint, tiny_manifest, tiny_tensors, write_run
 
 SCRIPT = Path(__file__).parents[1] / "sample.py"
 

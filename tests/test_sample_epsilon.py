@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from gspn_dit import generate
-from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config, ObjectiveConfig
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.sample import parse_arguments, run
-from tests.tiny import model_arguments, tiny_manifest
+from tests.tiny import model_arguments, save_checkpoint, tiny_manifest
 
 CHANNELS = 3
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gspn_dit.checkpoint import save_checkpoint
+from gspn_dit.checkpoint import checkpoint_directory, write_checkpoint
 from gspn_dit.config import Config
 from gspn_dit.models import DiffusionModel, create_model
 
@@ -60,6 +60,15 @@ def tiny_tensors(channels: int = 1, seed: int = 0) -> dict[str, dict[str, Tensor
         "model": tiny_model(seed + 1, channels).state_dict(),
         "ema": tiny_model(seed, channels).state_dict(),
     }
+
+
+def save_checkpoint(
+    run_directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of a step of a run and return its directory."""
+    target = checkpoint_directory(run_directory, step)
+    write_checkpoint(target, step, tensors, manifest)
+    return target
 
 
 def write_run(run_directory: Path, step: int = 100, channels: int = 1, seed: int = 0, **changes: Any) -> Path:

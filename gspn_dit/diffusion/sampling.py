@@ -89,7 +89,7 @@ def sample_latents(
         guide: a weaker model of the same latents and classes to guide away from (autoguidance, arXiv 2406.02507); None
             guides away from the model's own prediction without a class.
         scheduler: one whose timesteps are set, in place of the sampler's own.
-        on_step_end: returns the latents to go on with after a step.
+        on_step_end: returns the latents for the next step.
 
     Returns:
         Latents [B, C, H, W].
@@ -102,20 +102,14 @@ def sample_latents(
     if guidance.channels is not None and guidance.channels > noise.shape[1]:
         raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {noise.shape[1]}")
 
-    def draw(step: int) -> Tensor:
-        assert seed is not None and indices is not None
-        return draw_step_noise(seed, indices, noise.shape[1:], step).to(noise)
-
     if scheduler is None:
         sampler = objective.resolve_sampler(sampler, num_inference_steps)
-        scheduler, stochastic = objective.make_scheduler(sampler, num_inference_steps), objective.stochastic_samplers
-        if sampler in stochastic and (seed is None or indices is None):
-            raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
-        random = (lambda step: {"noise": draw(step)}) if sampler in stochastic else (lambda step: {})
+        scheduler = objective.make_scheduler(sampler, num_inference_steps)
+        random = _noise_of_sampler(objective, sampler, noise, seed, indices)
     elif seed is None or indices is None:
         raise ValueError("a scheduler may draw noise at every step; give seed and indices")
     else:
-        random = step_noise_options(scheduler, seed, indices, draw)
+        random = step_noise_options(scheduler, seed, indices, _step_noise(noise, seed, indices))
     predict = _prediction(model, objective, class_labels, null_label, guidance, guide)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for step, timestep in enumerate(scheduler.timesteps):
@@ -130,6 +124,23 @@ def sample_latents(
         if on_step_end is not None:
             latents = on_step_end(step, timestep, latents)
     return latents
+
+
+def _step_noise(like: Tensor, seed: int, indices: Sequence[int]) -> Callable[[int], Tensor]:
+    """Return what maps a step to its noise, in the place of `like`."""
+    return lambda step: draw_step_noise(seed, indices, like.shape[1:], step).to(like)
+
+
+def _noise_of_sampler(
+    objective: Objective, sampler: str, like: Tensor, seed: int | None, indices: Sequence[int] | None
+) -> Callable[[int], dict[str, Any]]:
+    """Return what maps a step to the options by which the sampler's scheduler gets its noise, if it draws any."""
+    if sampler not in objective.stochastic_samplers:
+        return lambda step: {}
+    if seed is None or indices is None:
+        raise ValueError(f"sampler '{sampler}' draws noise at every step; give seed and indices")
+    draw = _step_noise(like, seed, indices)
+    return lambda step: {"noise": draw(step)}
 
 
 def _prediction(
@@ -165,15 +176,17 @@ def draw_latents(
     num_inference_steps: int,
     seed: int,
     indices: Sequence[int],
+    device: torch.device | None = None,
     **options: Any,
 ) -> Tensor:
-    """Return latents [B, *shape] by class and index on the model's device; latent i depends on (seed, i) and its label.
+    """Return latents [B, *shape] by class and index; latent i depends on (seed, i) and its label.
 
-    `options` are those of `sample_latents`, whose errors are raised.
+    They are float32 on `device`, or, where that is None, in dtype and place the model's weights' own. `options` are
+    those of `sample_latents`, whose errors are raised.
     """
-    weight = next(model.parameters())
-    noise = draw_noise(seed, indices, shape).to(weight)
-    labels = class_labels.to(weight.device)
+    noise = draw_noise(seed, indices, shape)
+    noise = noise.to(next(model.parameters())) if device is None else noise.to(device)
+    labels = class_labels.to(noise.device)
     return sample_latents(
         model, objective, noise, labels, null_label, num_inference_steps, seed=seed, indices=indices, **options
     )

@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def convert(options: argparse.Namespace) -> Path:
     """Read, convert and write what the options ask for; raises UserError, and then leaves nothing written."""
-    from gspn_dit.checkpoint import begin_checkpoint, finish_checkpoint
+    from gspn_dit.checkpoint import write_checkpoint
     from gspn_dit.importers.layouts import convert_weights
 
     out = Path(options.out)
@@ -94,7 +94,7 @@ def convert(options: argparse.Namespace) -> Path:
         ).to_dict(),
         "converted": {"from": options.layout, "weights": str(options.weights)},
     }
-    finish_checkpoint(begin_checkpoint(out), out, 0, {"ema": tensors, "model": tensors}, manifest)
+    write_checkpoint(out, 0, {"ema": tensors, "model": tensors}, manifest)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{out}: {arguments['name']} of {parameters:,} parameters, {shape.num_classes} classes")
     return out

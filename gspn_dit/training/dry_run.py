@@ -345,7 +345,12 @@ def _gigabytes(count: int) -> str:
 
 
 def dry_run(config: Config) -> None:
-    """Print what a run would take and write; of several processes the first one prints."""
+    """Print what a run would take and write; of several processes the first one prints.
+
+    Raises UserError for a task other than class-conditional, and for what training would refuse.
+    """
+    if config.task != "class-conditional":
+        raise UserError(f"--dry-run knows what task class-conditional takes, not {config.task}; start without it")
     processes = config.training.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
     text = report(config, estimate(config, processes))
     if os.environ.get("RANK", "0") == "0":

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from gspn_dit.checkpoint import (
-    begin_checkpoint,
     find_checkpoints,
-    finish_checkpoint,
     load_tensors,
     read_manifest,
+    write_checkpoint,
 )
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import write_atomically
@@ -179,7 +178,7 @@ def write_reconstruction(
     manifest["ema"] = {"sigma_rel": sigma_rel, "updates": step, "post_hoc": True, "profile_error": error}
     other = {name: tensor for name, tensor in load_tensors(checkpoint, "ema").items() if name not in tensors}
     described = {key: value for key, value in manifest.items() if key not in ("format_version", "step", "files")}
-    finish_checkpoint(begin_checkpoint(out), out, step, {"ema": {**tensors, **other}}, described)
+    write_checkpoint(out, step, {"ema": {**tensors, **other}}, described)
     return out, error
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from benchmarks import resolution
 from benchmarks.quality import Cell
-from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
 from tests.models.conftest import lively
+from tests.tiny import save_checkpoint
 
 
 def numbered(count: int, side: int) -> np.ndarray:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gspn_dit.checkpoint import save_checkpoint
 from gspn_dit.errors import UserError
 from gspn_dit.tasks import create_task
 from gspn_dit.tasks.finetune import LABEL_TABLE, resize_label_table
 from gspn_dit.training import loop
+from tests.tiny import save_checkpoint
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import tensors_of
 

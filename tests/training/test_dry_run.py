@@ -255,3 +255,9 @@ def test_the_command_answers_in_seconds_without_writing(tmp_path: Path) -> None:
     assert "GSPN-XL/2, 691,704,260 parameters" in output
     assert seconds < 30
     assert not list(tmp_path.iterdir())
+
+
+def test_another_task_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        dry_run(dataclasses.replace(small(), task="text-to-image"))
+    assert str(caught.value) == "--dry-run knows what task class-conditional takes, not text-to-image; start without it"

@@ -46,7 +46,8 @@ def test_zero_trains_resumes_and_exports_as_replicated_training_does(tmp_path: P
         assert_close(exports(tmp_path / name, 6), replicated, 1e-6)
     whole, parted = (exports(tmp_path / name, 6, "optimizer") for name in ("zero2", "parted"))
     assert all(whole[name].equal(tensor) for name, tensor in parted.items())
-    assert_close(whole, exports(tmp_path / "none", 6, "optimizer"), 1e-6)
+    # Moments of gradients that nearly cancel show in their last digits in which order processes were added up.
+    assert_close(whole, exports(tmp_path / "none", 6, "optimizer"), 1e-5)
     # A step that is not finite in one process is skipped, counted and logged as replicated training does it.
     lines = [line for line in metrics_of(tmp_path / "none") if "loss" in line]
     assert [line["nonfinite_steps"] for line in lines] == [0, 1, 1, 2, 2, 2]
