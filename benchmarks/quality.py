@@ -59,7 +59,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is learnt, the patch that gives 64 tokens or fewer, and the net that scores it."""
+    """What is learnt, the patch that gives 64 tokens or fewer, and the feature extractor that scores it."""
 
     config: str
     patch: int

@@ -19,7 +19,7 @@ def check_set(
     counted: str | None,
     others: Sequence[FeatureNet] = (),
 ) -> None:
-    """Refuse images that the net cannot read, or fewer than the metrics need (`counted` names them)."""
+    """Refuse images that the feature extractor cannot read, or fewer than the metrics need (`counted` names them)."""
     height, width, channels = images.pixels.shape[1:]
     if net.image_size is not None and (height, width, channels) != (net.image_size, net.image_size, net.channels):
         raise UserError(

@@ -83,8 +83,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score generated images against real ones; with `out`, write report.json, report.md, index.html and grid.png.
 
-    Cheap checks come first: the paths, then the net, the samples' number and size, and the reference. Under
-    `accelerate launch` or `torchrun` the processes share the images; the first one alone scores and writes.
+    Cheap checks come first: the paths, then the feature extractor, the samples' number and size, and the reference.
+    Under `accelerate launch` or `torchrun` the processes share the images; the first one alone scores and writes.
 
     Args:
         samples: a directory of PNGs or an NPZ, see `fid.images.read_samples`.

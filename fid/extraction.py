@@ -31,11 +31,11 @@ class Extraction:
     features: Tensor
     """float32 [n, d] on the CPU; no rows but on the main process."""
     logits: Tensor | None
-    """float32 [n, classes], where the net has them."""
+    """float32 [n, classes], where the extractor has them."""
     moments: dict[str, Moments] = field(repr=False)
     """Of all images, by layer ("features", "spatial"), on every process."""
     spatial: Tensor | None = None
-    """float32 [n, d], where the net has them and they were to be kept."""
+    """float32 [n, d], where the extractor has them and they were to be kept."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def extract_all(
 
 
 def extract(net: FeatureNet, pixels: np.ndarray, batch_size: int = 256, device: str = "cpu") -> Features:
-    """Features of uint8 images [n, H, W, C] that have the net's size and channels; `extract_all` for one net alone."""
+    """Features of uint8 images [n, H, W, C] that fit the extractor; `extract_all` for one alone."""
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
     (found,), _ = extract_all(LabelledImages(pixels, "the images"), [net], batch_size=batch_size, device=device)

@@ -9,7 +9,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 
 class LayeredExtractor(FeatureExtractorBase):
-    """An eager extractor of named layers: "features", and "logits" for the Inception score where the net has them."""
+    """An eager extractor of named layers: "features", and "logits" for the Inception score where it has them."""
 
     layers: ClassVar[tuple[str, ...]]
 

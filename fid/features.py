@@ -44,13 +44,13 @@ class FeatureNet:
     extractor: FeatureExtractorBase
     """Maps uint8 [B, C, H, W] to layers: "features", mostly "logits", perhaps "spatial"."""
     score_suffix: str
-    """The data set that the net knows; scores are named FD-<score_suffix>, and FID where it is empty."""
+    """The data set that the feature extractor knows; scores are named FD-<score_suffix>, and FID where it is empty."""
     source: str
     """The bundled net's name, or the file."""
     sha256: str
     """Of the weights file."""
     image_size: int | None
-    """The one size that the net reads; None: any."""
+    """The one size that it reads; None: any."""
     channels: int
     """3 where greyscale images are repeated if `image_size` is None."""
     feature_dim: int

@@ -78,7 +78,7 @@ class Measured:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """Labels as ids of the net's classes in the images' own order, matched by name where the set names its own."""
+        """Labels as ids of the extractor's classes in image order, matched by name where the set names its own."""
         images = self.images
         if images.labels is None or not self.net_classes:
             return None

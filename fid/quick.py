@@ -54,7 +54,7 @@ def load_scorer(source: str | None, data_name: str, image_size: int, channels: i
 
     Args:
         source: a bundled net ("digits"), a file that `python -m fid.train_features` wrote, "inception" (weights at
-            torch-fidelity's usual place) or a file of its weights (.pth); None for the net bundled for the data.
+            torch-fidelity's usual place) or a file of its weights (.pth); None for the one bundled for the data.
         data_name: the data set's name.
         image_size: height and width of the images in pixels.
         channels: 1 or 3.

@@ -42,7 +42,7 @@ class Scoring:
     images: Measured
     target: Target
     names: dict[str, str]
-    """What the scores of metrics that are named by the net are called, see `score_names`."""
+    """What the scores of metrics that are named after the feature extractor are called, see `score_names`."""
     protocol: Protocol
     subset: int
     """Images of one estimate of the kernel distance."""
@@ -158,7 +158,7 @@ METRICS: dict[str, Metric] = {
         applies=lambda scoring: scoring.protocol.pixel_distances,
     ),
 }
-"""By key: `FeatureNet.names` calls some of them after the net; the others' key is their name."""
+"""By key: `FeatureNet.names` calls some of them after the feature extractor; the others' key is their name."""
 
 
 def score_names(net: FeatureNet, protocol: Protocol, count: int) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Protocol:
     num_samples: int | None = None
     """How many samples there must be, no more and no fewer; None: any number that the metrics allow."""
     image_size: int | None = None
-    """Height and width that the samples must have; None: what the net reads."""
+    """Height and width that the samples must have; None: what the feature extractor reads."""
     num_classes: int | None = None
     reference_file: str | None = None
     """The reference that the published figures were measured against."""
