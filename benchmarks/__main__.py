@@ -94,6 +94,31 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> 
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
+def instruction_sets(tree: Any) -> tuple[str, list[str]] | None:
+    """Return the scan's kernels that a result was measured with and the processor's instruction sets, if it says."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("kernels"), str):
+            return tree["kernels"], tree.get("instruction_sets", [])
+        tree = list(tree.values())
+    found = (instruction_sets(entry) for entry in tree) if isinstance(tree, list) else ()
+    return next((pair for pair in found if pair is not None), None)
+
+
+def refuse_other_instructions(options: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Raise UserError for results of different instruction sets: what differs is the machine, not the code."""
+    pairs = instruction_sets(before), instruction_sets(after)
+    if options.across_instruction_sets or None in pairs:
+        return
+    (old, old_sets), (new, new_sets) = pairs  # type: ignore[misc]
+    if old == new and old_sets and new_sets:  # results of before they were recorded say nothing of them
+        old, new = (" ".join(sets) for sets in (old_sets, new_sets))
+    if old != new:
+        raise UserError(
+            f"{options.before} was measured with {old}, {options.after} with {new}: another machine is no regression; "
+            "measure both on one, or give --across-instruction-sets"
+        )
+
+
 def _read(path: str) -> dict[str, Any]:
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -113,7 +138,9 @@ def _run(names: list[str]) -> None:
 
 
 def _compare(options: Any) -> None:
-    rows = compare(_read(options.before), _read(options.after), options.tolerance)
+    before, after = _read(options.before), _read(options.after)
+    refuse_other_instructions(options, before, after)
+    rows = compare(before, after, options.tolerance)
     if not rows:
         raise UserError(f"{options.before} and {options.after} have no timing in common")
     for name, ratio, slower in rows:
@@ -133,6 +160,9 @@ def main() -> None:
     against.add_argument("before")
     against.add_argument("after")
     against.add_argument("--tolerance", type=float, default=0.05, help="share that counts as equal beside the spread")
+    against.add_argument(
+        "--across-instruction-sets", action="store_true", help="compare results of different instruction sets too"
+    )
     options = parser.parse_args()
     if options.command == "run":
         _run(options.names)

@@ -48,8 +48,8 @@ def measure(run: Path, steps: int, guidance_scale: float, seed: int) -> dict[str
     from fid.features import load_feature_net
     from fid.images import LabelledImages, read_reference
     from gspn_dit.data.images import load_images
+    from gspn_dit.environment import describe_run
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.training.run_directory import describe_environment
 
     pipeline = GSPNPipeline.from_checkpoint(run)
     pipeline.set_progress_bar_config(disable=None)
@@ -71,7 +71,7 @@ def measure(run: Path, steps: int, guidance_scale: float, seed: int) -> dict[str
         name: bool(figures[name] >= bar if sign == ">=" else figures[name] <= bar)
         for name, (sign, bar) in TARGETS.items()
     }
-    environment = describe_environment()
+    environment = describe_run()
     return {
         "setting": {"samples": SAMPLES, "seed": seed, "steps": steps, "guidance_scale": guidance_scale},
         "run": training_seconds(run),

@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from gspn_dit import environment
 from gspn_dit.ops.cpu import binding as cpu
 
 MEMORY_POLICY = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
@@ -98,9 +98,11 @@ class CpuDevice:
         return peak - before
 
     def describe(self) -> dict[str, object]:
+        facts = environment.machine()
         return {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
+            "processor": facts["processor"],
+            "instruction_sets": facts["instruction_sets"],
+            "cores": facts["cores"],
             "threads": torch.get_num_threads(),
             "load_average": [round(value, 2) for value in os.getloadavg()],
             "kernels": cpu.describe(),
@@ -115,32 +117,15 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def software() -> dict[str, str]:
     """Versions, and the commit if this is a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", check=False
-        ).stdout.strip()
-
     # Results and pages change with every run and say nothing of the code that ran.
-    changed = git(
+    changed = environment.git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md", ":!*.png"
     )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else ""),
+        "commit": (environment.git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else ""),
     }

@@ -71,8 +71,8 @@ def measure(objective: str, runs: Path) -> dict[str, Any]:
     """Train with an objective, draw with all its samplers and return every figure."""
     from gspn_dit.config import load_config
     from gspn_dit.data.images import load_images
+    from gspn_dit.environment import describe_run
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.training.run_directory import describe_environment
 
     path = ROOT / "configs" / CONFIGS[objective]
     run, guidance_scale = runs / path.stem, load_config(path).sampling.guidance_scale
@@ -84,7 +84,7 @@ def measure(objective: str, runs: Path) -> dict[str, Any]:
     for name in pipeline.objective.samplers:
         samplers[name] = judge_sampler(pipeline, name, guidance_scale, splits)
         print(f"{objective}, {name}: {json.dumps(samplers[name])}", flush=True)
-    environment = describe_environment()
+    environment = describe_run()
     return {
         "config": f"configs/{path.name}",
         "setting": {"steps": STEPS, "seed": SEED, "guidance_scale": guidance_scale},

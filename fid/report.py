@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ import numpy as np
 
 from fid.images import LabelledImages
 from fid.page import markdown, page
+from gspn_dit import environment
 from gspn_dit.data.decoding import as_pixels
 from gspn_dit.errors import UserError
 from gspn_dit.files import cannot_hold
@@ -67,15 +66,7 @@ def published_rows(guidance_scale: Any = None) -> list[PublishedRow]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this project and the packages that decide the scores."""
-    from gspn_dit import __version__
-
-    found = {"python": platform.python_version(), "gspn-dit": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return {name: version or "unknown" for name, version in environment.versions(PACKAGES).items()}
 
 
 def prepare_directory(out: str | os.PathLike[str], overwrite: bool) -> None:

@@ -5,10 +5,8 @@ Nothing heavy is imported before it is asked about, so that a broken installatio
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gspn_dit import environment
+from gspn_dit.environment import installed_version
 from gspn_dit.errors import ArgumentParser, run_cli
 
-PACKAGES = ("gspn-dit", "torch", "numpy", "diffusers", "accelerate", "datasets", "torch-fidelity", "safetensors")
+PACKAGES = ("torch", "numpy", "diffusers", "accelerate", "datasets", "torch-fidelity", "safetensors")
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 WINDOWS = (None, 4)  # of the self-check: one segment, and segments that do not divide
 LARGEST_ERROR = 1e-4
@@ -37,31 +37,16 @@ class BackendReport:
     """The command or step that would make it work."""
 
 
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed distribution, without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def find_versions() -> dict[str, str | None]:
     """Return the versions of Python and the libraries that matter; None for what is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    versions.update({package: installed_version(package) for package in PACKAGES})
     cupy = [f"{package} {version}" for package in CUPY_PACKAGES if (version := installed_version(package))]
-    return {**versions, "cupy": ", ".join(cupy) or None}
+    return {**environment.versions(PACKAGES), "cupy": ", ".join(cupy) or None}
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the platform, cores this process may use, memory in bytes (None where unknown) and GPUs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        memory = None
+    """Return what `environment.machine` does, and the GPUs."""
     gpus, note = _find_gpus()
-    return {"platform": platform.platform(), "cores": cores, "memory_bytes": memory, "gpus": gpus, "gpu_note": note}
+    return {**environment.machine(), "gpus": gpus, "gpu_note": note}
 
 
 def _find_gpus() -> tuple[list[dict[str, Any]], str | None]:
@@ -210,10 +195,9 @@ def format_report(diagnosis: dict[str, Any]) -> str:
     lines = ["Versions"]
     lines += [f"  {name:<15}{version or 'not installed'}" for name, version in diagnosis["versions"].items()]
     machine = diagnosis["machine"]
-    lines += ["Machine", f"  {'platform':<15}{machine['platform']}", f"  {'cores':<15}{machine['cores']}"]
-    lines += [f"  {'memory':<15}{_gibibytes(machine['memory_bytes'])}"]
+    lines += ["Machine", *(f"  {line}" for line in environment.machine_lines(machine))]
     for gpu in machine["gpus"]:
-        size, capability = _gibibytes(gpu["memory_bytes"]), gpu["compute_capability"]
+        size, capability = environment.gibibytes(gpu["memory_bytes"]), gpu["compute_capability"]
         lines.append(f"  {'GPU':<15}{gpu['name']}, compute capability {capability}, {size}")
     if machine["gpu_note"]:
         lines.append(f"  {'GPU':<15}{machine['gpu_note']}")
@@ -239,10 +223,6 @@ def _format_toolchain(tools: dict[str, Any]) -> list[str]:
         f"  {'architecture':<15}{architectures}",
         f"  {'cache':<15}{tools['cache_directory']}",
     ]
-
-
-def _gibibytes(size_bytes: int | None) -> str:
-    return "unknown" if size_bytes is None else f"{size_bytes / 2**30:.1f} GiB"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

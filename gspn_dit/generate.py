@@ -184,8 +184,8 @@ def _guide_settings(checkpoint: str | None) -> dict[str, str]:
 def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipeline) -> dict[str, Any]:
     """Return everything that the images are a function of, for a reader; raises UserError where it is out of range."""
     from gspn_dit.diffusion import CHUNK, STEP_NOISE
+    from gspn_dit.environment import describe_run
     from gspn_dit.sample_sets import FORMAT_VERSION
-    from gspn_dit.training.run_directory import describe_environment
 
     objective, latent, manifest = pipeline.objective, pipeline.latent, pipeline.manifest
     check_guided_channels(options.guidance_channels, latent.channels, "--guidance-channels")
@@ -195,7 +195,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         preferred = preferred_samplers(options.protocol)
         options.sampler = next((name for name in preferred if name in objective.samplers), None)
     options.sampler = objective.resolve_sampler(options.sampler, options.steps)
-    environment = describe_environment()
+    environment = describe_run()
     return {
         "format_version": FORMAT_VERSION,
         "protocol": options.protocol,

@@ -36,7 +36,7 @@ FLOORS = (
 """The rooms of gspn_dit, from the ground up: each imports rooms of lower floors alone, even lazily or for types. The
 package itself only names the homes of what it makes public."""
 OF_OPS = {*sys.stdlib_module_names, "torch", "numpy", "cupy", "gspn_dit"}
-OF_FID = {"data", "errors", "files", "grid", "paths", "protocols"}  # files and images, never models
+OF_FID = {"data", "environment", "errors", "files", "grid", "paths", "protocols"}  # files and images, never models
 
 
 OUR_MODULE = re.compile(r"(gspn_dit|fid|benchmarks|tests)(\.\w+)+")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import Any
 from gspn_dit.checkpoint import find_checkpoints, find_incomplete, read_manifest, resolve_checkpoint
 from gspn_dit.config import Config, flatten, save_config
 from gspn_dit.config.yaml_files import read_mapping
+from gspn_dit.environment import describe_run
 from gspn_dit.errors import UserError
 from gspn_dit.locks import is_filled
 from gspn_dit.training.ema import remove_snapshots_after
@@ -40,10 +37,6 @@ MAY_DIFFER = (
     *("training.fd_every", "training.fd_samples", "training.fd_features"),
 )
 """Config keys that a resumed run may change: length, intervals, retention, trackers, paths, processes, sharding."""
-_PACKAGES = (
-    *("torch", "numpy", "accelerate", "diffusers", "datasets", "safetensors", "deepspeed"),
-    *("cupy-cuda12x", "cupy-cuda13x"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class RunDirectory:
     def _record_environment(self, step: int) -> None:
         """Write what the run started with; a resumed run adds what it continues with under "resumed"."""
         path = self.path / "environment.json"
-        environment = describe_environment()
+        environment = describe_run()
         if self.checkpoint is not None and path.exists():
             first = json.loads(path.read_text(encoding="utf-8"))
             first.setdefault("resumed", []).append({"step": step, **environment})
@@ -218,35 +211,3 @@ def _cut_metrics(path: Path, step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return versions, the git commit of the source, the machine and the command."""
-    from gspn_dit import __version__
-
-    versions = {"python": platform.python_version(), "gspn-dit": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "versions": versions,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": sys.argv,
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git says about the source tree, or None outside of one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.__main__ import compare, timings
 
 
@@ -52,3 +54,35 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert nothing.returncode == 2 and "no timing in common" in nothing.stderr
     missing = run(fast, str(tmp_path / "nowhere"))
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+
+
+def result(path: Path, kernels: str | None, sets: list[str] | None) -> str:
+    """A result as a benchmark writes it, with what it says of the processor somewhere inside."""
+    facts = {"kernels": kernels, "instruction_sets": sets}
+    device = {name: value for name, value in facts.items() if value is not None}
+    path.write_text(json.dumps({"runs": [{"device": {"cores": 2, **device}, "scan": timing(1.0)}]}), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differ"),
+    [
+        (("compiled kernels (AVX2)", ["avx2"]), ("compiled kernels (AVX-512)", ["avx2"]), ("(AVX2)", "(AVX-512)")),
+        (("compiled kernels (AVX2)", None), ("compiled kernels (AVX-512)", ["avx2"]), ("(AVX2)", "(AVX-512)")),
+        (("compiled kernels (AVX2)", ["avx2"]), ("compiled kernels (AVX2)", ["avx2", "fma"]), ("avx2", "avx2 fma")),
+        (("compiled kernels (AVX2)", None), ("compiled kernels (AVX2)", ["avx2"]), None),
+        ((None, None), ("compiled kernels (AVX2)", ["avx2"]), None),
+    ],
+)
+def test_results_of_other_instruction_sets_are_not_compared(
+    tmp_path: Path, before: tuple, after: tuple, differ: tuple[str, str] | None
+) -> None:
+    paths = [result(tmp_path / "before.json", *before), result(tmp_path / "after.json", *after)]
+    done = run(*paths)
+    if differ is None:
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert f"before.json was measured with {'compiled kernels ' * ('(' in differ[0])}{differ[0]}, " in done.stderr
+    assert f"{differ[1]}: another machine is no regression" in done.stderr
+    assert run(*paths, "--across-instruction-sets").returncode == 0
