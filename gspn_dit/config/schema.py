@@ -270,7 +270,7 @@ class TrainingConfig(Section):
     compile: bool = False
     """Compile the blocks of the model with torch.compile."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of blocks and run each block again in the backward pass: less memory, a third more time."""
+    """Keep the inputs of blocks alone and recompute each block in the backward pass: less memory, a third more time."""
     repa_features: str | None = None
     """Features of the training images, .npy [images, tokens, dimensions], to align hidden tokens with; null: none."""
     repa_weight: float = 0.5

@@ -50,7 +50,7 @@ class DiffusionModel(nn.Module, ABC):
         self.num_classes, self.patch_size = num_classes, patch_size
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         self.gradient_checkpointing = False
-        """Keep the inputs of blocks alone for the backward pass, and run each block again there."""
+        """Keep the inputs of blocks alone, and recompute each block in the backward pass."""
         self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
         self.timestep_embed = TimestepEmbedding(hidden_size, endpoint=timestep_endpoint)
         self.class_embed = ClassEmbedding(num_classes, hidden_size)

@@ -126,16 +126,6 @@ def test_recipes_hold_the_published_values(path: Path) -> None:
     assert config.output_dir == f"runs/{path.stem}"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_value_of_a_recipe_that_was_published_names_its_source(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for key in ("name: GSPN", "name: DiT", "name: epsilon", "max_steps", "batch_size", "learning_rate:", "weight_decay",
-                "class_dropout", "ema_decay", "horizontal_flip", "drop_path_rate", "warmup_steps"):  # fmt: skip
-        for line in lines:
-            if line.strip().startswith(key):
-                assert "#" in line and ("[" in line.split("#")[1] or "GSPN" in line or "DiT" in line), line
-
-
 def figures_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Estimate:
     """Everything but memory, which takes seconds."""
     zero = dataclasses.replace(estimate_memory(meta_model("DiT-N/2", depth=1), 8, 1, TrainingConfig(), 1))
