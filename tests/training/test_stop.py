@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from gspn_dit.checkpoint import find_checkpoints
 from gspn_dit.errors import UserError, advise_on_memory
 from gspn_dit.training import loop, stop
 from gspn_dit.training.progress import Progress
@@ -46,6 +49,32 @@ def test_a_second_interrupt_kills_but_not_the_echo_of_the_first(
         kill(os.getpid(), signal.SIGINT)
         assert sent == [(os.getpid(), signal.SIGINT)] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert capfd.readouterr().err.count("Ctrl-C again kills at once") == 1
+
+
+@pytest.mark.slow
+def test_interrupts_at_random_moments_lose_no_finished_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty times: the checkpoint is of the step that was done at the signal, or of the one in hand."""
+    original, chance, taken, done = loop.Trainer.train_step, random.Random(0), [0], [0]
+
+    def interrupt(trainer: loop.Trainer) -> None:
+        done[0] = trainer.state.step
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def train_step(trainer: loop.Trainer) -> Any:
+        taken[0] -= 1
+        if taken[0] == 0:
+            threading.Timer(chance.uniform(0, 0.05), interrupt, (trainer,)).start()
+        return original(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", train_step)
+    reached = [0]
+    for _ in range(20):
+        taken[0] = chance.randint(1, 5)
+        config = tiny_config(tmp_path, max_steps=10_000, checkpoint_every=10_000, log_every=2, keep_last=1)
+        run_training(config, resume="auto")
+        reached += list(find_checkpoints(tmp_path))
+        assert done[0] <= reached[-1] <= done[0] + 1
+    assert reached == sorted(set(reached)) and len(reached) == 21
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
