@@ -32,7 +32,8 @@ def _run(config: Config, task: Task, step: int, accelerator: Accelerator) -> str
     settings, processes = config.training, accelerator.num_processes
     left = settings.max_steps - step
     epochs = left * settings.batch_size / task.describe()["data"]["images"]
-    text = f"{left:,} steps of {settings.batch_size:,} images, {epochs:.3g} epochs, seed {config.seed}, "
+    text = f"{left:,} step{'s' if left != 1 else ''} of {settings.batch_size:,} images, {epochs:.3g} epochs, "
+    text += f"seed {config.seed}, "
     text += f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, "
     text += {"no": "float32"}.get(settings.mixed_precision, settings.mixed_precision)
     return f"from step {step:,} on, {text}" if step else text
