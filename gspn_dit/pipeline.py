@@ -109,8 +109,7 @@ class GSPNPipeline(DiffusionPipeline):
         directory = resolve_checkpoint(checkpoint)
         manifest = read_manifest(directory)
         try:
-            arguments = {key: _plain(value) for key, value in manifest["model"].items()}
-            model = create_model(**arguments).requires_grad_(False)
+            model = create_model(**manifest["model"]).requires_grad_(False)
             objective = create_objective(config_from_dict(manifest["config"]).objective)
             latent = latent_from_spec(manifest["latent"], vae, directory)
             class_names = list(manifest["class_names"])
@@ -141,9 +140,7 @@ class GSPNPipeline(DiffusionPipeline):
             weights: "ema" or "model"; None for the average if it is there.
             device, dtype: of the weights; None for float32.
             revision: branch, tag or commit on the Hub.
-            cache_dir: where downloads are kept; None for the usual place.
-            token: for repositories that are not public.
-            local_files_only: take what was downloaded before.
+            cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
 
         Raises:
             UserError: nothing is there, or it is not complete, or not of this project. Nothing is ever unpickled.
@@ -258,16 +255,14 @@ class GSPNPipeline(DiffusionPipeline):
             sampler: one of the objective's; None for `scheduler`.
             seed: image i depends on (seed, first_index + i); None for 0, or what `generator` draws.
             first_index: index of the first image; a multiple of the chunk size continues a set bit by bit.
-            output_type: "pil"; "np", uint8 [n, H, W, C]; "pt", float32 [n, C, H, W] in [0, 1]; or "latent" for latents
-                [n, C, h, w] that `decode` turns into images.
+            output_type: "pil"; "np", uint8 [n, H, W, C]; "pt", float32 [n, C, H, W] in [0, 1]; "latent" for `decode`.
             on_chunk: called with the number of images done after each chunk.
             generator: draws the seed, so that one call after another gives other images.
             height, width: of the images in pixels; None for what the model was trained on.
             guidance_channels: guide the first channels alone (3 in DiT's published figures); None for all.
             return_dict: False for a tuple.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": [n, C, h, w]}) after each step of
-                each chunk; may return other latents in the same form.
-            callback_on_step_end_tensor_inputs: "latents" or nothing.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: called as (pipeline, step, timestep, {"latents":
+                [n, C, h, w]}) after each step of each chunk; may return other latents in the same form.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.
@@ -283,20 +278,27 @@ class GSPNPipeline(DiffusionPipeline):
             callback_on_step_end,
             tuple(callback_on_step_end_tensor_inputs),
         )
+        parts = self._parts(ids, first_index, request, output_type == "latent", on_chunk)
+        self.maybe_free_model_hooks()
+        output = GSPNPipelineOutput(self._output(parts, request.shape, output_type))
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+    def _parts(
+        self, ids: list[int], first_index: int, request: _Request, latent: bool, on_chunk: Callable[[int], None] | None
+    ) -> list[Any]:
+        """Return each chunk's latents, or its uint8 images."""
         starts, parts = range(0, len(ids), CHUNK), []
         with self.progress_bar(total=len(starts) * len(request.scheduler.timesteps)) as bar:
             for start in starts:
                 chunk = ids[start : start + CHUNK]
                 latents = self._draw(chunk, first_index + start, request, bar.update)
-                parts.append((latents if output_type == "latent" else self.latent.decode(latents))[: len(chunk)])
+                parts.append((latents if latent else self.latent.decode(latents))[: len(chunk)])
                 if on_chunk is not None:
                     on_chunk(start + len(chunk))
-        self.maybe_free_model_hooks()
-        output = GSPNPipelineOutput(self._output(parts, request.shape, output_type))
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return parts
 
     def _output(self, parts: list[Any], shape: tuple[int, int, int], output_type: str) -> Any:
-        """Join the chunks' latents, or their uint8 images, in the form that was asked for."""
+        """Join the chunks in the form that was asked for."""
         none = torch.zeros(0, *shape, device=self._execution_device)
         if output_type == "latent":
             return torch.cat([none, *parts])
@@ -395,7 +397,3 @@ def _check_call(steps: int, output_type: str, callback_tensors: Sequence[str]) -
 
 def _default_scheduler(objective: Objective) -> Any:
     return objective.make_scheduler(objective.samplers[0], DEFAULT_STEPS)
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
