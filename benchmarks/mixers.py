@@ -210,6 +210,8 @@ class Study:
             if cell.skipped:
                 _say(f"{cell.name}, {cell.tokens} tokens, {variant}: skipped, {cell.skipped}")
                 continue
+            # What is loaded once, at the first use of a mixer, is no cell's memory.
+            runner(*build(what, channels, variant, 2))()
             module, arguments = build(what, channels, variant, side)
             cell.parameters = sum(parameter.numel() for parameter in module.parameters())
             runs[variant] = runner(module, arguments)
