@@ -354,10 +354,10 @@ def test_an_old_set_is_replaced_whole_or_not_at_all(
 def test_defects_of_the_program_are_not_taken_for_mistakes(
     run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(gspn_dit.pipeline, "sample_latents", broken)
+    monkeypatch.setattr(gspn_dit.pipeline, "draw_latents", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         sample(run_directory, "--out", tmp_path / "grid.png")
 
