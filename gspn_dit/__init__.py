@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gspn_dit.config import load_config
+    from gspn_dit.highres import generate_highres
     from gspn_dit.models import create_model
     from gspn_dit.models.unet import GSPNAdapter
     from gspn_dit.ops import gspn_scan
@@ -21,10 +22,11 @@ _HOMES = {
     "GSPNAdapter": "gspn_dit.models.unet",
     "GSPNPipeline": "gspn_dit.pipeline",
     "create_model": "gspn_dit.models",
+    "generate_highres": "gspn_dit.highres",
     "gspn_scan": "gspn_dit.ops",
     "load_config": "gspn_dit.config",
 }
-__all__ = ["GSPNAdapter", "GSPNPipeline", "__version__", "create_model", "gspn_scan", "load_config"]
+__all__ = ["GSPNAdapter", "GSPNPipeline", "__version__", "create_model", "generate_highres", "gspn_scan", "load_config"]
 
 
 if not TYPE_CHECKING:  # for type checkers these names are the imports above, and others are mistakes

@@ -1,0 +1,5 @@
+"""Images of many megapixels from a diffusers pipeline: generated at its native size, then refined upwards in stages."""
+
+from gspn_dit.highres.stages import Stage, generate_highres
+
+__all__ = ["Stage", "generate_highres"]
