@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,15 @@ def test_a_closed_terminal_ends_the_showing_and_not_the_run(monkeypatch: pytest.
             progress.advance()
             progress.show({"loss": 1.0, "images_per_second": 2.0})
         assert progress.step == 3
+
+
+def test_a_clock_that_is_set_while_a_run_works_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps, clock = random.Random(0), time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + jumps.uniform(-3e7, 3e7))
+    run_training(tiny_config(tmp_path, max_steps=3))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert list(find_checkpoints(tmp_path)) == [2, 3]
+    assert all(0 < line["images_per_second"] < 1e6 for line in lines if "loss" in line)
 
 
 @pytest.mark.parametrize("lost", ["output", "data"])
