@@ -56,7 +56,8 @@ class DepthwiseConv(nn.Conv2d):
         taps = torch.where(inside, down * size + right, size**2).flatten(2).flatten(0, 1)  # [positions, positions]
         matrices = F.pad(self.weight.flatten(1), (0, 1))[:, taps]  # [C, from, to]
         mixed = tokens.flatten(1, 2).permute(2, 0, 1).contiguous() @ matrices.contiguous()  # [C, B, positions]
-        mixed = _ContiguousGradient.apply(mixed)
+        if not torch.compiler.is_compiling():  # which lays gradients out itself, and does not trace a custom jvp
+            mixed = _ContiguousGradient.apply(mixed)
         if self.bias is not None:
             mixed = mixed + self.bias[:, None, None].to(mixed.dtype)  # autocast's, as the convolution has it
         return mixed.permute(1, 2, 0).reshape(batch, height, width, channels)
