@@ -156,6 +156,9 @@ def test_normal_draws_of_neighbours_are_independent() -> None:
     assert_independent(places[1:, 0], places[:-1, 0], "neighbouring numbers")
     assert_independent(places[:, 0], places[:, 1], "neighbouring values")
     assert_independent(places[:, 0], others[:, 0], "neighbouring seeds")
+    part = norm.cdf(rng.normal(0, Stream.SAMPLE, range(20_000), [4], part=1).double().numpy())
+    assert_independent(places[:, 0], part[:, 0], "parts of a number's draws")
+    assert_independent(places[1:, 0], part[:-1, 0], "a number and the next one's part")
     # Squares as well: draws made in pairs or from shared tables betray themselves by their size.
     sizes = np.abs(2 * places - 1)
     assert_independent(sizes[1:, 0], sizes[:-1, 0], "sizes of neighbouring numbers")
@@ -183,14 +186,14 @@ def test_permutations_are_uniform() -> None:
 
 def faulty_generators(
     change: Callable[[int, int, int], tuple[int, int, int]],
-) -> Callable[[int, Stream, Sequence[int]], Iterator[np.random.Generator]]:
+) -> Callable[..., Iterator[np.random.Generator]]:
     """What `rng` draws from, with (seed, stream, number) changed first."""
     original = rng._generators
 
-    def generators(seed: int, stream: Stream, numbers: Sequence[int]) -> Iterator[np.random.Generator]:
+    def generators(seed: int, stream: Stream, numbers: Sequence[int], part: int = 0) -> Iterator[np.random.Generator]:
         for number in numbers:
             one, two, three = change(int(seed), int(stream), int(number))
-            yield from original(one, two, [three])  # type: ignore[arg-type]
+            yield from original(one, two, [three], part)  # type: ignore[arg-type]
 
     return generators
 
