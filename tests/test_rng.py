@@ -38,6 +38,7 @@ def test_streams_keep_their_values() -> None:
         "VALIDATION_NOISE": 10,
         "VALIDATION_TIMESTEP": 11,
         "VALIDATION_POSTERIOR": 12,
+        "CAPTION": 20,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,7 +33,16 @@ def test_the_other_dits_have_the_published_figures(name: str, published: float) 
 def scans(model: DiffusionModel, tokens: int) -> int:
     """The multiply-adds of the model's scans, which torch's counter does not know."""
     mixers = [module for module in model.modules() if hasattr(module, "merge_weight")]
-    return sum(scan_multiply_adds(tokens, m.to_proxy.in_features, m.merge_weight.numel()) for m in mixers)
+    costs = (scan_multiply_adds(tokens, m.to_proxy.in_features, m.merge_weight.numel()) for m in mixers)
+    skips = (tokens * m.to_skip.out_features for m in mixers if m.to_skip is not None)
+    return sum(costs) + sum(skips)
+
+
+def maps_of_a_projected_scan(x: Sequence[int], proxy: Sequence[int], *others: Any, **_: Any) -> int:
+    """Twice the multiply-adds of the maps within the fused operator, from the shapes of its arguments."""
+    logits, input_gate, output_gate, _, skip, *_ = others
+    maps = [logits, input_gate, output_gate, *([] if skip is None else [skip])]
+    return 2 * math.prod(proxy[:-1]) * sum(math.prod(shape) for shape in maps)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +50,7 @@ def scans(model: DiffusionModel, tokens: int) -> int:
     [
         ("DiT-N/2", {"depth": 2}),
         ("DiT-N/2", {"depth": 2, "mixer": "gspn"}),
-        ("DiT-N/2", {"depth": 1, "mixer": "gspn", "weight_groups": 4}),
+        ("DiT-N/2", {"depth": 1, "mixer": "gspn", "weight_groups": 4, "scan_skip": True}),
         ("DiT-N/2", {"depth": 1, "mixer": "conv", "lpu": True}),
         ("DiT-N/2", {"depth": 1, "mixer": "linear"}),
         ("GSPN-N/2", {"depth": 2, "hidden_size": 32}),
@@ -50,7 +61,8 @@ def test_equals_half_of_what_torch_counts(name: str, options: dict[str, Any], mo
     monkeypatch.setenv("GSPN_SCAN_BACKEND", "reference")  # the fused operator hides its linear maps from the counter
     model = create_model(name, 10, 3, 16, 6, **options)
     # Torch counts attention as two matrix products, but not where a CPU kernel fuses them.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    known = {torch.ops.gspn_dit.projected_scan_forward: maps_of_a_projected_scan}
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as counter:
         model(torch.randn(1, 3, 16, 20), torch.ones(1), torch.zeros(1, dtype=torch.int64))
     counted = counter.get_total_flops()
     assert counted % 2 == 0
