@@ -110,18 +110,27 @@ struct Map {
   }
 };
 
+// Elements of the scratch of `read_weight`: a row for each lane, of whole vectors.
+template <class A> static int64_t weight_scratch(const Grid<A>& grid) {
+  return grid.L * ((grid.padded + grid.L - 1) / grid.L * grid.L);
+}
+
 // Weight q of the Q of one vector's panel.
 template <class T, int Q, class A>
-static void read_weight(const Projected& call, const Grid<A>& grid, const Map& map, int64_t vector, int q, A* row, A* panel) {
+static void read_weight(const Projected& call, const Grid<A>& grid, const Map& map, int64_t vector, int q, A* rows, A* panel) {
   constexpr int L = kLanes<A>;
-  const int64_t proxies = call.proxy_channels;
-  const A scale = (A)map.scale;
-  for (int64_t lane = 0; lane < L; ++lane) {
-    const int64_t channel = vector * L + lane;
-    memset(row, 0, grid.padded * sizeof(A));
-    if (channel < call.channels)
-      read_row((const T*)map.weight(call) + (map.offset + channel / map.group) * proxies, proxies, row);
-    for (int64_t p = 0; p < grid.padded; ++p) panel[(p * Q + q) * L + lane] = row[p] * scale;
+  const int64_t proxies = call.proxy_channels, length = weight_scratch(grid) / L;
+  memset(rows, 0, L * length * sizeof(A));
+  for (int64_t lane = 0; lane < L && vector * L + lane < call.channels; ++lane)
+    read_row((const T*)map.weight(call) + (map.offset + (vector * L + lane) / map.group) * proxies, proxies, rows + lane * length);
+  for (int64_t p = 0; p < grid.padded; p += L) {
+    Vector<A> square[L];
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) square[j] = load_one(rows + j * length + p);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j)
+      if (p + j < grid.padded) store_one(panel + ((p + j) * Q + q) * L, square[j] * all((A)map.scale));
   }
 }
 

@@ -15,8 +15,8 @@ template <class T> static int run_forward(const Projected& call) {
   Scratch memory(work.place(nullptr));
   if (!memory.data) return 1;
   work.place(memory.data);
-  const int64_t row = work.grid.padded * sizeof(A), bytes = ForwardScratch<A>().place(nullptr, work.grid, work.block);
-  return work.run(packing_tasks(work), row, any_task<T, pack<T>>) ||
+  const int64_t rows = weight_scratch(work.grid) * sizeof(A), bytes = ForwardScratch<A>().place(nullptr, work.grid, work.block);
+  return work.run(packing_tasks(work), rows, any_task<T, pack<T>>) ||
          work.run(forward_tasks(work), bytes, any_task<T, forward_task<T>>);
 }
 
@@ -26,9 +26,10 @@ template <class T> static int run_backward(const Projected& call) {
   Scratch memory(work.place(nullptr));
   if (!memory.data) return 1;
   work.place(memory.data);
-  const int64_t row = work.grid.padded * sizeof(A), bytes = BackwardScratch<A>().place(nullptr, call, work.grid);
+  const int64_t row = work.grid.padded * sizeof(A), rows = weight_scratch(work.grid) * sizeof(A);
+  const int64_t bytes = BackwardScratch<A>().place(nullptr, call, work.grid);
   const int64_t panels = call.directions * work.grid.vectors, skips = call.skip_weight ? 1 : 0;
-  if (work.run(packing_tasks(work), row, any_task<T, pack<T>>) ||
+  if (work.run(packing_tasks(work), rows, any_task<T, pack<T>>) ||
       work.run(work.shares * work.sample_shares, bytes, any_task<T, backward_task<T>>) ||
       work.run(call.batch + panels + skips * work.grid.vectors, 0, any_task<T, join_task<T>>) ||
       work.run(call.directions * kProjected + skips, 2 * row, any_task<T, write_task<T>>))

@@ -80,14 +80,14 @@ template <class T> static void pack(const Work<T>& work, int64_t task, char* scr
   const Projected& call = work.call;
   const Grid<A>& grid = work.grid;
   const int64_t panels = call.directions * grid.vectors, skips = call.skip_weight ? grid.vectors : 0;
-  A* row = (A*)scratch;
+  A* rows = (A*)scratch;
   if (task < panels) {
     const int64_t d = task / grid.vectors, v = task % grid.vectors;
     for (int q = 0; q < kProjected; ++q)
-      read_weight<T, kProjected>(call, grid, Map(call, d, q), v, q, row, work.panels + task * grid.panel(kProjected));
+      read_weight<T, kProjected>(call, grid, Map(call, d, q), v, q, rows, work.panels + task * grid.panel(kProjected));
   } else if (task < panels + skips) {
     const int64_t v = task - panels;
-    read_weight<T, 1>(call, grid, Map::skip(call), v, 0, row, work.skip_panels + v * grid.panel(1));
+    read_weight<T, 1>(call, grid, Map::skip(call), v, 0, rows, work.skip_panels + v * grid.panel(1));
   } else {
     const int64_t batch = (task - panels - skips) / 2, columns = (task - panels - skips) % 2;
     if (work.orientation[columns])
