@@ -105,13 +105,18 @@ def instruction_sets(tree: Any) -> tuple[str, list[str]] | None:
 
 
 def refuse_other_instructions(options: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Raise UserError for results of different instruction sets: what differs is the machine, not the code."""
-    pairs = instruction_sets(before), instruction_sets(after)
-    if options.across_instruction_sets or None in pairs:
+    """Raise UserError for different or unknown instruction sets: what differs may be the machine, not the code."""
+    if options.across_instruction_sets:
         return
-    (old, old_sets), (new, new_sets) = pairs  # type: ignore[misc]
-    if old == new and old_sets and new_sets:  # results of before they were recorded say nothing of them
-        old, new = (" ".join(sets) for sets in (old_sets, new_sets))
+    (old, old_sets), (new, new_sets) = (instruction_sets(tree) or ("", []) for tree in (before, after))
+    if not old or not new or (old == new and not (old_sets and new_sets)):
+        unknown = options.after if old and old_sets else options.before
+        raise UserError(
+            f"{unknown} does not say which instruction sets it was measured with; measure both on one machine, "
+            "or give --across-instruction-sets"
+        )
+    if old == new:
+        old, new = " ".join(old_sets), " ".join(new_sets)
     if old != new:
         raise UserError(
             f"{options.before} was measured with {old}, {options.after} with {new}: another machine is no regression; "
@@ -161,7 +166,9 @@ def main() -> None:
     against.add_argument("after")
     against.add_argument("--tolerance", type=float, default=0.05, help="share that counts as equal beside the spread")
     against.add_argument(
-        "--across-instruction-sets", action="store_true", help="compare results of different instruction sets too"
+        "--across-instruction-sets",
+        action="store_true",
+        help="compare results of different or unknown instruction sets too",
     )
     options = parser.parse_args()
     if options.command == "run":

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -117,15 +116,15 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def software() -> dict[str, str]:
+def software() -> dict[str, str | None]:
     """Versions, and the commit if this is a checkout."""
     # Results and pages change with every run and say nothing of the code that ran.
     changed = environment.git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md", ":!*.png"
     )
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.platform(),
+        "python": environment.versions([])["python"],
+        "torch": torch.__version__,  # names its build too, which the metadata of the installed package does not
+        "system": environment.machine()["platform"],
         "commit": (environment.git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else ""),
     }

@@ -73,6 +73,7 @@ class CudaDevice(CpuDevice):
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
+            "instruction_sets": [f"sm_{properties.major}{properties.minor}"],
             "cuda": torch.version.cuda,
             "kernels": describe(),
         }

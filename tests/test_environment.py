@@ -28,6 +28,7 @@ def test_everyone_says_the_same() -> None:
     run = environment.describe_run()
     assert run["machine"] == facts
     assert run["versions"]["numpy"] == report.versions()["numpy"] == numpy.__version__
+    assert {"python": run["versions"]["python"], "system": facts["platform"]}.items() <= software().items()
     if run["git_commit"]:
         assert run["git_commit"].startswith(software()["commit"].removesuffix("-dirty"))
     assert json.loads(json.dumps(run)) == run

@@ -44,8 +44,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_exit_codes(tmp_path: Path) -> None:
     files = {"fast": {"a": timing(1.0)}, "slow": {"a": timing(2.0)}, "other": {"b": timing(1.0)}}
+    machine = {"kernels": "compiled kernels (AVX2)", "instruction_sets": ["avx2"]}
     for name, tree in files.items():
-        (tmp_path / name).write_text(json.dumps(tree))
+        (tmp_path / name).write_text(json.dumps({"machine": machine, **tree}))
     fast, slow, other = (str(tmp_path / name) for name in files)
     assert run(slow, fast).returncode == 0
     regression = run(fast, slow)
@@ -70,8 +71,7 @@ def result(path: Path, kernels: str | None, sets: list[str] | None) -> str:
         (("compiled kernels (AVX2)", ["avx2"]), ("compiled kernels (AVX-512)", ["avx2"]), ("(AVX2)", "(AVX-512)")),
         (("compiled kernels (AVX2)", None), ("compiled kernels (AVX-512)", ["avx2"]), ("(AVX2)", "(AVX-512)")),
         (("compiled kernels (AVX2)", ["avx2"]), ("compiled kernels (AVX2)", ["avx2", "fma"]), ("avx2", "avx2 fma")),
-        (("compiled kernels (AVX2)", None), ("compiled kernels (AVX2)", ["avx2"]), None),
-        ((None, None), ("compiled kernels (AVX2)", ["avx2"]), None),
+        (("compiled kernels (AVX2)", ["avx2"]), ("compiled kernels (AVX2)", ["avx2"]), None),
     ],
 )
 def test_results_of_other_instruction_sets_are_not_compared(
@@ -85,4 +85,26 @@ def test_results_of_other_instruction_sets_are_not_compared(
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
     assert f"before.json was measured with {'compiled kernels ' * ('(' in differ[0])}{differ[0]}, " in done.stderr
     assert f"{differ[1]}: another machine is no regression" in done.stderr
+    assert run(*paths, "--across-instruction-sets").returncode == 0
+
+
+KNOWN = ("compiled kernels (AVX2)", ["avx2"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unknown"),
+    [
+        ((None, None), KNOWN, "before.json"),
+        (("compiled kernels (AVX2)", None), KNOWN, "before.json"),
+        (KNOWN, ("compiled kernels (AVX2)", []), "after.json"),
+        (KNOWN, (None, None), "after.json"),
+    ],
+)
+def test_results_of_unknown_instruction_sets_are_not_compared(
+    tmp_path: Path, before: tuple, after: tuple, unknown: str
+) -> None:
+    paths = [result(tmp_path / "before.json", *before), result(tmp_path / "after.json", *after)]
+    done = run(*paths)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert f"{unknown} does not say which instruction sets it was measured with; measure both on one" in done.stderr
     assert run(*paths, "--across-instruction-sets").returncode == 0
