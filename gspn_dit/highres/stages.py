@@ -24,7 +24,7 @@ from gspn_dit.highres.memory import measure, on_meta
 
 FEED_FORWARD_TOKENS = 16_384
 """Tokens that a feed-forward layer, whose inner width is four times or eight times the model's, takes at a time."""
-SCRATCH = 1.5
+SCRATCH = 2.0
 """What is held at most, over what operators return: kernels keep copies of their inputs in layouts of their own."""
 BASE_BYTES = 1 << 30
 """Interpreter, libraries and the rows of pixels that are being written."""
@@ -91,9 +91,8 @@ def generate_highres(
     factor = _factor(pipe)
     largest = max(checked, key=lambda stage: stage.height * stage.width)
     bound = memory_bound(pipe, largest, encoded.positive)
-    print(
-        f"{largest.height}x{largest.width} pixels: at most {bound / 1e9:.1f} GB of memory, weights included", flush=True
-    )
+    size = f"{largest.height}x{largest.width} pixels"
+    print(f"{size}: at most {bound / 1e9:.2f} GB of memory, weights included", flush=True)
     out = Path(out)
     folder = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".stages")
     settings = [prompt, negative_prompt, num_inference_steps, guidance_scale, seed, _weights_print(pipe.unet)]
