@@ -1,4 +1,5 @@
 # make demo       train, sample and evaluate on handwritten digits; a few minutes on two cores, nothing is downloaded
+# make demo-text  the same by caption, on emoji that EMOJI holds; says how to get them
 # make test       the quick tests           make test-slow   the long ones (trainings, kills, sanitizers)
 # make lint       style and types           make install     the environment in .venv that all of these use
 
@@ -6,12 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+EMOJI ?= data/emoji
 
 # Threads that spin while they wait slow each other down many times over where processes share cores.
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo demo-text test test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +32,14 @@ demo: install
 		--guidance-scale 1.2 --steps 50 --save-npz $(DEMO)/samples.npz
 	$(BIN)/python -m fid --samples $(DEMO)/samples.npz --reference digits --features digits \
 		--out $(DEMO)/report --overwrite
+
+demo-text: install
+	@test -d $(EMOJI) || { echo "$(EMOJI) is missing; get it by: mkdir -p packages && (cd packages && npm pack" \
+		"@iconify-json/noto @iconify-json/twemoji @iconify-json/openmoji @iconify-json/fluent-emoji-flat" \
+		"@iconify-json/fluent-emoji @iconify-json/emojione emojibase-data) &&" \
+		"$(BIN)/python -m gspn_dit.prepare.emoji --packages packages --out $(EMOJI) --size 32"; exit 2; }
+	$(BIN)/python train.py --config configs/demo_text.yaml --data.path $(EMOJI) --resume auto
+	$(BIN)/python -m benchmarks.demo_text --run runs/demo_text --data $(EMOJI) --out runs/demo_text/grid.png
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu"

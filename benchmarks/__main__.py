@@ -51,6 +51,7 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks/results/quality_fashion_block.json", "--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
+    "text_to_image": ["benchmarks.text_to_image", "--out"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],
 }
 """What makes benchmarks/results/NAME.json, but for the file's name at the end."""
