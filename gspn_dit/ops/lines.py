@@ -107,13 +107,13 @@ def scan_backward(
     dtype = compute_dtype(x.dtype)
     inputs = (x, weight_logits, input_gate, output_gate)
     grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    grad_logits, grad_in, grad_out = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs[1:])
+    grad_weight_logits, grad_input_gate, grad_output_gate = (
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in inputs[1:]
+    )
     grad_merge = torch.zeros(merge_weight.shape, dtype=dtype, device=x.device)
-    if x.numel() == 0:
-        return grad_x.to(x.dtype), grad_logits, grad_in, grad_out, grad_merge.to(merge_weight.dtype)
     with without_autocast(x.device.type):
-        for d, direction in enumerate(directions):
-            x_lines, g, logits, gate_in, gate_out = (
+        for d, direction in enumerate(directions if x.numel() else ()):
+            x_lines, grad_y_lines, weight_logits_lines, input_gate_lines, output_gate_lines = (
                 as_lines(t, direction).to(dtype)
                 for t in (
                     x,
@@ -125,13 +125,13 @@ def scan_backward(
             )
             merge = merge_weight[d].to(dtype)
             order = visiting_order(x_lines.shape[1], direction, window)
-            weights = propagation_weights(logits, order)
-            states = scan_states(weights, gate_in * x_lines, order)
-            gradients = _state_gradients(weights, merge * gate_out * g, order)
-            as_lines(grad_x, direction).add_(gate_in * gradients)
-            as_lines(grad_in[..., d, :], direction).copy_(x_lines * gradients)
-            as_lines(grad_out[..., d, :], direction).copy_(merge * g * states)
-            grad_merge[d] = _sum_in_order(g * gate_out * states)
-            of_logits = _logit_gradients(logits, weights, states, gradients, order)
-            as_lines(grad_logits[..., d, :, :], direction).copy_(of_logits)
-    return grad_x.to(x.dtype), grad_logits, grad_in, grad_out, grad_merge.to(merge_weight.dtype)
+            weights = propagation_weights(weight_logits_lines, order)
+            states = scan_states(weights, input_gate_lines * x_lines, order)
+            gradients = _state_gradients(weights, merge * output_gate_lines * grad_y_lines, order)
+            as_lines(grad_x, direction).add_(input_gate_lines * gradients)
+            as_lines(grad_input_gate[..., d, :], direction).copy_(x_lines * gradients)
+            as_lines(grad_output_gate[..., d, :], direction).copy_(merge * grad_y_lines * states)
+            grad_merge[d] = _sum_in_order(grad_y_lines * output_gate_lines * states)
+            of_logits = _logit_gradients(weight_logits_lines, weights, states, gradients, order)
+            as_lines(grad_weight_logits[..., d, :, :], direction).copy_(of_logits)
+    return grad_x.to(x.dtype), grad_weight_logits, grad_input_gate, grad_output_gate, grad_merge.to(merge_weight.dtype)

@@ -62,10 +62,10 @@ def _(
 
 @scan_backward.register_fake
 def _(grad_y: Tensor, *inputs: Any) -> _Gradients:
-    x, logits, gate_in, gate_out, merge = (
+    x, weight_logits, input_gate, output_gate, merge_weight = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]
     )
-    return x, logits, gate_in, gate_out, merge
+    return x, weight_logits, input_gate, output_gate, merge_weight
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -92,12 +92,12 @@ def _(x: Tensor, *others: Any) -> Tensor:
 
 @projected_scan_backward.register_fake
 def _(grad_y: Tensor, *inputs: Any) -> _Gradients:
-    x, proxy, logits, gate_in, gate_out, merge = (
+    x, proxy, weight_logits, input_gate, output_gate, merge_weight = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:6]
     )
     skip = inputs[6]
     skip = x.new_empty(0) if skip is None else torch.empty_like(skip, memory_format=torch.contiguous_format)
-    return x, proxy, logits, gate_in, gate_out, merge, skip
+    return x, proxy, weight_logits, input_gate, output_gate, merge_weight, skip
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -104,11 +104,12 @@ def scan_reference(
         x_wide = x.to(dtype)  # once, so that its gradient too is summed over the directions before it is rounded
         for d, direction in enumerate(directions):
             x_lines = as_lines(x_wide, direction)
-            logits, gate_in, gate_out = (
+            weight_logits_lines, input_gate_lines, output_gate_lines = (
                 as_lines(t, direction).to(dtype)
                 for t in (weight_logits[..., d, :, :], input_gate[..., d, :], output_gate[..., d, :])
             )
             order = visiting_order(x_lines.shape[1], direction, window)
-            states = scan_states(propagation_weights(logits, order), gate_in * x_lines, order)
-            y = y + as_lines(merge_weight[d].to(dtype) * gate_out * states, direction)
+            weights = propagation_weights(weight_logits_lines, order)
+            states = scan_states(weights, input_gate_lines * x_lines, order)
+            y = y + as_lines(merge_weight[d].to(dtype) * output_gate_lines * states, direction)
         return y.to(x.dtype).contiguous()

@@ -108,7 +108,7 @@ def make_inputs(
 
 def naive_scan(inputs: Inputs, directions: Sequence[str] = DIRECTIONS, window: int | None = None) -> Tensor:
     """The scan by its definition, one number at a time in float64: slow, and written apart from `gspn_dit.ops`."""
-    x, logits, gate_in, gate_out = (tensor.double().tolist() for tensor in inputs[:4])
+    x, weight_logits, input_gate, output_gate = (tensor.double().tolist() for tensor in inputs[:4])
     merge = [1.0] * len(directions) if inputs.merge_weight is None else inputs.merge_weight.double().tolist()
     batch, height, width, channels = inputs.x.shape
     groups = inputs.weight_logits.shape[-1]
@@ -125,14 +125,14 @@ def naive_scan(inputs: Inputs, directions: Sequence[str] = DIRECTIONS, window: i
                     first = before not in range(lines) or (window is not None and before // window != line // window)
                     for n in range(positions):
                         row, column = (n, line) if by_column else (line, n)
-                        state = gate_in[b][row][column][d][c] * x[b][row][column][c]
+                        state = input_gate[b][row][column][d][c] * x[b][row][column][c]
                         if not first:
-                            here = [logits[b][row][column][d][k][group] for k in range(3)]
+                            here = [weight_logits[b][row][column][d][k][group] for k in range(3)]
                             state += sum(
                                 weight * states[before, n + k] for k, weight in _naive_weights(here, n, positions)
                             )
                         states[line, n] = state
-                        y[b, row, column, c] += merge[d] * gate_out[b][row][column][d][c] * state
+                        y[b, row, column, c] += merge[d] * output_gate[b][row][column][d][c] * state
     return y
 
 

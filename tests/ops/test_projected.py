@@ -46,12 +46,12 @@ def draw(
 def plain(x: Tensor, proxy: Tensor, *weights: Tensor, directions: Sequence[str] = DIRECTIONS, **options: Any) -> Tensor:
     """What the function must equal: three linear maps, the scan, and the skip."""
     count, channels = len(directions), x.shape[-1]
-    logits, gate_in, gate_out = (F.linear(proxy, weight) for weight in weights[:3])
+    weight_logits, input_gate, output_gate = (F.linear(proxy, weight) for weight in weights[:3])
     y = gspn_scan(
         x,
-        logits.unflatten(-1, (count, 3, -1)),
-        gate_in.unflatten(-1, (count, channels)),
-        gate_out.unflatten(-1, (count, channels)),
+        weight_logits.unflatten(-1, (count, 3, -1)),
+        input_gate.unflatten(-1, (count, channels)),
+        output_gate.unflatten(-1, (count, channels)),
         weights[3],
         directions=directions,
         **options,

@@ -29,32 +29,32 @@ WINDOWS = (None, 1, 2, 3, 4, 7)
 def one_direction(x: list[list[float]], **other: list[list[float]]) -> Inputs:
     """Float64 inputs for an [H][W] image of one channel and one direction; gates default to 1, logits to 0.
 
-    `logits` is [H][W][3], `gate_in` and `gate_out` are [H][W].
+    `weight_logits` is [H][W][3], `input_gate` and `output_gate` are [H][W].
     """
     image = torch.tensor(x, dtype=torch.float64)
     height, width = image.shape
-    logits = torch.tensor(other["logits"]) if "logits" in other else torch.zeros(height, width, 3)
+    weight_logits = torch.tensor(other["weight_logits"]) if "weight_logits" in other else torch.zeros(height, width, 3)
     gates = [torch.tensor(other[name]) if name in other else torch.ones(height, width) for name in GATES]
     return Inputs(
         image[None, :, :, None],
-        logits.double()[None, :, :, None, :, None],
+        weight_logits.double()[None, :, :, None, :, None],
         *(gate.double()[None, :, :, None, None] for gate in gates),
         None,
     )
 
 
-GATES = ("gate_in", "gate_out")
+GATES = ("input_gate", "output_gate")
 L1, L2, L3 = math.log(1 / 3), 0.0, math.log(3)  # sigmoids 1/4, 1/2, 3/4
 
 
 @pytest.mark.parametrize(
     ("direction", "expected"),
     # Positions of a one-row image are alone on their column: all the weight goes to k = 0, so h is a running sum of
-    # gate_in·x = 1, 1, 6; gate_out is 1, -1, 2. Going down or up, each is on a first line.
+    # input_gate·x = 1, 1, 6; output_gate is 1, -1, 2. Going down or up, each is on a first line.
     [("right", [1.0, -2.0, 16.0]), ("left", [8.0, -7.0, 12.0]), ("down", [1.0, -1.0, 12.0]), ("up", [1.0, -1.0, 12.0])],
 )
 def test_one_row_by_hand(backend: str, direction: str, expected: list[float]) -> None:
-    inputs = one_direction([[1.0, 2.0, 3.0]], gate_in=[[1.0, 0.5, 2.0]], gate_out=[[1.0, -1.0, 2.0]])
+    inputs = one_direction([[1.0, 2.0, 3.0]], input_gate=[[1.0, 0.5, 2.0]], output_gate=[[1.0, -1.0, 2.0]])
     y = gspn_scan(*inputs, directions=(direction,), backend=backend)
     torch.testing.assert_close(y.flatten(), torch.tensor(expected, dtype=torch.float64))
 
@@ -64,7 +64,7 @@ def test_three_neighbours_by_hand(backend: str) -> None:
     unused = [9.0, -9.0, 9.0]
     inputs = one_direction(
         [[6.0, 12.0, 18.0], [0.5, 100.0, 0.0]],
-        logits=[[unused] * 3, [[9.0, L3, L1], [L3, L2, L1], [L1, L1, 9.0]]],
+        weight_logits=[[unused] * 3, [[9.0, L3, L1], [L3, L2, L1], [L1, L1, 9.0]]],
     )
     y = gspn_scan(*inputs, directions=("down",), backend=backend)
     below = [
@@ -80,7 +80,7 @@ def test_neighbours_are_absolute_when_scanning_backwards(backend: str) -> None:
     far = 60.0  # sigmoid 1 against 1e-26: all the weight on one neighbour
     inputs = one_direction(
         [[0.0, 1.0], [0.0, 2.0], [0.0, 4.0]],
-        logits=[[[0.0, -far, far], [0.0] * 3], [[far, -far, -far], [0.0] * 3], [[-far, far, 0.0], [0.0] * 3]],
+        weight_logits=[[[0.0, -far, far], [0.0] * 3], [[far, -far, -far], [0.0] * 3], [[-far, far, 0.0], [0.0] * 3]],
     )
     y = gspn_scan(*inputs, directions=("left",), backend=backend)
     expected = [[2.0, 1.0], [1.0, 2.0], [4.0, 4.0]]

@@ -158,11 +158,13 @@ def test_takes_slices_of_one_linear_layer(install: Install) -> None:
     host = install("short")
     batch, height, width, channels = 1, 4, 5, 8
     projected = torch.randn(batch, height, width, 20 * channels, generator=torch.Generator().manual_seed(1))
-    logits, gate_in, gate_out = projected.bfloat16().split([12 * channels, 4 * channels, 4 * channels], dim=-1)
+    weight_logits, input_gate, output_gate = projected.bfloat16().split(
+        [12 * channels, 4 * channels, 4 * channels], dim=-1
+    )
     inputs = make_inputs((batch, height, width, channels), dtype=torch.bfloat16)._replace(
-        weight_logits=logits.unflatten(-1, (4, 3, channels)),
-        input_gate=gate_in.unflatten(-1, (4, channels)),
-        output_gate=gate_out.unflatten(-1, (4, channels)),
+        weight_logits=weight_logits.unflatten(-1, (4, 3, channels)),
+        input_gate=input_gate.unflatten(-1, (4, channels)),
+        output_gate=output_gate.unflatten(-1, (4, channels)),
     )
     check_against_reference(inputs)
     assert {launch.variant.vector for launch in host.launches if launch.variant.regime == "short"} == {2}
