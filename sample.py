@@ -1,4 +1,8 @@
-"""Draw images by class: `python sample.py --checkpoint runs/demo --classes 0-9 --per-class 8 --out grid.png`."""
+"""Draw images by class or by prompt from a checkpoint, into a grid, PNG files or one .npz.
+
+python sample.py --checkpoint runs/demo --classes 0-9 --per-class 8 --out grid.png
+python sample.py --checkpoint RUN --prompt "a red circle" --out grid.png
+"""
 
 from gspn_dit.errors import run_cli
 from gspn_dit.sample import parse_arguments, run

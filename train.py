@@ -1,4 +1,4 @@
-"""Train a class-conditional diffusion model: `accelerate launch train.py --config configs/NAME.yaml`."""
+"""Train a diffusion model, by class or by text: `accelerate launch train.py --config configs/NAME.yaml`."""
 
 from gspn_dit.config import parse_train_arguments
 from gspn_dit.errors import run_cli
@@ -19,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, "--resume auto goes on from the last checkpoint")
+    run_cli(main, "--resume auto resumes from the last checkpoint")

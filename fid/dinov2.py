@@ -153,7 +153,7 @@ def own_names(depth: int) -> dict[str, str]:
 
 
 def read_directory(path: str | os.PathLike[str]) -> tuple[VisionTransformer, str]:
-    """The net of a local directory and the SHA-256 of its weights.
+    """Return the feature extractor of a local directory and the SHA-256 of its weights.
 
     Raises:
         UserError: what is missing or does not fit.
@@ -186,7 +186,7 @@ def read_directory(path: str | os.PathLike[str]) -> tuple[VisionTransformer, str
 
 
 def create_extractor(net: VisionTransformer) -> FeatureExtractorBase:
-    """The extractor around the net, on the CPU."""
+    """Return the feature extractor as torch-fidelity's, on the CPU."""
     if EXTRACTOR_NAME not in registry.FEATURE_EXTRACTORS_REGISTRY:  # a second registration raises
         registry.register_feature_extractor(EXTRACTOR_NAME, DINOv2Extractor)
     return create_feature_extractor(EXTRACTOR_NAME, list(LAYERS), cuda=False, verbose=False, net=net)

@@ -118,7 +118,8 @@ class Target:
             width = len(own[layer].mean) if layer in own else len(mean)
             if len(mean) != width:
                 raise UserError(
-                    f"the statistics in {real.images.source} are of {len(mean)} {layer} values; the net gives {width}"
+                    f"the statistics in {real.images.source} are of {len(mean)} {layer} values; "
+                    f"the feature extractor gives {width}"
                 )
             digest.update(np.ascontiguousarray(mean).data)
             digest.update(np.ascontiguousarray(covariance).data)

@@ -1,4 +1,4 @@
-"""GSPN-DiT: class-conditional latent diffusion with GSPN in place of self-attention.
+"""GSPN-DiT: latent diffusion by class or by text with GSPN in place of self-attention.
 
 The public names below are imported on first use, so that `import gspn_dit` costs next to nothing.
 """

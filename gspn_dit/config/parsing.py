@@ -93,7 +93,7 @@ def _build_parser(program: str) -> Any:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=program,
-        description="Train a class-conditional diffusion model; every key of the config can be given as --section.key.",
+        description="Train a diffusion model; every key of the config can be given as --section.key.",
         exit_on_error=False,
         allow_abbrev=False,
     )

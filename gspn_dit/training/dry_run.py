@@ -147,7 +147,7 @@ def estimate_memory(
 
 
 def _working_bytes(model: DiffusionModel, latent_size: int, element_bytes: int) -> int:
-    """Return the bytes of what the mixer that needs most makes again in the backward pass for an image."""
+    """Return the bytes that the mixer that needs most recomputes in the backward pass for an image."""
     side = latent_size // model.patch_size
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     return element_bytes * max(mixer.working_elements(side, side) for mixer in mixers)

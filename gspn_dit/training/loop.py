@@ -72,7 +72,7 @@ def _refused_by_the_disk(error: OSError, output_dir: str) -> UserError:
     file = error.filename if isinstance(error.filename, str) else output_dir
     mine = Path(output_dir).absolute() in (Path(file).absolute(), *Path(file).absolute().parents)
     place = f"output_dir {output_dir} cannot be written" if mine else f"{file} cannot be used"
-    return LocalUserError(f"{place}: {error}; checkpoints stay as they are, go on with --resume auto")
+    return LocalUserError(f"{place}: {error}; checkpoints stay as they are, resume with --resume auto")
 
 
 def _what_to_lower(config: Config) -> str:
@@ -81,7 +81,7 @@ def _what_to_lower(config: Config) -> str:
     return (
         f"training.batch_size is {settings.batch_size}, of which each process takes {images} images at a time; lower "
         "it, raise training.gradient_accumulation_steps, or set training.activation_checkpointing true, in a new "
-        "output_dir; --resume auto goes on from the last checkpoint with more memory or more processes"
+        "output_dir; --resume auto resumes from the last checkpoint with more memory or more processes"
     )
 
 
@@ -238,7 +238,7 @@ class Trainer:
                 started += paused()
             if asked is not None:
                 self.save(progress)
-                progress.write(f"stopped by signal {asked}; --resume auto goes on from step {self.step}")
+                progress.write(f"stopped by signal {asked}; --resume auto resumes from step {self.step}")
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.training.max_steps

@@ -1,4 +1,4 @@
-"""DINOv2 from a local directory: the net against PyTorch's own transformer layers, and FD-DINOv2 in the same pass."""
+"""DINOv2 from a local directory: the model against PyTorch's own transformer layers, and FD-DINOv2 in the same pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_model(folder: Path, config: VisionConfig = CONFIG, **more: object) -> 
     state = {name: torch.randn(value.shape, generator=generator) * 0.3 for name, value in net.state_dict().items()}
     folder.mkdir(exist_ok=True)
     names = own_names(config.num_hidden_layers)
-    assert sorted(names.values()) == sorted(state)  # every tensor of the net comes from the file
+    assert sorted(names.values()) == sorted(state)  # every tensor of the model comes from the file
     save_file({theirs: state[ours] for theirs, ours in names.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**vars(config), "model_type": "dinov2", **more}))
     return folder

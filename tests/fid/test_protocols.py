@@ -227,7 +227,7 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
 def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
     _, arrays = adm_reference(tmp_path)
     np.savez(tmp_path / "wide.npz", **{**arrays, "mu": np.zeros(9), "sigma": np.eye(9)})
-    with pytest.raises(UserError, match=r"wide\.npz are of 9 features values; the net gives 8"):
+    with pytest.raises(UserError, match=r"wide\.npz are of 9 features values; the feature extractor gives 8"):
         score(drawn_images(), read_reference(tmp_path / "wide.npz", 8))
     pooled = {name: arrays[name] for name in ("arr_0", "mu", "sigma")}
     np.savez(tmp_path / "pooled.npz", **pooled)

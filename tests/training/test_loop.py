@@ -1,4 +1,4 @@
-"""A run is a function of its config: resume, accumulation, skipped steps, signals, what is written."""
+"""Training is deterministic and resumes bit-exactly: accumulation, skipped steps, signals, what is written."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_sigterm_to_the_launcher_saves_one_step_in_all_processes(tmp_path: Path)
     job.wait(timeout=60)
     assert "stopped by signal 15" in rest
     (step,) = find_checkpoints(tmp_path)
-    assert f"goes on from step {step}" in rest
+    assert f"--resume auto resumes from step {step}" in rest
 
 
 def test_mistake_is_told_once(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_network_drive_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: 
         run_training(tiny_config(tmp_path / "run"))
     named = f"output_dir {tmp_path / 'run'} cannot be written" if lost == "output" else f"{file} cannot be used"
     assert str(caught.value) == (
-        f"{named}: [Errno {errno.ESTALE}] Stale file handle: '{file}'; checkpoints stay as they are, go on with "
+        f"{named}: [Errno {errno.ESTALE}] Stale file handle: '{file}'; checkpoints stay as they are, resume with "
         "--resume auto"
     )
 
