@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pkgutil
 
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.tasks.base import GenerativeTask, Task
 from gspn_dit.tasks.class_conditional import ClassConditional
+from gspn_dit.tasks.plan import Plan
 
-__all__ = ["TASKS", "GenerativeTask", "Task", "create_task"]
+__all__ = ["TASKS", "GenerativeTask", "Plan", "Task", "create_task", "task_class"]
+
+TASKS: dict[str, type[Task] | str] = {
+    "class-conditional": ClassConditional,
+    "text-to-image": "gspn_dit.tasks.text_to_image:TextToImage",  # diffusers' UNets take seconds to import
+}
+"""The class of each task, or where to find it, by the name that the config key `task` gives."""
 
 
-def _text_to_image(config: Config) -> Task:
-    from gspn_dit.tasks.text_to_image import TextToImage  # diffusers' UNets take seconds to import
-
-    return TextToImage(config)
-
-
-TASKS: dict[str, Callable[[Config], Task]] = {"class-conditional": ClassConditional, "text-to-image": _text_to_image}
-"""What builds each task, by the name that the config key `task` gives."""
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task by its name; raises UserError for an unknown one."""
+    if name not in TASKS:
+        raise UserError(f"unknown task '{name}'; allowed are {', '.join(TASKS)}{nearest(name, TASKS)}")
+    entry = TASKS[name]
+    return pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
 
 
 def create_task(config: Config) -> Task:
     """Build the task of a config; raises UserError for an unknown one, and for whatever does not exist or fit."""
-    if config.task not in TASKS:
-        raise UserError(f"unknown task '{config.task}'; allowed are {', '.join(TASKS)}{nearest(config.task, TASKS)}")
-    return TASKS[config.task](config)
+    return task_class(config.task)(config)

@@ -99,7 +99,6 @@ def check_alignment(config: Config, model: DiffusionModel, images: int, latent_s
         return
     for key, excluded in (
         ("training.compile", settings.compile),
-        ("training.sharding", settings.sharding != "none"),
         ("data.horizontal_flip", config.data.horizontal_flip),  # the features are of images as they are
         ("data.streaming", config.data.streaming),
     ):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
+from gspn_dit.tasks.plan import Plan
 
 
 class Task(ABC):
@@ -33,6 +34,18 @@ class Task(ABC):
         self.config = config
         self.device = torch.device("cpu")
         self.companions = {}
+
+    # -- before anything is built --------------------------------------------------------------------------------
+
+    @classmethod
+    def plan(cls, config: Config) -> Plan:
+        """Return what a run of this config would take, for `--dry-run`; UserError for what training would refuse."""
+        raise UserError(f"--dry-run is not known to task {config.task}; start without it")
+
+    @classmethod
+    def excludes_sharding(cls, config: Config) -> str | None:
+        """Return what forbids splitting the state over processes, such as a key's name; None where nothing does."""
+        return None
 
     # -- where and how it runs -----------------------------------------------------------------------------------
 

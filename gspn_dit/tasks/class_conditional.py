@@ -12,16 +12,19 @@ from torch import Tensor, nn
 
 from gspn_dit.config import Config
 from gspn_dit.data.build import build_data
+from gspn_dit.data.facts import data_facts
 from gspn_dit.data.latents import refuse_other_vae
-from gspn_dit.diffusion import Guidance, create_objective, draw_latents
+from gspn_dit.diffusion import Guidance, Objective, create_objective, draw_latents
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
+from gspn_dit.models.mixers import GSPNMixer, Mixer
 from gspn_dit.sampling_options import check_guided_channels
 from gspn_dit.tasks.alignment import Alignment, check_alignment
 from gspn_dit.tasks.base import GenerativeTask
 from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
 from gspn_dit.tasks.finetune import pretrained_weights
+from gspn_dit.tasks.plan import Plan, gigabytes
 
 
 class ClassConditional(GenerativeTask):
@@ -38,14 +41,9 @@ class ClassConditional(GenerativeTask):
         self.image_size, self.image_channels = self.latent.size * self.latent.factor, self.latent.image_channels
         check_guided_channels(config.sampling.guidance_channels, self.latent.channels, "sampling.guidance_channels")
         self.class_names = self.train_data.images.class_names
-        arguments = {
-            "name": config.model.name,
-            "num_classes": self.train_data.images.num_classes,
-            "latent_channels": self.latent.channels,
-            "latent_size": self.latent.size,
-            "out_channels": self.objective.out_channels(self.latent.channels),
-            **config.model.overrides(),
-        }
+        arguments = _model_arguments(
+            config, self.train_data.images.num_classes, self.latent.channels, self.latent.size, self.objective
+        )
         self.description = {
             "model": arguments,
             "latent": self.latent.spec(),
@@ -54,15 +52,51 @@ class ClassConditional(GenerativeTask):
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            try:
-                self.model = create_model(**arguments)
-            except ValueError as error:
-                raise UserError(f"model: {error}") from None
+            self.model = _create_model(arguments)
         self.alignment: Alignment | None = None
         check_alignment(config, self.model, data.facts["images"], self.latent.size)
         if config.training.repa_features is not None:
             self.alignment = Alignment(config, self.model, self.latent.size)
             self.companions = {"repa": self.alignment.projector}
+
+    @classmethod
+    def plan(cls, config: Config) -> Plan:
+        sampling, objective, facts = config.sampling, create_objective(config.objective), data_facts(config)
+        sampler = objective.resolve_sampler(sampling.sampler, sampling.steps)
+        check_guided_channels(sampling.guidance_channels, facts.channels, "sampling.guidance_channels")
+        with torch.device("meta"):
+            model = _create_model(_model_arguments(config, facts.num_classes, facts.channels, facts.size, objective))
+        channels, size, side = facts.channels, facts.size, facts.size // model.patch_size
+        mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+        scans = sum(mixer.scan_multiply_adds(side, side) for mixer in mixers if isinstance(mixer, GSPNMixer))
+        multiply_adds = forward_multiply_adds(model, size, size)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        rows = [
+            ("model", f"{config.model.name}, {parameters:,} parameters"),
+            ("forward", f"{multiply_adds / 1e9:.4g} G multiply-adds for an image of {channels}×{size}×{size}"),
+        ]
+        if scans:
+            rows.append(("", f"{scans / 1e9:.3g} G of them in scans, 6 for each token, channel and direction"))
+        rows.append(("objective", f"{config.objective.name}; previews by {sampler} in {sampling.steps} steps"))
+        size_text = f"{gigabytes(facts.bytes)} ({facts.source})"
+        return Plan(
+            model=model,
+            inputs=lambda batch: (
+                torch.empty(batch, channels, size, size),
+                torch.empty(batch),
+                torch.zeros(batch, dtype=torch.int64),
+            ),
+            multiply_adds=multiply_adds,
+            images=facts.images,
+            data=f"{facts.images:,} images of {facts.num_classes} classes, {size_text}",
+            rows=rows,
+            blocks=len(model.blocks),
+            working_elements=max(mixer.working_elements(side, side) for mixer in mixers),
+        )
+
+    @classmethod
+    def excludes_sharding(cls, config: Config) -> str | None:
+        return None if config.training.repa_features is None else "training.repa_features"
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -195,3 +229,24 @@ class ClassConditional(GenerativeTask):
     def start_from(self, checkpoint: str) -> None:
         """Take EMA weights; a class of the same name keeps its row of the label table."""
         self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))
+
+
+def _model_arguments(
+    config: Config, num_classes: int, channels: int, latent_size: int, objective: Objective
+) -> dict[str, Any]:
+    """Return what `create_model` is called with; a checkpoint's manifest holds it."""
+    return {
+        "name": config.model.name,
+        "num_classes": num_classes,
+        "latent_channels": channels,
+        "latent_size": latent_size,
+        "out_channels": objective.out_channels(channels),
+        **config.model.overrides(),
+    }
+
+
+def _create_model(arguments: Mapping[str, Any]) -> DiffusionModel:
+    try:
+        return create_model(**arguments)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None

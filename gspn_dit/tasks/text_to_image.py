@@ -89,6 +89,10 @@ class TextToImage(GenerativeTask):
             "data": {"name": images.name, "images": len(images), "fingerprint": digest},
         }
 
+    @classmethod
+    def excludes_sharding(cls, config: Config) -> str | None:
+        return "task text-to-image"
+
     def _build_model(self, text_width: int) -> Any:
         """Return the UNet that is trained; with a teacher, its scans alone ask for gradients."""
         options, channels = self.config.unet, self.latent.channels
@@ -265,9 +269,8 @@ def _check(config: Config) -> None:
             f"model.name is {config.model.name}, but task text-to-image trains a diffusers UNet; set model.name UNet "
             "and describe it by the keys of unet"
         )
-    for key, given in (("repa_features", config.training.repa_features), ("sharding", config.training.sharding)):
-        if given not in (None, "none"):
-            raise UserError(f"training.{key} does not go with task text-to-image; leave it out")
+    if config.training.repa_features is not None:
+        raise UserError("training.repa_features does not go with task text-to-image; leave it out")
     if config.unet.teacher is not None and config.training.compile:
         raise UserError("training.compile does not go with unet.teacher, whose layers are read; leave one of them out")
     if config.unet.teacher_inputs and config.training.activation_checkpointing:

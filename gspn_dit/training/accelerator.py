@@ -41,7 +41,7 @@ def create_accelerator(config: Config) -> Accelerator:
             f"training.batch_size {settings.batch_size} is not divisible by {processes} processes × "
             f"{settings.gradient_accumulation_steps} accumulation steps"
         )
-    choose_strategy(settings, accelerator)  # refuses what it cannot do before anything is written
+    choose_strategy(config, accelerator)  # refuses what it cannot do before anything is written
     _choose_precision(settings)
     return accelerator
 

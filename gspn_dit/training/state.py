@@ -43,7 +43,7 @@ class TrainingState:
         if settings.compile:
             for block in task.blocks(self.model):  # once for all blocks of a kind
                 block.compile(fullgraph=True)
-        self.strategy = create_strategy(settings, accelerator)
+        self.strategy = create_strategy(task.config, accelerator)
         for model in (self.model, self.ema.model):
             self.strategy.split(task, model)
         self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in settings.ema_sigma_rel]

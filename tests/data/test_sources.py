@@ -13,11 +13,11 @@ from fid.images import read_reference
 from gspn_dit.config import DataConfig, config_from_dict, parse_train_arguments
 from gspn_dit.data import load_images
 from gspn_dit.data.build import build_data
+from gspn_dit.data.facts import data_facts
 from gspn_dit.data.image_sources import Parts
 from gspn_dit.data.images import open_source
 from gspn_dit.data.sources import SOURCES, Source, find_source
 from gspn_dit.errors import UserError
-from gspn_dit.training.dry_run import data_facts
 
 
 def read_squares(path: str | os.PathLike[str] | None) -> Parts:

@@ -246,8 +246,8 @@ def test_a_mixer_registered_here_alone_trains_and_samples(registered: None, tmp_
     model |= {"mixer": "shift", "mixer_options": {"columns": 2}}
     config = changed(tiny_config(tmp_path / "run", max_steps=1), model=model)
     tokens, width = 4, 16
-    difference = estimate(config, 1).multiply_adds
-    difference -= estimate(changed(config, model={"mixer": "attention", "mixer_options": None}), 1).multiply_adds
+    difference = estimate(config, 1).plan.multiply_adds
+    difference -= estimate(changed(config, model={"mixer": "attention", "mixer_options": None}), 1).plan.multiply_adds
     assert difference == tokens * (width**2 - 4 * width**2) - 2 * tokens**2 * width
     run_training(config)
     pipeline = GSPNPipeline.from_checkpoint(tmp_path / "run")

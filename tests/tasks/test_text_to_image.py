@@ -244,7 +244,7 @@ def test_taps_read_no_recomputed_pass() -> None:
         ({"unet": {"proxy_ratio": 3}}, "unet: proxy_ratio 3 does not divide the 8 channels"),
         ({"unet": {"teacher": "nowhere"}}, "checkpoint nowhere does not exist"),
         ({"data": {"caption_column": "captoin"}}, "has no 'captoin'"),
-        ({"training": {"sharding": "fsdp"}}, "training.sharding does not go with task text-to-image"),
+        ({"training": {"repa_features": "some.npy"}}, "training.repa_features does not go with task text-to-image"),
         ({"objective": {"name": "epsilon"}, "sampling": {"sampler": "euler"}}, "unknown sampler 'euler'"),
     ],
 )

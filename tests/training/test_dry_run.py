@@ -15,9 +15,12 @@ import torch
 
 from benchmarks.memory import saved_bytes
 from gspn_dit.config import Config, DataConfig, LatentConfig, ModelConfig, TrainingConfig, load_config
+from gspn_dit.data.facts import data_facts
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
-from gspn_dit.training.dry_run import Estimate, data_facts, dry_run, estimate, estimate_memory, kept_checkpoints
+from gspn_dit.tasks import TASKS, Plan, Task
+from gspn_dit.tasks.class_conditional import ClassConditional
+from gspn_dit.training.dry_run import Estimate, dry_run, estimate, estimate_memory, kept_checkpoints
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("imagenet*.yaml"))
@@ -32,9 +35,10 @@ def small(**training: Any) -> Config:
     )
 
 
-def meta_model(name: str, **options: Any) -> Any:
-    with torch.device("meta"):
-        return create_model(name, 10, 4, 8, 8, hidden_size=32, **options)
+def planned(name: str, size: int = 8, **options: Any) -> Plan:
+    """The plan of a small model of latents 4×size×size."""
+    config = dataclasses.replace(small(), model=ModelConfig(name, hidden_size=32, **options))
+    return ClassConditional.plan(dataclasses.replace(config, data=DataConfig("latents", "nowhere", 8 * size)))
 
 
 # -- activations and state -------------------------------------------------------------------------------------------
@@ -45,8 +49,8 @@ def meta_model(name: str, **options: Any) -> Any:
 def test_activations_are_those_that_autograd_keeps(name: str, precision: Any) -> None:
     """Counted once without memory and once for real, on a batch of three."""
     settings = TrainingConfig(mixed_precision=precision)
-    counted = estimate_memory(meta_model(name, depth=2), 16, 3, settings, 1)
-    model = create_model(name, 10, 4, 8, 8, hidden_size=32, depth=2)
+    counted = estimate_memory(planned(name, 16, depth=2), 3, settings, 1)
+    model = create_model(name, 1000, 4, 16, 4, hidden_size=32, depth=2)
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -58,42 +62,42 @@ def test_activations_are_those_that_autograd_keeps(name: str, precision: Any) ->
 
 
 def test_state_is_four_bytes_for_each_parameter_and_copy() -> None:
-    model = meta_model("DiT-N/2", depth=2)
-    copy = 4 * sum(parameter.numel() for parameter in model.parameters())
-    alone = estimate_memory(model, 8, 2, TrainingConfig(), 1)
+    plan = planned("DiT-N/2", depth=2)
+    copy = 4 * sum(parameter.numel() for parameter in plan.model.parameters())
+    alone = estimate_memory(plan, 2, TrainingConfig(), 1)
     assert (alone.weights, alone.gradients, alone.averages, alone.optimizer) == (copy, copy, copy, 2 * copy)
     assert alone.total == 5 * copy + alone.activations
     averages = TrainingConfig(ema_sigma_rel=[0.05, 0.1])
-    assert estimate_memory(model, 8, 2, averages, 1).averages == 3 * copy
-    assert estimate_memory(model, 8, 2, TrainingConfig(), 4).gradients == 2 * copy  # and DDP's buckets
-    sharded = estimate_memory(model, 8, 2, TrainingConfig(sharding="fsdp"), 4)
+    assert estimate_memory(plan, 2, averages, 1).averages == 3 * copy
+    assert estimate_memory(plan, 2, TrainingConfig(), 4).gradients == 2 * copy  # and DDP's buckets
+    sharded = estimate_memory(plan, 2, TrainingConfig(sharding="fsdp"), 4)
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (copy // 4, copy // 4, 2 * (copy // 4))
     # ZeRO keeps weights and averages whole; a model this small fits into one bucket.
-    one, two = (estimate_memory(model, 8, 2, TrainingConfig(sharding=f"zero{stage}"), 4) for stage in (1, 2))
+    one, two = (estimate_memory(plan, 2, TrainingConfig(sharding=f"zero{stage}"), 4) for stage in (1, 2))
     assert (one.weights, one.averages, one.optimizer) == (two.weights, two.averages, two.optimizer)
     assert (two.weights, two.averages, two.optimizer) == (copy, copy, 3 * (copy // 4))
     assert (one.gradients, two.gradients) == (2 * copy + copy // 4, copy + copy // 4)
-    assert estimate_memory(model, 8, 2, TrainingConfig(sharding="zero2"), 1) == alone
+    assert estimate_memory(plan, 2, TrainingConfig(sharding="zero2"), 1) == alone
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
-    model = meta_model("GSPN-N/2", depth=6)
-    one, four = (estimate_memory(model, 8, batch, TrainingConfig(), 1) for batch in (1, 4))
+    plan = planned("GSPN-N/2", depth=6)
+    one, four = (estimate_memory(plan, batch, TrainingConfig(), 1) for batch in (1, 4))
     assert four.activations == 4 * one.activations
     assert four.working == 4 * one.working
     # 16 tokens of 32 channels: 12 logits and 8 gates for each, their gradients, 4 bytes.
     assert one.working == 16 * 32 * 20 * 2 * 4
-    checkpointed = estimate_memory(model, 8, 4, TrainingConfig(activation_checkpointing=True), 1)
+    checkpointed = estimate_memory(plan, 4, TrainingConfig(activation_checkpointing=True), 1)
     assert checkpointed.activations < 0.7 * four.activations
-    assert model.gradient_checkpointing is False
+    assert plan.model.gradient_checkpointing is False
 
 
 def test_the_model_is_left_on_the_meta_device() -> None:
-    model = meta_model("GSPN-N/2", depth=2)
-    before = [id(parameter) for parameter in model.parameters()]
-    estimate_memory(model, 8, 1, TrainingConfig(), 1)
-    assert [id(parameter) for parameter in model.parameters()] == before
-    assert all(parameter.is_meta for parameter in model.parameters())
+    plan = planned("GSPN-N/2", depth=2)
+    before = [id(parameter) for parameter in plan.model.parameters()]
+    estimate_memory(plan, 1, TrainingConfig(), 1)
+    assert [id(parameter) for parameter in plan.model.parameters()] == before
+    assert all(parameter.is_meta for parameter in plan.model.parameters())
 
 
 # -- the recipes -----------------------------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ def test_recipes_hold_the_published_values(path: Path) -> None:
 
 def figures_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> Estimate:
     """Everything but memory, which takes seconds."""
-    zero = dataclasses.replace(estimate_memory(meta_model("DiT-N/2", depth=1), 8, 1, TrainingConfig(), 1))
+    zero = dataclasses.replace(estimate_memory(planned("DiT-N/2", depth=1), 1, TrainingConfig(), 1))
     monkeypatch.setattr("gspn_dit.training.dry_run.estimate_memory", lambda *arguments: zero)
     return estimate(load_config(path), 8)
 
@@ -142,15 +146,16 @@ def test_parameters_are_the_published_ones(path: Path, monkeypatch: pytest.Monke
 
 def test_flops_of_dit_xl_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = figures_of(ROOT / "configs" / "imagenet256_dit_xl2.yaml", monkeypatch)
-    assert figures.multiply_adds == pytest.approx(118.6e9, rel=0.02)
-    assert figures.scan_multiply_adds == 0
-    assert figures.training_flops == 6 * figures.multiply_adds
+    assert figures.plan.multiply_adds == pytest.approx(118.6e9, rel=0.02)
+    assert "in scans" not in str(figures.plan.rows)
+    assert figures.training_flops == 6 * figures.plan.multiply_adds
 
 
 def test_scans_are_six_multiply_adds_for_each_token_channel_and_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = figures_of(ROOT / "configs" / "imagenet256_gspn_b2.yaml", monkeypatch)
-    assert figures.scan_multiply_adds == 31 * 6 * 4 * 256 * 900
-    assert figures.multiply_adds > figures.scan_multiply_adds
+    scans = 31 * 6 * 4 * 256 * 900
+    assert figures.plan.multiply_adds > scans
+    assert figures.plan.rows[2][1].startswith(f"{scans / 1e9:.3g} G of them in scans")
 
 
 # -- data, batch, checkpoints ----------------------------------------------------------------------------------------
@@ -247,7 +252,39 @@ def test_the_command_answers_in_seconds_without_writing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_another_task_is_refused() -> None:
+class Sum(Task):
+    """Knows no image and no class: a linear map of three numbers to one."""
+
+    @classmethod
+    def plan(cls, config: Config) -> Plan:
+        with torch.device("meta"):
+            model = torch.nn.Linear(3, 1, bias=False)
+        return Plan(model, lambda batch: (torch.empty(batch, 3),), 3, 50, "fifty triples", [("model", "a sum")])
+
+
+def test_any_task_answers_a_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of three weights: each figure by hand."""
+    monkeypatch.setitem(TASKS, "sum", Sum)
+    config = dataclasses.replace(small(), task="sum", output_dir=str(tmp_path / "run"))
+    figures = estimate(config, 2)
+    assert (figures.parameters, figures.micro_batch, figures.training_flops) == (3, 4, 18)
+    memory = figures.memory
+    assert (memory.weights, memory.gradients, memory.averages, memory.optimizer) == (12, 24, 12, 24)
+    # Kept of four samples: three inputs, and the output, which the stand-in of a loss squares.
+    assert (memory.copies, memory.activations, memory.working) == (0, 4 * 4 * (3 + 1), 0)
+    dry_run(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "model      a sum"
+    assert [line for line in lines if line.startswith("data ")] == ["data       fifty triples"]
+    assert "100 steps, 800 images, 16 epochs" in "\n".join(lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_without_plans_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         dry_run(dataclasses.replace(small(), task="text-to-image"))
-    assert str(caught.value) == "--dry-run knows what task class-conditional takes, not text-to-image; start without it"
+    assert str(caught.value) == "--dry-run is not known to task text-to-image; start without it"
+    with pytest.raises(UserError, match="unknown task 'txt'; allowed are"):
+        dry_run(dataclasses.replace(small(), task="txt"))

@@ -16,8 +16,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from gspn_dit.checkpoint import find_checkpoints
-from gspn_dit.config import TrainingConfig
+from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
+from gspn_dit.tasks import TASKS, Task
 from gspn_dit.training.ema import find_snapshots, write_reconstruction
 from gspn_dit.training.strategy import choose_strategy
 from tests.training.conftest import run_training, tiny_config
@@ -192,8 +193,11 @@ class Launched:
         self.distributed_type, self.num_processes, self.is_fsdp2 = kind, processes, fsdp == 2
 
 
-def choose(sharding: str = "none", launched: Launched | None = None, **training: Any) -> str:
-    return choose_strategy(TrainingConfig(sharding=sharding, **training), launched or Launched())  # type: ignore[arg-type]
+def choose(
+    sharding: str = "none", launched: Launched | None = None, task: str = "class-conditional", **training: Any
+) -> str:
+    config = Config(task=task, training=TrainingConfig(sharding=sharding, **training))
+    return choose_strategy(config, launched or Launched())  # type: ignore[arg-type]
 
 
 def test_launch_file_or_config_choose_what_is_split() -> None:
@@ -207,6 +211,25 @@ def test_launch_file_or_config_choose_what_is_split() -> None:
         choose("zero2", fsdp)
     with pytest.raises(UserError, match="repa_features does not go with sharding"):
         choose("none", fsdp, repa_features="features.npy")
+
+
+def test_the_task_says_whether_its_state_can_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the config or by the launch file, FSDP's and DeepSpeed's alike."""
+    fsdp, alone = Launched(DistributedType.FSDP), Launched(processes=1)
+    for sharding, launched in (("none", fsdp), ("fsdp", None), ("zero1", alone)):
+        with pytest.raises(UserError) as caught:
+            choose(sharding, launched, "text-to-image")
+        kind = "zero1" if sharding == "zero1" else "fsdp"
+        assert str(caught.value) == f"task text-to-image does not go with sharding ({kind}); leave one of them out"
+    assert choose("none", None, "text-to-image") == "none"
+    monkeypatch.setattr("gspn_dit.training.strategy.launched_zero", lambda: "zero2")
+    with pytest.raises(UserError, match=r"task text-to-image does not go with sharding \(zero2\)"):
+        choose("none", None, "text-to-image")
+    monkeypatch.setitem(
+        TASKS, "whole", type("Whole", (Task,), {"excludes_sharding": staticmethod(lambda config: "unet.teacher")})
+    )
+    with pytest.raises(UserError, match=r"unet.teacher does not go with sharding \(zero2\)"):
+        choose("none", None, "whole")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

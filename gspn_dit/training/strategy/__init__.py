@@ -5,8 +5,9 @@ from __future__ import annotations
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from gspn_dit.config import TrainingConfig
+from gspn_dit.config import Config
 from gspn_dit.errors import UserError
+from gspn_dit.tasks import task_class
 from gspn_dit.training.strategy.parallel import Strategy
 from gspn_dit.training.strategy.sharding import FullySharded
 from gspn_dit.training.strategy.zero import STAGES, Zero, check_installed, launched_zero
@@ -14,12 +15,12 @@ from gspn_dit.training.strategy.zero import STAGES, Zero, check_installed, launc
 __all__ = ["Strategy", "choose_strategy", "create_strategy"]
 
 
-def choose_strategy(settings: TrainingConfig, accelerator: Accelerator) -> str:
+def choose_strategy(config: Config, accelerator: Accelerator) -> str:
     """Return what the config, or the launch file, asks for, as `training.sharding` names it; alone there is "none".
 
     Raises UserError for what cannot be had, or where launch file and config contradict each other.
     """
-    launched = launched_zero()
+    settings, launched = config.training, launched_zero()
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise UserError("the launch file asks for FSDP 1; set fsdp_config: {fsdp_version: 2} in it")
@@ -29,8 +30,9 @@ def choose_strategy(settings: TrainingConfig, accelerator: Accelerator) -> str:
             f"the launch file asks for {launched}, training.sharding for {settings.sharding}; leave one out"
         )
     chosen = launched or settings.sharding
-    if chosen != "none" and settings.repa_features is not None:
-        raise UserError(f"training.repa_features does not go with sharding ({chosen}); leave one of them out")
+    excluded = None if chosen == "none" else task_class(config.task).excludes_sharding(config)
+    if excluded is not None:
+        raise UserError(f"{excluded} does not go with sharding ({chosen}); leave one of them out")
     if accelerator.num_processes == 1:
         return "none"
     if chosen in STAGES:
@@ -38,8 +40,8 @@ def choose_strategy(settings: TrainingConfig, accelerator: Accelerator) -> str:
     return chosen
 
 
-def create_strategy(settings: TrainingConfig, accelerator: Accelerator) -> Strategy:
+def create_strategy(config: Config, accelerator: Accelerator) -> Strategy:
     """Build the strategy that `choose_strategy` names."""
-    chosen = choose_strategy(settings, accelerator)
+    chosen = choose_strategy(config, accelerator)
     kinds: dict[str, type[Strategy]] = {"none": Strategy, "fsdp": FullySharded, **dict.fromkeys(STAGES, Zero)}
-    return kinds[chosen](chosen, settings, accelerator)
+    return kinds[chosen](chosen, config.training, accelerator)

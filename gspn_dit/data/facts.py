@@ -1,0 +1,67 @@
+"""What a dry run has to know of a config's data; of data that are not there, ImageNet's figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gspn_dit.config import Config
+from gspn_dit.data.sources import find_source
+from gspn_dit.errors import UserError
+
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+KL_CHANNELS, KL_FACTOR = 4, 8
+"""Of the autoencoder that DiT and GSPN use."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What training needs to know of its data."""
+
+    images: int
+    num_classes: int
+    channels: int
+    """Of the latent."""
+    size: int
+    """Height and width of the latent."""
+    bytes: int
+    """On disk for latents, decoded for images."""
+    source: str
+    """Where these figures come from."""
+
+
+def data_facts(config: Config) -> DataFacts:
+    """Look at the data of a config, or, where they are not there, take ImageNet's figures.
+
+    Raises UserError for data that are damaged, or where neither the data nor the config tell the size of the images.
+    """
+    data = config.data
+    source = find_source(data.name)
+    if not source.bundled and not (data.path and Path(data.path).exists()):
+        return _imagenet(config)
+    if source.latents is not None:  # opened without the autoencoder, which may have to be downloaded
+        latents = source.latents(data.path, "train", data.validation_fraction)
+        spec, size_bytes = latents.manifest["latent"], sum(shard["bytes"] for shard in latents.manifest["shards"])
+        return DataFacts(len(latents), latents.num_classes, spec["channels"], spec["size"], size_bytes, str(data.path))
+    from gspn_dit.data.build import build_data
+
+    built = build_data(config)
+    images, latent = built.training.images, built.latent
+    size_bytes = len(images) * latent.image_size**2 * latent.image_channels
+    where = data.path or f"the {data.name} that are bundled"
+    return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where)
+
+
+def _imagenet(config: Config) -> DataFacts:
+    data, source = config.data, f"ImageNet's figures: data.path {config.data.path} is not there"
+    if data.image_size is None:
+        raise UserError(f"data.path {data.path} is not there; a dry run without data needs data.image_size")
+    if find_source(data.name).latents is None and config.latent.name == "identity":
+        size_bytes = IMAGENET_IMAGES * data.image_size**2 * 3
+        return DataFacts(IMAGENET_IMAGES, IMAGENET_CLASSES, 3, data.image_size, size_bytes, source)
+    if data.image_size % KL_FACTOR:
+        raise UserError(f"data.image_size {data.image_size} is not divisible by {KL_FACTOR}, the autoencoder's factor")
+    size = data.image_size // KL_FACTOR
+    # Mean and log-variance of each image and its mirror image, float16.
+    size_bytes = IMAGENET_IMAGES * 2 * 2 * KL_CHANNELS * size**2 * 2
+    return DataFacts(IMAGENET_IMAGES, IMAGENET_CLASSES, KL_CHANNELS, size, size_bytes, source)

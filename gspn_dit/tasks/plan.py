@@ -1,0 +1,35 @@
+"""What a task tells of a run before it starts: enough to estimate its memory, FLOPs and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would train and on what; made without a GPU, without the data, and in no memory."""
+
+    model: nn.Module
+    """On the meta device; with `gradient_checkpointing` set it keeps the inputs of its blocks alone."""
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    """Return what the model is called with for so many samples; called where tensors take no memory."""
+    multiply_adds: int
+    """Of the model's forward pass for one sample."""
+    images: int
+    """Samples of an epoch."""
+    data: str
+    """A line on the data."""
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    """What a person is told of the model and what it learns: rows of a word and a line."""
+    blocks: int = 1
+    """How many parts of about the same size are recomputed one by one under activation checkpointing."""
+    working_elements: int = 0
+    """Elements for each sample that a backward pass recomputes and holds at its height, with their gradients."""
+
+
+def gigabytes(count: int) -> str:
+    """Return a number of bytes as text, such as "1.50 GB" or "0.02 MB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
