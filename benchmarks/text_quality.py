@@ -152,6 +152,7 @@ def evaluate(run: Path, judge: Judge, guidance_scale: float, steps: int) -> dict
 def study(options: Any) -> dict[str, Any]:
     """Search learning rates, train every mixer with every seed, distil, and score."""
     common = {"data.path": options.data, "data.caption_column": "text", "training.batch_size": options.batch_size}
+    common |= {"sampling.max_classes": 1, "sampling.per_class": 1}  # previews cost time and are not looked at
     judge = Judge(options.data, TextEncoder(max_tokens=16), options.images)
     result: dict[str, Any] = {"rates": {}, "runs": [], "real": {}}
     for name in SETS:  # what real images get, as the most that can be asked for
