@@ -137,9 +137,9 @@ def test_published_unets(config: Any, widths: dict[int, int], variant: str, publ
 @pytest.mark.slow
 def test_sd15_computes_at_512_by_768_and_comes_back_bit_for_bit() -> None:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**SD15).to(torch.bfloat16).eval()
-    small, large = (torch.randn(1, 4, *size).bfloat16() for size in ((16, 8), (64, 96)))
-    conditions = torch.tensor(7), torch.randn(1, 77, 768).bfloat16()
+    unet = UNet2DConditionModel(**SD15).eval()  # products in bfloat16 differ from one call to the next on some CPUs
+    small, large = (torch.randn(1, 4, *size) for size in ((16, 8), (64, 96)))
+    conditions = torch.tensor(7), torch.randn(1, 77, 768)
     before = run(unet, small, *conditions)
     adapter = GSPNAdapter.create(unet).mount(unet)
     mounted = run(unet, large, *conditions)
