@@ -17,19 +17,19 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from gspn_dit.checkpoint import load_weights, read_manifest, resolve_checkpoint, write_weights
+from gspn_dit.checkpoint import load_weights, read_manifest, resolve_checkpoint
 from gspn_dit.class_names import ClassNames, resolve_class
 from gspn_dit.config import config_from_dict
 from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_latents
 from gspn_dit.diffusion.sampling import choose_seed
-from gspn_dit.diffusion.schedulers import prepare_scheduler
+from gspn_dit.diffusion.schedulers import default_scheduler, ready_scheduler
 from gspn_dit.errors import UserError
-from gspn_dit.files import write_atomically
 from gspn_dit.grid import to_pil
 from gspn_dit.hub import download
-from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card, public_manifest
+from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card
 from gspn_dit.models import DiffusionModel, create_model
+from gspn_dit.saved_pipeline import Parts, load_scheduler, origin
 
 DEFAULT_STEPS = 50
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -77,8 +77,22 @@ class GSPNPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model, objective=objective, latent=latent, class_names=ClassNames(class_names))
         self.register_modules(vae=vae or getattr(latent, "vae", None), guide=guide)
-        self.register_modules(scheduler=scheduler or _default_scheduler(objective))
-        self.manifest, self.weights = dict(manifest or {}), weights
+        self.register_modules(scheduler=scheduler or default_scheduler(objective))
+        if manifest:  # which the model carries from now on, into every pipeline that it becomes a part of
+            model.origin = dict(manifest), weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, ClassNames(value) if name == "class_names" else value)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the checkpoint that the model came from; empty for a model built by hand."""
+        return origin(self.model)[0]
+
+    @property
+    def weights(self) -> str:
+        """Which of its weights the model has: "ema" or "model"."""
+        return origin(self.model)[1]
 
     @property
     def vae(self) -> Any:
@@ -113,12 +127,13 @@ class GSPNPipeline(DiffusionPipeline):
             objective = create_objective(config_from_dict(manifest["config"]).objective)
             latent = latent_from_spec(manifest["latent"], vae, directory)
             class_names = list(manifest["class_names"])
+            scheduler = load_scheduler(directory, manifest)
         except KeyError as error:
             raise UserError(f"{directory} is not a checkpoint of a model: its config.json has no {error}") from None
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{directory} cannot be used by this version: its config.json: {error}") from None
         load_weights(model, directory, weights)
-        return cls(model.eval(), objective, latent, class_names, manifest, weights).to(device, dtype)
+        return cls(model.eval(), objective, latent, class_names, manifest, weights, scheduler).to(device, dtype)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -132,13 +147,14 @@ class GSPNPipeline(DiffusionPipeline):
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        torch_dtype: torch.dtype | None = None,
     ) -> GSPNPipeline:
         """Load what `save_pretrained` wrote, from a directory or the Hugging Face Hub; a checkpoint or run will do too.
 
         Args:
             pretrained_model_name_or_path: a directory, or the id of a Hub repository such as "name/model".
             weights: "ema" or "model"; None for the average if it is there.
-            device, dtype: of the weights; None for float32.
+            device, dtype: of the weights; None for float32. `torch_dtype` is another name of `dtype`.
             revision: branch, tag or commit on the Hub.
             cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
 
@@ -151,7 +167,7 @@ class GSPNPipeline(DiffusionPipeline):
         directory = resolve_checkpoint(directory)
         if weights is None:
             weights = "ema" if "ema.safetensors" in read_manifest(directory)["files"] else "model"
-        return cls.from_checkpoint(directory, weights, device, dtype=dtype)
+        return cls.from_checkpoint(directory, weights, device, dtype=dtype or torch_dtype)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -164,7 +180,8 @@ class GSPNPipeline(DiffusionPipeline):
     ) -> None:
         """Write a directory that `from_pretrained` and every `--checkpoint` of this project read back bit by bit.
 
-        It holds the weights as safetensors, config.json, what the latent decodes with, and a model card.
+        It holds the weights as safetensors, config.json, what the latent decodes with, a scheduler that took the place
+        of the default one, and a model card.
 
         Args:
             save_directory: is created; files of an earlier save are replaced.
@@ -175,26 +192,19 @@ class GSPNPipeline(DiffusionPipeline):
 
         Raises:
             UserError: the directory cannot be written.
-            ValueError: another format is asked for, or the pipeline was not loaded from a checkpoint.
+            ValueError: another format is asked for, or parts that a checkpoint cannot hold: a guide, a model built by
+                hand or changed since it was loaded, another objective, a scheduler that diffusers does not have.
         """
         if not safe_serialization or variant is not None:
             raise ValueError("only safetensors without a variant are written; leave both options out")
-        if not self.manifest:
-            raise ValueError("a pipeline built from parts does not know its config; load it with from_checkpoint")
         directory = Path(save_directory)
+        parts = Parts(self.model, self.objective, self.latent, self.class_names, self.scheduler, self.guide)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._save(directory)
-            write_atomically(directory / CARD, model_card(self.manifest, self.weights, license).encode())
+            parts.write(directory, license)
         except OSError as error:
             raise UserError(f"cannot save the model in {directory}: {error}") from None
         if push_to_hub:
             self.push_to_hub(push_options.pop("repo_id", directory.resolve().name), **push_options)
-
-    def _save(self, directory: Path) -> None:
-        """Write latent, weights and, last, the manifest."""
-        manifest = {**public_manifest(self.manifest), "latent": self.latent.save(directory)}
-        write_weights(directory, {self.weights: self.model.state_dict()}, manifest)
 
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Upload with our model card in place of the generic one; a card of ours, edited on the Hub, stays."""
@@ -273,7 +283,7 @@ class GSPNPipeline(DiffusionPipeline):
         request = _Request(
             self._latent_shape(height, width),
             Guidance(guidance_scale, guidance_interval, guidance_channels),
-            self._ready_scheduler(sampler, num_inference_steps),
+            ready_scheduler(self.scheduler, self.objective, sampler, num_inference_steps),
             choose_seed(seed, generator),
             callback_on_step_end,
             tuple(callback_on_step_end_tensor_inputs),
@@ -306,13 +316,6 @@ class GSPNPipeline(DiffusionPipeline):
         if output_type == "pt":
             return torch.from_numpy(images).to(self._execution_device).permute(0, 3, 1, 2).float() / 255
         return images if output_type == "np" else [to_pil(image) for image in images]
-
-    def _ready_scheduler(self, sampler: str | None, steps: int) -> Any:
-        """Return the scheduler of a call, its timesteps set: the sampler's, or that of the component."""
-        own = _default_scheduler(self.objective)
-        if sampler is not None or (type(self.scheduler), self.scheduler.config) == (type(own), own.config):
-            return self.objective.make_scheduler(self.objective.resolve_sampler(sampler, steps), steps)
-        return prepare_scheduler(self.scheduler, self.objective, steps)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return channels, height and width of the latents of an image size in pixels."""
@@ -393,7 +396,3 @@ def _check_call(steps: int, output_type: str, callback_tensors: Sequence[str]) -
         raise ValueError(f"output_type is '{output_type}', but must be {', '.join(others)} or {last}")
     if not {*callback_tensors} <= {"latents"}:
         raise ValueError(f"callback_on_step_end_tensor_inputs is {[*callback_tensors]}, but can hold 'latents' alone")
-
-
-def _default_scheduler(objective: Objective) -> Any:
-    return objective.make_scheduler(objective.samplers[0], DEFAULT_STEPS)

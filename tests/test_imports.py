@@ -28,7 +28,7 @@ FLOORS = (
     {"config"},
     {"data", "diffusion", "models"},
     {"doctor", "importers", "model_card", "prepare", "tasks"},
-    {"hub", "training"},
+    {"hub", "saved_pipeline", "training"},
     {"highres", "pipeline", "text_sampler"},
     {"sample"},
     {"generate"},

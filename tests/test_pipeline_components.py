@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from gspn_dit.config import Config, LatentConfig
 from gspn_dit.data.latents import latent_from_spec
+from gspn_dit.errors import UserError
+from gspn_dit.models import create_model
 from gspn_dit.pipeline import CHUNK, GSPNPipeline
 from tests.data.tiny_vae import write_vae
-from tests.tiny import SIZE, save_checkpoint, tiny_manifest, tiny_model, tiny_tensors, write_run
+from tests.tiny import SIZE, model_arguments, save_checkpoint, tiny_manifest, tiny_model, tiny_tensors, write_run
 
 
 @pytest.fixture
@@ -163,6 +167,112 @@ def test_pixels_have_no_autoencoder(pipeline: GSPNPipeline) -> None:
         pipeline.vae = object()
 
 
+# -- saving what was replaced ----------------------------------------------------------------------------------------
+
+
+def saved(pipeline: GSPNPipeline, directory: Path) -> GSPNPipeline:
+    """The pipeline after a save and a load."""
+    pipeline.save_pretrained(directory)
+    return GSPNPipeline.from_pretrained(directory)
+
+
+def refusal(pipeline: GSPNPipeline, directory: Path) -> str:
+    """Why a pipeline is not saved: one line, and nothing is written."""
+    with pytest.raises(ValueError) as caught:
+        pipeline.save_pretrained(directory)
+    assert not directory.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_replaced_model_is_saved_with_its_own_manifest(pipeline: GSPNPipeline, tmp_path: Path) -> None:
+    manifest = tiny_manifest(model={**model_arguments(), "depth": 4})
+    weights = create_model(**manifest["model"]).state_dict()
+    other = GSPNPipeline.from_checkpoint(save_checkpoint(tmp_path, 7, {"model": weights}, manifest), "model")
+    replaced = GSPNPipeline.from_pipe(pipeline, model=other.model)
+    pipeline.model = other.model
+    for number, each in enumerate((pipeline, replaced)):
+        again = saved(each, tmp_path / str(number))
+        assert (again.weights, again.manifest["step"], again.manifest["model"]["depth"]) == ("model", 7, 4)
+        assert torch.equal(draw(again), draw(other))
+
+
+def test_every_way_to_share_parts_can_be_saved(pipeline: GSPNPipeline, tmp_path: Path) -> None:
+    copied = GSPNPipeline.from_pipe(pipeline, model=copy.deepcopy(pipeline.model))
+    for number, shared in enumerate((GSPNPipeline.from_pipe(pipeline), GSPNPipeline(**pipeline.components), copied)):
+        assert (shared.manifest, shared.weights) == (pipeline.manifest, "ema")
+        assert torch.equal(draw(saved(shared, tmp_path / str(number))), draw(pipeline))
+
+
+def test_a_model_that_its_config_does_not_describe_is_not_saved(pipeline: GSPNPipeline, tmp_path: Path) -> None:
+    origin = pipeline.model.origin
+    pipeline.model = tiny_model(5).eval()
+    assert "does not know the config of its model" in refusal(pipeline, tmp_path / "saved")
+    pipeline.model.origin = origin
+    assert torch.equal(draw(saved(pipeline, tmp_path / "same")), draw(pipeline))
+    del pipeline.model.blocks[1]
+    assert re.search(
+        r"'blocks\.\d\..*' has shape None, its config asks for \[16", refusal(pipeline, tmp_path / "saved")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "options"),
+    [
+        ("pipeline", diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+        ("pipeline", diffusers.FlowMatchHeunDiscreteScheduler, {}),
+        ("of_epsilon", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_a_replaced_scheduler_is_saved(
+    name: str, scheduler: Any, options: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pipe: GSPNPipeline = request.getfixturevalue(name)
+    plain = draw(pipe)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    again = saved(pipe, tmp_path / "saved")
+    assert type(again.scheduler) is scheduler
+    assert torch.equal(draw(again), draw(pipe)) and not torch.equal(draw(again), plain)
+    assert torch.equal(draw(saved(again, tmp_path / "twice")), draw(pipe))
+    assert (tmp_path / "saved" / "scheduler" / "scheduler_config.json").is_file()
+    default = GSPNPipeline.from_pipe(again, scheduler=None)
+    assert torch.equal(draw(saved(default, tmp_path / "saved")), plain)  # over what was there
+
+
+def test_a_scheduler_of_another_library_is_not_saved(pipeline: GSPNPipeline, tmp_path: Path) -> None:
+    class Own(diffusers.FlowMatchEulerDiscreteScheduler):
+        pass
+
+    pipeline.scheduler = Own.from_config(pipeline.scheduler.config)
+    assert re.search(r"only schedulers of diffusers are saved, not .*\.Own", refusal(pipeline, tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}", '{"_class_name": "AutoencoderKL"}'])
+def test_a_saved_scheduler_that_cannot_be_read(pipeline: GSPNPipeline, tmp_path: Path, config: str | None) -> None:
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=3.0)
+    pipeline.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "scheduler" / "scheduler_config.json"
+    file.write_text(config) if config else file.unlink()
+    with pytest.raises(UserError, match=r"the scheduler in .*/saved/scheduler cannot be read: ") as caught:
+        GSPNPipeline.from_pretrained(tmp_path / "saved")
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_that_a_checkpoint_cannot_hold(pipeline: GSPNPipeline, of_epsilon: GSPNPipeline, tmp_path: Path) -> None:
+    pipeline.guide = tiny_model(5).eval()
+    assert "set guide = None, and use guide_with after loading" in refusal(pipeline, tmp_path / "saved")
+    pipeline.guide = None
+    pipeline.objective = of_epsilon.objective
+    assert "the objective is not the one that the model was trained with" in refusal(pipeline, tmp_path / "saved")
+
+
+def test_replaced_class_names_are_saved(pipeline: GSPNPipeline, tmp_path: Path) -> None:
+    pipeline.class_names = ["red", "green", "blue", "white", "black"]
+    again = saved(pipeline, tmp_path / "saved")
+    assert torch.equal(draw(again, ["blue"]), draw(pipeline, [2]))
+    assert "2. blue" in (tmp_path / "saved" / "README.md").read_text()
+
+
 # -- dtypes ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +301,7 @@ def test_a_dtype_to_load_in(tmp_path: Path) -> None:
     for loaded in (
         GSPNPipeline.from_checkpoint(run, dtype=torch.bfloat16),
         GSPNPipeline.from_pretrained(run, dtype=torch.bfloat16),
+        GSPNPipeline.from_pretrained(run, torch_dtype=torch.bfloat16),
     ):
         assert loaded.dtype == torch.bfloat16
     loaded.save_pretrained(tmp_path / "saved")

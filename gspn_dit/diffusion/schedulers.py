@@ -16,6 +16,27 @@ from gspn_dit.diffusion.objective import Objective
 LEARNED = ("learned", "learned_range")
 
 
+def default_scheduler(objective: Objective) -> Any:
+    """Return the scheduler of an objective's default sampler."""
+    return objective.make_scheduler(objective.samplers[0], 50)  # any number of steps: its config is what counts
+
+
+def is_default(scheduler: Any, objective: Objective) -> bool:
+    """Tell whether a scheduler is that of an objective's default sampler, whatever its timesteps."""
+    own = default_scheduler(objective)
+    return (type(scheduler), scheduler.config) == (type(own), own.config)
+
+
+def ready_scheduler(scheduler: Any, objective: Objective, sampler: str | None, num_inference_steps: int) -> Any:
+    """Return the scheduler of one call, its timesteps set: the named sampler's, or `scheduler` as a copy.
+
+    Raises UserError for a sampler that the objective does not have, ValueError as `prepare_scheduler`.
+    """
+    if sampler is not None or is_default(scheduler, objective):
+        return objective.make_scheduler(objective.resolve_sampler(sampler, num_inference_steps), num_inference_steps)
+    return prepare_scheduler(scheduler, objective, num_inference_steps)
+
+
 def prepare_scheduler(scheduler: Any, objective: Objective, num_inference_steps: int) -> Any:
     """Return a copy of a scheduler, its timesteps set, that fits an objective's model.
 

@@ -36,6 +36,8 @@ class DiffusionModel(nn.Module, ABC):
     output: ModulatedOutput
     drop_path_rates: list[float]
     """Probability of each block that stochastic depth drops its branch."""
+    origin: tuple[dict[str, Any], str] | None = None
+    """Manifest of the checkpoint that the weights are from, and which of its weights: "ema" or "model"."""
 
     def __init__(
         self,
