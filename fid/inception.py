@@ -28,7 +28,6 @@ EXTRACTOR_NAME = "gspn-dit-inception-v3"
 LAYERS = ("features", "logits", "spatial")
 FEATURE_DIM = 2048
 SPATIAL_CHANNELS = 7
-SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 
 class InceptionExtractor(LayeredExtractor):

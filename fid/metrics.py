@@ -17,7 +17,6 @@ from gspn_dit.errors import UserError
 IS_SPLITS = 10
 NEIGHBOURHOOD = 3
 KID_SUBSETS = 50
-KID_SUBSET_SIZE = 300
 PAIRWISE_CHUNK = 1024
 LISTED = 33  # of every sample: itself and its nearest neighbours, among which those of a half are looked for
 MAX_PAIRWISE_PRODUCTS = 2**44  # multiplications; beyond it the nearest-image search is left out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.diffusion.objective import Objective
+from gspn_dit.diffusion.velocity import uniform_times
 
 LEARNED = ("learned", "learned_range")
 
@@ -58,7 +59,7 @@ def prepare_scheduler(scheduler: Any, objective: Objective, num_inference_steps:
         scheduler.register_to_config(variance_type=None)
     takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if takes_sigmas and predicts == "flow_prediction":
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist())
+        scheduler.set_timesteps(sigmas=uniform_times(num_inference_steps))
     else:
         scheduler.set_timesteps(num_inference_steps)
     return scheduler

@@ -13,6 +13,11 @@ TIMESTEP_SCALE = 1000
 """The model receives 1000·t."""
 
 
+def uniform_times(count: int) -> list[float]:
+    """Return the times 1, 1 - 1/count, …, 1/count of flow matching's steps."""
+    return np.linspace(1.0, 0.0, count + 1)[:-1].tolist()
+
+
 class VelocityObjective(Objective):
     """Mean squared error of the velocity; t is 0 for data and 1 for noise."""
 
@@ -48,7 +53,7 @@ class VelocityObjective(Objective):
             heun.set_timesteps(num_inference_steps)
             return heun
         euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEP_SCALE)
-        euler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist())
+        euler.set_timesteps(sigmas=uniform_times(num_inference_steps))
         return euler
 
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:

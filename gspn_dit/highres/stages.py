@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from gspn_dit import rng
+from gspn_dit.diffusion.sampling import draw_noise, draw_step_noise
+from gspn_dit.diffusion.schedulers import step_noise_options
 from gspn_dit.files import write_atomically
 from gspn_dit.highres.decode import TILE, decode_rows, write_png
 from gspn_dit.highres.memory import measure, on_meta
@@ -88,32 +88,32 @@ def generate_highres(
     checked = _check(pipe, stages)
     given = {"positive": prompt_embeds, "negative": negative_prompt_embeds}
     encoded = _encode(pipe, prompt, negative_prompt, given, guidance_scale > 1)
-    factor = _factor(pipe)
-    largest = max(checked, key=lambda stage: stage.height * stage.width)
-    bound = memory_bound(pipe, largest, encoded.positive)
-    size = f"{largest.height}x{largest.width} pixels"
-    print(f"{size}: at most {bound / 1e9:.2f} GB of memory, weights included", flush=True)
+    _announce_memory(pipe, checked, encoded.positive)
     out = Path(out)
     folder = Path(work_dir) if work_dir is not None else out.with_name(out.name + ".stages")
     settings = [prompt, negative_prompt, num_inference_steps, guidance_scale, seed, _weights_print(pipe.unet)]
     latents: Tensor | None = None
     with chunked_feed_forward(pipe.unet):
         for number, stage in enumerate(checked):
-            facts = json.dumps([*settings, *(asdict(one) for one in checked[: number + 1])])
-            name = f"{number}-{stage.height}x{stage.width}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-            file = folder / f"{name}.safetensors"
+            file = folder / _file_name(settings, checked[: number + 1])
             if file.exists():
                 latents = load_file(file)["latents"]
                 continue
-            shape = (pipe.unet.config.in_channels, stage.height // factor, stage.width // factor)
-            noise = rng.normal(seed, rng.Stream.SAMPLE, [number], shape).to(pipe.unet.device, pipe.unet.dtype)
-            generator = torch.Generator().manual_seed((seed + number) % 2**63)
-            latents = _run_stage(pipe, stage, latents, noise, encoded, num_inference_steps, guidance_scale, generator)
+            drawn = (seed, number)
+            latents = _run_stage(pipe, stage, latents, drawn, encoded, num_inference_steps, guidance_scale)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, save({"latents": latents.contiguous().cpu()}))
     assert latents is not None
-    write_png(out, decode_rows(pipe.vae, latents, factor), checked[-1].height, checked[-1].width)
+    write_png(out, decode_rows(pipe.vae, latents, _factor(pipe)), checked[-1].height, checked[-1].width)
     return out
+
+
+def _file_name(settings: Sequence[Any], stages: Sequence[Stage]) -> str:
+    """Return what the latents of the last stage are called: they depend on the stages before it, too."""
+    number, stage = len(stages) - 1, stages[-1]
+    facts = json.dumps([*settings, *(asdict(one) for one in stages)])
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    return f"{number}-{stage.height}x{stage.width}-{digest}.safetensors"
 
 
 # -- what is asked for -----------------------------------------------------------------------------------------------
@@ -229,6 +229,13 @@ def memory_bound(pipe: Any, stage: Stage, side: dict[str, Any]) -> int:
     return weights + int(SCRATCH * held) + 6 * latents.numel() * latents.element_size() + band + BASE_BYTES
 
 
+def _announce_memory(pipe: Any, stages: Sequence[Stage], side: dict[str, Any]) -> None:
+    largest = max(stages, key=lambda stage: stage.height * stage.width)
+    bound = memory_bound(pipe, largest, side)
+    size = f"{largest.height}x{largest.width} pixels"
+    print(f"{size}: at most {bound / 1e9:.2f} GB of memory, weights included", flush=True)
+
+
 # -- one stage -------------------------------------------------------------------------------------------------------
 
 
@@ -237,13 +244,15 @@ def _run_stage(
     pipe: Any,
     stage: Stage,
     before: Tensor | None,
-    noise: Tensor,
+    drawn: tuple[int, int],
     prompt: _Prompt,
     steps: int,
     scale: float,
-    generator: torch.Generator,
 ) -> Tensor:
-    """Return the latents of a stage [1, C, h, w], from those of the one before."""
+    """Return the latents of a stage [1, C, h, w], from those of the one before; `drawn` is seed and stage number."""
+    (seed, number), factor = drawn, _factor(pipe)
+    shape = (pipe.unet.config.in_channels, stage.height // factor, stage.width // factor)
+    noise = draw_noise(seed, [number], shape).to(pipe.unet.device, pipe.unet.dtype)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps, device=noise.device)
     timesteps = scheduler.timesteps
@@ -256,15 +265,16 @@ def _run_stage(
             scheduler.set_begin_index(first)
         enlarged = F.interpolate(before.to(noise), size=noise.shape[-2:], mode="bicubic", align_corners=False)
         latents = _add_noise(scheduler, enlarged, noise, timesteps[:1])
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if takes_generator else {}
-    for timestep in timesteps:
+    random = step_noise_options(
+        scheduler, seed, [number], lambda step: draw_step_noise(seed, [number], shape, step).to(noise)
+    )
+    for step, timestep in enumerate(timesteps):
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         prediction = pipe.unet(scaled, timestep, **_arguments(prompt.positive, stage)).sample
         if prompt.negative is not None:
             other = pipe.unet(scaled, timestep, **_arguments(prompt.negative, stage)).sample
             prediction = other + scale * (prediction - other)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **random(step))[0]
     return latents
 
 

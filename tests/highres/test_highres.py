@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
@@ -134,6 +136,32 @@ def test_a_second_call_goes_on_after_the_last_stage(tmp_path: Path) -> None:
     assert np.array_equal(draw(pipe, tmp_path / "a.png", wanted), first) and calls == [(8, 16)] * 4
     other = draw(pipe, tmp_path / "b.png", wanted, seed=1, work_dir=tmp_path / "a.png.stages")
     assert not np.array_equal(other, first)
+
+
+@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_noise_of_the_steps_depends_on_seed_and_stage(kind: Any) -> None:
+    """Both: stage 1 of seed 0 draws other noise than stage 0 of seed 1, whose sums are the same."""
+    options = {"algorithm_type": "sde-dpmsolver++"} if kind is DPMSolverMultistepScheduler else {}
+    pipe = SimpleNamespace(
+        unet=lambda latents, *_, **__: SimpleNamespace(sample=torch.zeros_like(latents)),
+        vae=SimpleNamespace(config=_Config(block_out_channels=(1, 1))),
+        scheduler=kind(**options),
+    )
+    pipe.unet.config, pipe.unet.device, pipe.unet.dtype = _Config(in_channels=4), "cpu", torch.float32
+    prompt = stages._Prompt({"encoder_hidden_states": torch.zeros(1, 1, 1), "pooled": None}, None)
+
+    def latents(seed: int, number: int) -> Tensor:
+        return stages._run_stage(pipe, Stage(16, 16), None, (seed, number), prompt, 3, 1.0)
+
+    def step_noise(seed: int, number: int) -> Tensor:
+        """What the steps add: the starting noise is the same, whatever seed and stage."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "draw_noise", lambda *_: torch.ones(1, 4, 8, 8))
+            return latents(seed, number)
+
+    draws = [step_noise(*of) for of in ((0, 1), (1, 0), (0, 0))]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(draws, 2))
+    assert torch.equal(draws[0], step_noise(0, 1))
 
 
 def test_feed_forward_layers_take_some_tokens_at_a_time() -> None:
