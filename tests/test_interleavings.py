@@ -116,6 +116,7 @@ class Jobs:
 
     def start(self, kind: str, out: Path, which: int, flags: Sequence[str], name: str) -> Any:
         log = out.with_name(f"{out.name}-{name}.log")
+        log.touch()  # a job can be killed before it opens its own
         process = self.context.Process(target=child, args=(kind, self.folder, out, which, flags, log))
         process.log = log
         process.start()
