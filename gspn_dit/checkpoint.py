@@ -103,7 +103,7 @@ def finish_checkpoint(
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
-        files |= {f"{stem}.safetensors": _write_tensors(partial / f"{stem}.safetensors", named, _write_durably)
+        files |= {f"{stem}.safetensors": write_tensors(partial / f"{stem}.safetensors", named, _write_durably)
                   for stem, named in tensors.items()}  # fmt: skip
         _write_durably(partial / MANIFEST, _manifest_bytes({"step": step, **manifest}, files))
         for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
@@ -122,17 +122,24 @@ def write_weights(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], 
     Each file is complete or as it was, the manifest comes last. Raises OSError.
     """
     files = {
-        f"{stem}.safetensors": _write_tensors(directory / f"{stem}.safetensors", named, write_atomically)
+        f"{stem}.safetensors": write_tensors(directory / f"{stem}.safetensors", named, write_atomically)
         for stem, named in tensors.items()
     }
     write_atomically(directory / MANIFEST, _manifest_bytes(manifest, files))
 
 
-def _write_tensors(path: Path, named: Mapping[str, Tensor], write: Callable[[Path, bytes], object]) -> dict[str, int]:
-    """Write a file of tensors; return what a manifest says of it."""
+def write_tensors(
+    path: Path,
+    named: Mapping[str, Tensor],
+    write: Callable[[Path, bytes], object],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    """Write a file of tensors through `write(path, content)`; return what a manifest says of it. Raises OSError."""
     from safetensors.torch import save
 
-    content = save({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()})
+    content = save(
+        {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}, dict(metadata or {}) or None
+    )
     write(path, content)
     return {"bytes": len(content), "crc32": zlib.crc32(content)}
 

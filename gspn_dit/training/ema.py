@@ -1,203 +1,81 @@
-"""Post-hoc EMA: snapshots of power-function averages, and the average of another length that they add up to.
+"""Averages of the weights that training keeps: the exponential one, and power-function profiles (post-hoc EMA).
 
     python -m gspn_dit.training.ema --sigma-rel 0.1 RUN
 
-writes the weights that an average of this relative length would have had (arXiv 2312.02696, section 3.2).
+writes the average of another length that the snapshots of a run add up to, see `post_hoc_ema`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import copy
+from collections.abc import Iterable
+from typing import Generic, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gspn_dit.checkpoint import (
-    find_checkpoints,
-    load_tensors,
-    read_manifest,
-    write_checkpoint,
-)
-from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.files import write_atomically
-from gspn_dit.paths import path_argument
-from gspn_dit.training.averages import ema_file_stem, power_exponent
+from gspn_dit.errors import run_cli
+from gspn_dit.training.post_hoc_ema import ema_file_stem, main, power_exponent
 
-FORMAT_VERSION = 1
-FOLDER = "ema_snapshots"
-MAX_SIGMA_REL = 0.28
-"""Relative lengths stay below 12^-1/2, that of the plain mean of all steps."""
-MAX_PROFILE_ERROR = 0.1
-"""Relative error of a profile above which no weights are written: the snapshots are too few, or too short."""
+Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A power-function average on disk."""
-
-    path: Path
-    step: int
-    sigma_rel: float
+def _local_weights(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this process holds of each parameter, without gradient; views, so they can be written."""
+    detached = (parameter.detach() for parameter in parameters)
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in detached]
 
 
-def save_snapshot(run_directory: Path, step: int, sigma_rel: float, tensors: Mapping[str, Tensor], dtype: str) -> None:
-    """Write an average of a step; `dtype` is "float16" or "float32"."""
-    from safetensors.torch import save
+class EMA(Generic[Model]):
+    """Keeps a copy of a model whose weights follow it: ema += (1 - d) · (weights - ema).
 
-    stored = {name: tensor.to("cpu", getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
-    facts = {"format_version": FORMAT_VERSION, "step": step, "sigma_rel": sigma_rel}
-    path = run_directory / FOLDER / f"step-{step:08d}-{ema_file_stem(sigma_rel)}.safetensors"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(stored, metadata={"snapshot": json.dumps(facts)}))
-    except OSError as error:
-        raise UserError(f"cannot save {path}: {error}") from error
+    The decay d is min(decay, (1 + updates) / (10 + updates)), so that an average of a short run forgets its start.
+    """
 
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+        """Optimiser steps seen, skipped ones included."""
 
-def find_snapshots(run_directory: Path) -> list[Snapshot]:
-    """Return the snapshots of a run by step; raises UserError for one that cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
-    found = []
-    for path in sorted((run_directory / FOLDER).glob("step-*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["snapshot"])
-            found.append(Snapshot(path, int(facts["step"]), float(facts["sigma_rel"])))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is not a snapshot of an average: {error}; delete it") from None
-    return found
+    @torch.no_grad()
+    def update(self, model: nn.Module, took_step: Tensor) -> None:
+        """Follow `model`; `took_step` is a 0-d float tensor, 0 where the optimiser step was skipped."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        averages, weights = (_local_weights(module.parameters()) for module in (self.model, model))
+        difference = list(torch._foreach_sub(weights, averages))
+        torch._foreach_mul_(difference, (1 - decay) * took_step)
+        torch._foreach_add_(averages, difference)
 
 
-def remove_snapshots_after(run_directory: Path, step: int) -> None:
-    """Delete the snapshots that a resumed run will write again."""
-    for snapshot in find_snapshots(run_directory):
-        if snapshot.step > step:
-            snapshot.path.unlink()
+class PowerEMA:
+    """An average whose profile is a power of time: weights of step τ count as τ^γ (arXiv 2312.02696, section 3.1).
 
-
-def profile_products(times: Sequence[float], exponents: Sequence[float], time: float, exponent: float) -> np.ndarray:
-    """Return the inner products of profiles with one other: ∫ p_i(τ) p(τ) dτ, where p(τ) = (γ+1) τ^γ / t^(γ+1)."""
-    t, g = np.asarray(times, dtype=np.float64), np.asarray(exponents, dtype=np.float64)
-    shorter = np.minimum(t, time)
-    ratio = (shorter / t) ** g * (shorter / time) ** exponent * shorter / (t * time)
-    return (g + 1) * (exponent + 1) / (g + exponent + 1) * ratio
-
-
-def reconstruction_weights(
-    times: Sequence[float], exponents: Sequence[float], time: float, exponent: float
-) -> tuple[np.ndarray, float]:
-    """Return how to add up snapshots to come closest to another profile, in the least squares of profiles.
-
-    The weights sum to 1, so that what did not change in training does not change here.
+    After update t: ema ← β·ema + (1-β)·weights with β = (1 - 1/t)^(γ+1). The first update replaces the start.
+    A skipped step counts with the weights it left as they were.
 
     Args:
-        times: updates at which each snapshot was taken.
-        exponents: γ of each snapshot.
-        time, exponent: the profile that is wanted.
-
-    Returns:
-        Float64 weights, one per snapshot, and the relative error ‖fit - wanted‖ / ‖wanted‖ of the profile.
+        named_parameters: what to follow; its names are those of `tensors`.
+        sigma_rel: standard deviation of the profile, relative to the length of the run.
     """
-    pairs = list(zip(times, exponents, strict=True))
-    gram = np.stack([profile_products(times, exponents, t, g) for t, g in pairs])
-    wanted = profile_products(times, exponents, time, exponent)
-    # Snapshots that lie close together make the system stiff: scaled to unit profiles it is solved to full precision.
-    scale = np.sqrt(np.diag(gram))
-    sides = np.stack([wanted, np.ones_like(wanted)], axis=1) / scale[:, None]
-    fit, ones = np.linalg.lstsq(gram / np.outer(scale, scale), sides, rcond=None)[0].T / scale
-    weights = fit + ones * (1 - fit.sum()) / ones.sum()  # the nearest fit that leaves constant weights as they are
-    norm = float(profile_products([time], [exponent], time, exponent)[0])
-    residual = norm - 2 * weights @ wanted + weights @ gram @ weights
-    return weights, float(np.sqrt(max(residual, 0.0) / norm))
 
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], sigma_rel: float) -> None:
+        self.sigma_rel = sigma_rel
+        self.exponent = power_exponent(sigma_rel)
+        self.tensors: dict[str, Tensor] = {name: value.detach().clone() for name, value in named_parameters}
+        """The average, sharded as the weights are."""
 
-def combine(snapshots: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Return Σ weight · tensors by name, added up in float64 and rounded to float32; one snapshot is held at a time."""
-    total: dict[str, Tensor] = {}
-    for weight, tensors in snapshots:
-        for name, tensor in tensors.items():
-            total.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64)).add_(tensor.double(), alpha=weight)
-    return {name: tensor.float() for name, tensor in total.items()}
+    @property
+    def name(self) -> str:
+        """Stem of its file: "ema-0.050"."""
+        return ema_file_stem(self.sigma_rel)
 
-
-def reconstruct(snapshots: list[Snapshot], sigma_rel: float, step: int) -> tuple[dict[str, Tensor], float]:
-    """Return the average of relative length `sigma_rel` at a step, and the relative error of its profile.
-
-    Snapshots after `step` do not count. The least squares are those of arXiv 2312.02696, appendix C.
-    """
-    from safetensors.torch import load_file
-
-    used = [snapshot for snapshot in snapshots if snapshot.step <= step]
-    exponents = [power_exponent(snapshot.sigma_rel) for snapshot in used]
-    weights, error = reconstruction_weights([s.step for s in used], exponents, step, power_exponent(sigma_rel))
-
-    def weighted() -> Iterator[tuple[float, Mapping[str, Tensor]]]:
-        for snapshot, weight in zip(used, weights, strict=True):
-            yield float(weight), load_file(snapshot.path)
-
-    return combine(weighted()), error
-
-
-def write_reconstruction(
-    run_directory: Path, sigma_rel: float, step: int | None, out: Path | None
-) -> tuple[Path, float]:
-    """Write a checkpoint whose EMA weights are the reconstructed ones; return where, and the profile's error.
-
-    Raises UserError if the run has no snapshots for it, or `out` exists.
-    """
-    if not run_directory.is_dir():
-        raise UserError(f"run directory {run_directory} does not exist")
-    if not 0 < sigma_rel <= MAX_SIGMA_REL:
-        raise UserError(f"--sigma-rel is {sigma_rel}, but must lie in (0, {MAX_SIGMA_REL}]")
-    snapshots, checkpoints = find_snapshots(run_directory), find_checkpoints(run_directory)
-    if not snapshots or not checkpoints:
-        missing = "checkpoints" if snapshots else "snapshots"
-        raise UserError(f"{run_directory} has no {missing} of averages; train with training.ema_sigma_rel: [0.05, 0.1]")
-    newest = max(snapshot.step for snapshot in snapshots)
-    step = newest if step is None else step
-    if not min(snapshot.step for snapshot in snapshots) <= step <= newest:
-        steps = sorted({snapshot.step for snapshot in snapshots})
-        raise UserError(f"--step is {step}, but the snapshots are of steps {steps[0]} to {newest}")
-    out = out or run_directory / "ema" / f"{ema_file_stem(sigma_rel)}-step-{step:08d}"
-    if out.exists():
-        raise UserError(f"{out} exists; delete it, or give another --out")
-    tensors, error = reconstruct(snapshots, sigma_rel, step)
-    if error > MAX_PROFILE_ERROR:
-        raise UserError(
-            f"no sum of the snapshots of {run_directory} up to step {step} comes near --sigma-rel {sigma_rel} "
-            f"(profile error {error:.0%}); choose a length nearer to "
-            f"{', '.join(f'{x:g}' for x in sorted({s.sigma_rel for s in snapshots}))}, or a step of a snapshot"
-        )
-    checkpoint = checkpoints[max(checkpoints)]
-    manifest = read_manifest(checkpoint)
-    manifest["ema"] = {"sigma_rel": sigma_rel, "updates": step, "post_hoc": True, "profile_error": error}
-    other = {name: tensor for name, tensor in load_tensors(checkpoint, "ema").items() if name not in tensors}
-    described = {key: value for key, value in manifest.items() if key not in ("format_version", "step", "files")}
-    write_checkpoint(out, step, {"ema": {**tensors, **other}}, described)
-    return out, error
-
-
-def main() -> None:
-    """Parse the command line of `python -m gspn_dit.training.ema`, reconstruct and write."""
-    parser = ArgumentParser(
-        prog="python -m gspn_dit.training.ema",
-        description="Make the average of another length from the snapshots of a run (training.ema_sigma_rel).",
-    )
-    parser.add_argument("run", metavar="RUN", type=path_argument, help="run directory")
-    parser.add_argument("--sigma-rel", type=float, required=True, help="relative length, such as 0.1")
-    parser.add_argument("--step", type=int, help="step of the average (default: of the newest snapshot)")
-    parser.add_argument("--out", type=path_argument, metavar="DIR", help="default: RUN/ema/ema-<sigma_rel>-step-<step>")
-    options = parser.parse_args()
-    out, error = write_reconstruction(
-        Path(options.run), options.sigma_rel, options.step, Path(options.out) if options.out else None
-    )
-    print(f"average of relative length {options.sigma_rel:g}, profile error {error:.2%}: {out}")
-    print(f"use it as a checkpoint: sample.py --checkpoint {out}")
+    @torch.no_grad()
+    def update(self, model: nn.Module, updates: int) -> None:
+        """Follow `model`; `updates` counts this update, so it is 1 at the first."""
+        weight = 1 - (1 - 1 / updates) ** (self.exponent + 1)
+        torch._foreach_lerp_(_local_weights(self.tensors.values()), _local_weights(model.parameters()), weight)
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ class Trainer:
 
     def _snapshot(self) -> None:
         """Write the power-function averages of this step, from which others are made later."""
-        from gspn_dit.training.ema import save_snapshot
+        from gspn_dit.training.post_hoc_ema import save_snapshot
 
         for average in self.state.power_emas:
             tensors = self.state.strategy.whole(average.tensors, keep=self.accelerator.is_main_process)

@@ -18,7 +18,7 @@ from gspn_dit.config.yaml_files import read_mapping
 from gspn_dit.environment import describe_run
 from gspn_dit.errors import UserError
 from gspn_dit.locks import is_filled
-from gspn_dit.training.ema import remove_snapshots_after
+from gspn_dit.training.post_hoc_ema import remove_snapshots_after
 
 FOLDERS = ("checkpoints", "samples", "report", "ema_snapshots", "ema")
 WRITTEN = (

@@ -23,8 +23,8 @@ from gspn_dit.checkpoint import (
 )
 from gspn_dit.config import TrainingConfig
 from gspn_dit.tasks import Task
-from gspn_dit.training.averages import EMA, PowerEMA
 from gspn_dit.training.companions import Companion
+from gspn_dit.training.ema import EMA, PowerEMA
 from gspn_dit.training.strategy import create_strategy
 
 

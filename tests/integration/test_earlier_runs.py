@@ -18,7 +18,7 @@ from gspn_dit.checkpoint import find_checkpoints, find_incomplete, resolve_check
 from gspn_dit.config import load_config
 from gspn_dit.sample import parse_arguments
 from gspn_dit.sample import run as sample
-from gspn_dit.training.ema import write_reconstruction
+from gspn_dit.training.post_hoc_ema import write_reconstruction
 from tests.training.conftest import fresh_accelerator, run_training  # noqa: F401  # a fixture
 
 EARLIER = Path(__file__).parents[1] / "data_files" / "earlier"

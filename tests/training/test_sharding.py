@@ -19,7 +19,7 @@ from gspn_dit.checkpoint import find_checkpoints
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.tasks import TASKS, Task
-from gspn_dit.training.ema import find_snapshots, write_reconstruction
+from gspn_dit.training.post_hoc_ema import find_snapshots, write_reconstruction
 from gspn_dit.training.strategy import choose_strategy
 from tests.training.conftest import run_training, tiny_config
 from tests.training.test_loop import metrics_of
