@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 import shlex
@@ -19,7 +20,10 @@ from gspn_dit.training.dry_run import dry_run
 from tests.training.conftest import fresh_accelerator  # noqa: F401 (each command is a process of its own elsewhere)
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cuda" / "README.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "cuda/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PROGRAM = re.compile(r"^(?:accelerate launch|python|torchrun|mpirun)\b")
 LAUNCHERS = {"--config_file": 1, "--nproc-per-node": 1, "--standalone": 0, "--multi_gpu": 0, "--num_processes": 1}
 NOT_OURS = {"--config", "--help"}
@@ -102,6 +106,30 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+OURS = re.compile(  # a path of the repository, but for what a command writes
+    r"(?<![\w./:-])(?<!--json )(?<!--out )(?:tests|gspn_dit|fid|benchmarks|configs|docs|cuda)/(?:[\w./*{},-]*[\w*}])?"
+)
+
+
+def patterns(path: str) -> list[str]:
+    """The glob patterns of a path with {one,another} and NAME."""
+    pieces = [piece[1:-1].split(",") if piece[:1] == "{" else [piece] for piece in re.split(r"(\{.*?\})", path)]
+    return ["".join(chosen).replace("NAME", "*") for chosen in itertools.product(*pieces)]
+
+
+def test_patterns() -> None:
+    assert patterns("configs/a_{b,c}_{d,e}.yaml") == [f"configs/a_{each}.yaml" for each in ("b_d", "b_e", "c_d", "c_e")]
+    assert OURS.findall("`fid/x.py:3`, (docs/a.md#b), cuda/. --out docs/new.md a/docs/b.md") == [
+        *("fid/x.py", "docs/a.md", "cuda/")
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_names_are_there(page: Path) -> None:
+    named = {pattern for path in OURS.findall(page.read_text(encoding="utf-8")) for pattern in patterns(path)}
+    assert not sorted(pattern for pattern in named if not any(ROOT.glob(pattern)))
 
 
 # -- README's blocks, with tiny settings -----------------------------------------------------------------------------
