@@ -69,4 +69,5 @@ def projected_backward(
         grad_weights = [(rows.T @ gradient).T.contiguous() for gradient in gradients]
     grad_skip = grad_weights.pop() if skip_weight is not None else x.new_empty(0)
     grad_logits, grad_in, grad_out = grad_weights
-    return grad_x, transposed.T.reshape(proxy.shape), grad_logits, grad_in, grad_out, grad_merge, grad_skip
+    grad_proxy = transposed.T.reshape(proxy.shape).contiguous()
+    return grad_x, grad_proxy, grad_logits, grad_in, grad_out, grad_merge, grad_skip

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.ops import DIRECTIONS, gspn_scan, gspn_scan_from_proxy, operator, projected_operator
+from gspn_dit.ops.cpu import binding as cpu
 from tests.ops.scan_cases import Inputs, assert_close, lay_out, make_inputs, scan_and_gradients
 from tests.ops.test_projected import draw
 
@@ -52,6 +53,15 @@ def test_opcheck_projected(call: tuple[list[Tensor], list[int], int]) -> None:
     torch.library.opcheck(projected_operator.projected_scan_forward, (*leaves, *skip, directions, window))
     arguments = (torch.ones_like(tensors[0]), *tensors[:6], *skip, directions, window)
     torch.library.opcheck(projected_operator.projected_scan_backward, arguments)
+
+
+def test_gradients_without_fused_kernels_are_contiguous_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiler is told."""
+    monkeypatch.setenv(cpu.KERNELS_VARIABLE, "pytorch")
+    tensors = draw((2, 3, 4, 4), dtype=torch.float32)
+    gradients = projected_operator.projected_scan_backward(tensors[0], *tensors, [0, 1, 2, 3], 0)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+    assert all(gradient.is_contiguous() for gradient in gradients)
 
 
 def mixer(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
