@@ -25,19 +25,27 @@ from gspn_dit.ops.contract import compute_dtype
 from gspn_dit.ops.reference import as_lines, neighbour_sum, propagation_weights, scan_reference, visiting_order
 
 
+def in_forward_mode() -> bool:
+    """Tell whether this runs within a level of forward-mode differentiation, on tensors with tangents or others.
+
+    Raises NotImplementedError where `torch.compile` traces such a level.
+    """
+    # Read where the compiler sees it: code that was compiled outside of a level is then not used within one.
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile does not take the forward-mode derivative of a scan: leave the model uncompiled in jvp"
+        )
+    return True
+
+
 def carries_tangent(*tensors: Tensor | None) -> bool:
     """Tell whether a derivative in forward mode is asked for; custom operators would drop it without a word.
 
     Raises NotImplementedError where `torch.compile` traces such a derivative.
     """
-    if torch.compiler.is_compiling():
-        # Read here, where the compiler sees it: code that was compiled outside of a level is then not used within one.
-        if forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                "torch.compile does not take the forward-mode derivative of a scan: leave the model uncompiled in jvp"
-            )
-        return False
-    if not torch._C._is_fwd_grad_enabled():
+    if not in_forward_mode() or not torch._C._is_fwd_grad_enabled():
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 

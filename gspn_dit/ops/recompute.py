@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspn_dit.ops.contract import autocast_dtype, without_autocast
-from gspn_dit.ops.forward_mode import carries_tangent
+from gspn_dit.ops.forward_mode import in_forward_mode
 
 
 def _normalise(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,12 +27,21 @@ def _linear_gradients(grad_y: Tensor, inputs: Tensor, weight: Tensor) -> tuple[T
     return grad_y @ weight, grad_y.flatten(0, -2).T @ inputs.flatten(0, -2)
 
 
+# Neither function has a `jvp`: torch.compile does not trace one, and PyTorch does not differentiate one in forward mode
+# again. Where forward mode is on the ordinary operations run instead, which have every derivative.
+
+
 class _NormLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        ctx.save_for_backward(x, scale, shift, weight)
-        ctx.epsilon = epsilon
+    def forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return F.linear(_normalise(x, scale, shift, epsilon)[0].to(weight.dtype), weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.epsilon = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,10 +56,15 @@ class _NormLinear(torch.autograd.Function):
 
 
 class _SquaredReLULinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear((x * F.relu(x)).to(weight.dtype), weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +91,7 @@ def norm_linear(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, epsilon
     if (dtype := autocast_dtype(x.device.type)) is not None:  # as autocast does: float32 inside the normalisation
         x, scale, shift, weight = x.float(), scale.float(), shift.float(), weight.to(dtype)
     with without_autocast(x.device.type):
-        if carries_tangent(x, scale, shift, weight):  # nothing is kept for a backward pass
+        if in_forward_mode():
             return F.linear(F.layer_norm(x, x.shape[-1:], scale, shift, epsilon).to(weight.dtype), weight)
         return _NormLinear.apply(x, scale, shift, weight, epsilon)
 
@@ -95,6 +109,6 @@ def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
     if (dtype := autocast_dtype(x.device.type)) is not None:
         weight = weight.to(dtype)
     with without_autocast(x.device.type):
-        if carries_tangent(x, weight):
+        if in_forward_mode():
             return F.linear((x * F.relu(x)).to(weight.dtype), weight)
         return _SquaredReLULinear.apply(x, weight)
