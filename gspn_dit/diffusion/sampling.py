@@ -98,32 +98,32 @@ def sample_latents(
         UserError: a sampler that the objective does not have, or that cannot take so many steps.
         ValueError: a stochastic sampler without `seed` and `indices`, or guidance of more channels than there are.
     """
-    guidance = guidance or Guidance()
-    if guidance.channels is not None and guidance.channels > noise.shape[1]:
-        raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {noise.shape[1]}")
-
+    guidance = _checked(guidance, noise.shape[1])
     if scheduler is None:
         sampler = objective.resolve_sampler(sampler, num_inference_steps)
         scheduler = objective.make_scheduler(sampler, num_inference_steps)
         random = _noise_of_sampler(objective, sampler, noise, seed, indices)
-    elif seed is None or indices is None:
-        raise ValueError("a scheduler may draw noise at every step; give seed and indices")
     else:
-        random = step_noise_options(scheduler, seed, indices, _step_noise(noise, seed, indices))
-    predict = _prediction(model, objective, class_labels, null_label, guidance, guide)
+        random = _noise_of_scheduler(scheduler, noise, seed, indices)
+    predict = _prediction(model, objective, class_labels, null_label, guidance, guide, scheduler)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     for step, timestep in enumerate(scheduler.timesteps):
-        guided = guidance.acts(float(timestep) / scheduler.config.num_train_timesteps)
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        prediction, variance = predict(scaled, timestep.to(noise).expand(len(noise)), guided)
-        if variance is not None and scheduler.config.get("variance_type") in LEARNED:
-            prediction = torch.cat([prediction, variance], dim=1)
-        latents = scheduler.step(prediction.to(noise), timestep, latents, return_dict=False, **random(step))[0]
+        output = predict(scaled, timestep)
+        latents = scheduler.step(output.to(noise), timestep, latents, return_dict=False, **random(step))[0]
         if on_step is not None:
             on_step()
         if on_step_end is not None:
             latents = on_step_end(step, timestep, latents)
     return latents
+
+
+def _checked(guidance: Guidance | None, channels: int) -> Guidance:
+    """Return the guidance; raises ValueError if it is of more channels than there are."""
+    guidance = guidance or Guidance()
+    if guidance.channels is not None and guidance.channels > channels:
+        raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {channels}")
+    return guidance
 
 
 def _step_noise(like: Tensor, seed: int, indices: Sequence[int]) -> Callable[[int], Tensor]:
@@ -143,6 +143,15 @@ def _noise_of_sampler(
     return lambda step: {"noise": draw(step)}
 
 
+def _noise_of_scheduler(
+    scheduler: Any, like: Tensor, seed: int | None, indices: Sequence[int] | None
+) -> Callable[[int], dict[str, Any]]:
+    """Return what maps a step to the options by which a scheduler of the caller's gets its noise."""
+    if seed is None or indices is None:
+        raise ValueError("a scheduler may draw noise at every step; give seed and indices")
+    return step_noise_options(scheduler, seed, indices, _step_noise(like, seed, indices))
+
+
 def _prediction(
     model: Model,
     objective: Objective,
@@ -150,19 +159,28 @@ def _prediction(
     null_label: int,
     guidance: Guidance,
     guide: Model | None,
-) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
-    """Return what maps (latents, timesteps, whether to guide) to the prediction and what guidance must not touch."""
+    scheduler: Any,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what maps (latents, timestep) to what the scheduler takes.
+
+    That is the prediction, guided, and, if the scheduler reads it, the variance, which guidance must not touch.
+    """
+    reads_variance = scheduler.config.get("variance_type") in LEARNED
     both = torch.cat([class_labels, torch.full_like(class_labels, null_label)])
 
-    def predict(latents: Tensor, times: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-        if not guided:
-            return objective.split_output(model(latents, times, class_labels))
+    def joined(prediction: Tensor, variance: Tensor | None) -> Tensor:
+        return torch.cat([prediction, variance], dim=1) if reads_variance and variance is not None else prediction
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        times = timestep.to(latents).expand(len(latents))
+        if not guidance.acts(float(timestep) / scheduler.config.num_train_timesteps):
+            return joined(*objective.split_output(model(latents, times, class_labels)))
         if guide is None:
             strong, weak = model(latents.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
         else:
             strong, weak = (network(latents, times, class_labels) for network in (model, guide))
         (conditional, variance), (weaker, _) = (objective.split_output(output) for output in (strong, weak))
-        return guidance.combine(conditional, weaker), variance
+        return joined(guidance.combine(conditional, weaker), variance)
 
     return predict
 

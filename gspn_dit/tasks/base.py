@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.config import Config
+from gspn_dit.diffusion import Guidance
 from gspn_dit.errors import UserError
+from gspn_dit.grid import class_grid, save_png
 from gspn_dit.tasks.plan import Plan
 
 
@@ -128,6 +130,23 @@ class GenerativeTask(Task):
     image_size: int
     """Height and width of an image in pixels."""
     image_channels: int
+
+    @property
+    @abstractmethod
+    def conditions(self) -> Sequence[str]:
+        """What there is to draw, by name, such as the classes or some prompts; previews show the first of them."""
+
+    @abstractmethod
+    def draw_conditions(self, model: nn.Module, conditions: Sequence[int], guidance: Guidance) -> np.ndarray:
+        """Return an image of each condition, by its place in `conditions`, uint8 [n, H, W, C]; noise i is image i's."""
+
+    def preview(self, model: nn.Module, path: Path) -> None:
+        """Write a grid: a row of `per_class` guided images for each of the first conditions."""
+        sampling = self.config.sampling
+        names = self.conditions[: sampling.max_classes]
+        rows = [row for row in range(len(names)) for _ in range(sampling.per_class)]
+        guidance = Guidance(sampling.guidance_scale, sampling.guidance_interval, sampling.guidance_channels)
+        save_png(class_grid(self.draw_conditions(model, rows, guidance), rows, names), path)
 
     @abstractmethod
     def draw(self, model: nn.Module, indices: range) -> np.ndarray:

@@ -153,15 +153,12 @@ class ClassConditional(GenerativeTask):
 
     # -- images --------------------------------------------------------------------------------------------------
 
-    def preview(self, model: nn.Module, path: Path) -> None:
-        """Write a grid: `per_class` images of the first classes."""
-        from gspn_dit.grid import class_grid, save_png
+    @property
+    def conditions(self) -> Sequence[str]:
+        return self.class_names
 
-        sampling = self.config.sampling
-        labels = torch.arange(min(sampling.max_classes, len(self.class_names))).repeat_interleave(sampling.per_class)
-        guidance = Guidance(sampling.guidance_scale, sampling.guidance_interval, sampling.guidance_channels)
-        images = self._sample(model, labels, range(len(labels)), guidance)
-        save_png(class_grid(images, labels.tolist(), self.class_names), path)
+    def draw_conditions(self, model: nn.Module, conditions: Sequence[int], guidance: Guidance) -> np.ndarray:
+        return self._sample(model, torch.tensor(conditions), range(len(conditions)), guidance)
 
     def draw(self, model: nn.Module, indices: range) -> np.ndarray:
         """Return images of all classes in turn."""

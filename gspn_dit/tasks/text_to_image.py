@@ -198,16 +198,12 @@ class TextToImage(GenerativeTask):
 
     # -- images --------------------------------------------------------------------------------------------------
 
-    def preview(self, model: nn.Module, path: Path) -> None:
-        """Write a grid: `per_class` images of each prompt."""
-        from gspn_dit.grid import class_grid, save_png
+    @property
+    def conditions(self) -> Sequence[str]:
+        return self.prompts
 
-        sampling = self.config.sampling
-        prompts = self.prompts[: sampling.max_classes]
-        rows = [row for row in range(len(prompts)) for _ in range(sampling.per_class)]
-        guidance = Guidance(sampling.guidance_scale, sampling.guidance_interval, sampling.guidance_channels)
-        images = self._sample(model, [prompts[row] for row in rows], range(len(rows)), guidance)
-        save_png(class_grid(images, rows, prompts), path)
+    def draw_conditions(self, model: nn.Module, conditions: Sequence[int], guidance: Guidance) -> np.ndarray:
+        return self._sample(model, [self.prompts[i] for i in conditions], range(len(conditions)), guidance)
 
     def draw(self, model: nn.Module, indices: range) -> np.ndarray:
         """Return images of the training captions in turn."""
