@@ -19,9 +19,19 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpu", "cpu, line by line"])
+AVAILABLE = cpu.available_kernels()
+BACKENDS = [
+    "reference",
+    *(pytest.param(f"cpu, {name}", marks=pytest.mark.slow) for name in AVAILABLE[1:-1]),
+    *dict.fromkeys((f"cpu, {AVAILABLE[-1]}", "cpu, pytorch")),
+]
+"""The reference, and the CPU backend with all kernels that this machine has: the fastest, those for any, and others."""
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a backend: the reference, the CPU kernels that run here, the ones for machines without a compiler."""
-    if request.param == "cpu, line by line":
-        monkeypatch.setenv(cpu.KERNELS_VARIABLE, "pytorch")
-    return str(request.param).split(",")[0]
+    """The name of a backend."""
+    name, _, kernels = str(request.param).partition(", ")
+    if kernels:
+        monkeypatch.setenv(cpu.KERNELS_VARIABLE, kernels)
+    return name
