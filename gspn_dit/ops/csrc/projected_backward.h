@@ -14,41 +14,51 @@ template <class A> struct ReverseLine {
   const A *x, *grad_y;
   A* grad_x;
   int64_t step;             // between positions of these three
-  const A *kept, *before;   // of this line and of the one visited before: [N, 6, L]
+  const A *kept, *before;   // of this line and of the one visited before: [N, 6 or 3, L]
+  const A* weights;         // [N, 6] where a group shares them
   const A* next;            // w_k dh of the line visited next: [N, 3, L], zero at -1 and N
   A* passed;                // the same of this line
-  A* gradients;             // [N, 5, L]
+  A* gradients;             // [N, 5, L], or [N, 2, L] of the gates
+  A* logits;                // and [N, 3, L]
   int64_t positions;
   bool add;                 // to grad_x
 };
 
-template <bool Restart, class A> static void reverse_line(const ReverseLine<A>& line) {
-  constexpr int L = kLanes<A>;
+template <bool Restart, bool Shared, class A> static void reverse_line(const ReverseLine<A>& line) {
+  constexpr int L = kLanes<A>, Q = Shared ? kGates : kProjected, slot = kKept<Shared> * L;
   for (int64_t n = 0; n < line.positions; ++n) {
-    const A *kept = line.kept + n * kKept * L, *next = line.next + n * 3 * L;
-    A *passed = line.passed + n * 3 * L, *gradients = line.gradients + n * kProjected * L;
+    const A *kept = line.kept + n * slot, *next = line.next + n * 3 * L;
+    A *passed = line.passed + n * 3 * L, *gradients = line.gradients + n * Q * L;
+    A *gates = gradients + (Q - kGates) * L, *logits = Shared ? line.logits + n * 3 * L : gradients;
     const Vector<A> g = load_one(line.grad_y + n * line.step), x = load_one(line.x + n * line.step);
     const Vector<A> carried = load_one(next + 3 * L) + load_one(next + L) + load_one(next - L);
     const Vector<A> gradient = multiply_add(load_one(kept + kKeptOutput * L), g, carried);
-    store_one(gradients + kInputGate * L, x * gradient);
-    store_one(gradients + kOutputGate * L, g * load_one(kept + kState * L));
+    store_one(gates, x * gradient);
+    store_one(gates + L, g * load_one(kept + kState * L));
     A* grad_x = line.grad_x + n * line.step;
     const Vector<A> in = load_one(kept + kKeptInput * L);
     store_one(grad_x, line.add ? multiply_add(in, gradient, load_one(grad_x)) : in * gradient);
     if constexpr (Restart) {
       memset(passed, 0, 3 * kBytes);
-      memset(gradients, 0, 3 * kBytes);
+      memset(logits, 0, 3 * kBytes);
     } else {
-      const A* before = line.before + n * kKept * L;
-      const Vector<A> h[3] = {load_one(before - kKept * L), load_one(before), load_one(before + kKept * L)};
-      Vector<A> w[3] = {load_one(kept + kFirstWeight * L), {}, load_one(kept + kLastWeight * L)};
-      w[1] = all(A(1)) - w[0] - w[2];
-      const Vector<A> sigmoids = load_one(kept + kSigmoids * L);
+      const A* before = line.before + n * slot;
+      const Vector<A> h[3] = {load_one(before - slot), load_one(before), load_one(before + slot)};
+      Vector<A> w[3], factor[3];
+      if constexpr (Shared) {
+        const A* shared = line.weights + n * kShared;
+        for (int k = 0; k < 3; ++k) w[k] = all(shared[k]), factor[k] = all(shared[3 + k]);
+      } else {
+        w[0] = load_one(kept + kFirstWeight * L), w[2] = load_one(kept + kLastWeight * L);
+        w[1] = all(A(1)) - w[0] - w[2];
+        const Vector<A> sigmoids = load_one(kept + kSigmoids * L);
+        for (int k = 0; k < 3; ++k) factor[k] = multiply_add(-w[k], sigmoids, all(A(1)));
+      }
       const Vector<A> mean = multiply_add(w[2], h[2], multiply_add(w[1], h[1], w[0] * h[0]));
       for (int k = 0; k < 3; ++k) {
         const Vector<A> share = w[k] * gradient;
         store_one(passed + k * L, share);
-        store_one(gradients + k * L, share * multiply_add(-w[k], sigmoids, all(A(1))) * (h[k] - mean));
+        store_one(logits + k * L, share * factor[k] * (h[k] - mean));
       }
     }
   }
@@ -72,6 +82,7 @@ template <class A> struct ProductSums {
   A* panel;       // [padded P, Q, L]
   A* proxies;     // [chunks, blocks, padded P, L]
   A* transposed;  // scratch: [blocks, Q, L, L]
+  A* logits;      // [chunks, blocks, 3, L tokens] where a group shares them
 };
 
 // Join the gradients [tokens, Q, L] of one chunk.
@@ -83,17 +94,33 @@ static void join_chunk(const ProductSums<A>& sums, const A* panel, const A* prox
   memset(gradients + tokens * Q * L, 0, (blocks * L - tokens) * Q * kBytes);
   add_weight_gradients<Q>(gradients, proxy, padded, tokens, sums.panel);
   transpose_gradients<Q>(gradients, blocks, sums.transposed);
-  add_proxy_gradients<Q>(sums.transposed, panel, blocks, padded, sums.proxies + chunk * chunks.blocks * padded * L);
+  add_proxy_gradients<Q * L>(sums.transposed, panel, blocks, padded, sums.proxies + chunk * chunks.blocks * padded * L);
+}
+
+// Add the gradients of logits, [tokens, 3, L] of one chunk, over the lanes: channels that share them.
+template <class A>
+static void join_logits(const ProductSums<A>& sums, const Chunks& chunks, int64_t chunk, int64_t tokens, A* gradients) {
+  constexpr int L = kLanes<A>;
+  const int64_t blocks = (tokens + L - 1) / L;
+  memset(gradients + tokens * 3 * L, 0, (blocks * L - tokens) * 3 * kBytes);
+  transpose_gradients<3>(gradients, blocks, sums.transposed);
+  A* to = sums.logits + chunk * chunks.blocks * 3 * L;
+  for (int64_t row = 0; row < blocks * 3; ++row) {
+    Vector<A> sum = load_one(sums.transposed + row * L * L);
+    for (int j = 1; j < L; ++j) sum += load_one(sums.transposed + (row * L + j) * L);
+    store_one(to + row * L, load_one(to + row * L) + sum);
+  }
 }
 
 // All lines of a direction, in the opposite order. x, y (of `line`) and grad are those of line 0; `passed` is room for two lines
 // of [N + 2, 3, L], `gradients` for one chunk, `kept` what `scan_lines` left.
-template <class A>
+template <bool Shared, class A>
 static void reverse_lines(const Sweep& sweep, const Line<A>& line, const A* grad_y, A* grad_x, const A* kept, A* passed,
                           A* gradients, const ProductSums<A>& sums) {
-  constexpr int L = kLanes<A>;
-  const int64_t positions = sweep.positions, kept_size = (positions + 2) * kKept * L, passed_size = (positions + 2) * 3 * L;
+  constexpr int L = kLanes<A>, Q = Shared ? kGates : kProjected, slot = kKept<Shared> * L;
+  const int64_t positions = sweep.positions, kept_size = (positions + 2) * slot, passed_size = (positions + 2) * 3 * L;
   const Chunks chunks(sweep, L);
+  A* logits = gradients + chunks.blocks * kGates * L * L;
   memset(passed, 0, 2 * passed_size * sizeof(A));
   for (int64_t step = sweep.lines - 1; step >= 0; --step) {
     const int64_t i = sweep.index(step), chunk = i / chunks.lines, first = chunk * chunks.lines;
@@ -102,19 +129,22 @@ static void reverse_lines(const Sweep& sweep, const Line<A>& line, const A* grad
     reverse.grad_y = grad_y + i * sweep.line_step;
     reverse.grad_x = grad_x + i * sweep.line_step;
     reverse.step = line.step;
-    reverse.kept = kept + i * kept_size + kKept * L;
-    reverse.before = step > 0 ? kept + sweep.index(step - 1) * kept_size + kKept * L : nullptr;
+    reverse.kept = kept + i * kept_size + slot;
+    reverse.before = step > 0 ? kept + sweep.index(step - 1) * kept_size + slot : nullptr;
+    reverse.weights = Shared ? line.weights + i * positions * kShared : nullptr;
     reverse.next = passed + ((step + 1) & 1) * passed_size + 3 * L;
     reverse.passed = passed + (step & 1) * passed_size + 3 * L;
-    reverse.gradients = gradients + (i - first) * positions * kProjected * L;
+    reverse.gradients = gradients + (i - first) * positions * Q * L;
+    reverse.logits = logits + (i - first) * positions * 3 * L;
     reverse.positions = positions;
     reverse.add = line.add;
-    if (sweep.restarts(i)) reverse_line<true>(reverse);
-    else reverse_line<false>(reverse);
+    if (sweep.restarts(i)) reverse_line<true, Shared>(reverse);
+    else reverse_line<false, Shared>(reverse);
     if (step > 0 && sweep.index(step - 1) / chunks.lines == chunk) continue;
     const int64_t lines = sweep.lines - first < chunks.lines ? sweep.lines - first : chunks.lines;
-    join_chunk<kProjected>(sums, line.panel, line.proxy + first * positions * line.padded, line.padded, chunks, chunk,
-                           lines * positions, gradients);
+    join_chunk<Q>(sums, line.panel, line.proxy + first * positions * line.padded, line.padded, chunks, chunk, lines * positions,
+                  gradients);
+    if (Shared) join_logits(sums, chunks, chunk, lines * positions, logits);
   }
 }
 

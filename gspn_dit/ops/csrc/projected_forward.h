@@ -6,7 +6,11 @@ namespace gspn {
 namespace GSPN_ISA {
 
 // What a panel projects a proxy to: the logits for k = -1, 0, +1, then λ, then u times the direction's merge weight.
-constexpr int kProjected = 5, kInputGate = 3, kOutputGate = 4;
+// A panel of channels that share their logits holds the two gates alone.
+constexpr int kProjected = 5, kInputGate = 3, kOutputGate = 4, kGates = 2;
+
+// What a group of channels shares at a position: w_k, then 1 - w_k Σ sigmoid(l_j), a factor of the gradients of l_k.
+constexpr int kShared = 6;
 
 // The order in which a direction visits its lines, where the state restarts, and how its lines lie in a plane of vectors.
 struct Sweep {
@@ -28,14 +32,14 @@ template <> struct Bounds<double> {
 
 // Bring any logits into the range of `Propagation` without changing the weights: they stay the same if all l < -lost grow alike, and
 // what is still below `lowest` weighs nothing. Logits with |l| <= lost keep their values. A NaN becomes one whose exp(-l) is one.
-template <class A> static __attribute__((noinline, cold)) void tame(Vector<A>* logits, bool minus, bool plus) {
+template <class A> static __attribute__((noinline, cold)) void tame(Vector<A>* logits, Vector<A> minus, Vector<A> plus) {
   typedef Bounds<A> B;
-  const bool valid[3] = {minus, true, plus};
+  const Vector<A> zero = {}, valid[3] = {minus, all(A(1)), plus};
   Vector<A> greatest = all(-B::largest);
   for (int k = 0; k < 3; ++k) {
-    if (!valid[k]) logits[k] = Vector<A>{};
+    logits[k] = valid[k] != zero ? logits[k] : zero;
     logits[k] = logits[k] < all(-B::largest) ? all(-B::largest) : logits[k];
-    if (valid[k]) greatest = logits[k] > greatest ? logits[k] : greatest;
+    greatest = (logits[k] > greatest) & (valid[k] != zero) ? logits[k] : greatest;
   }
   for (int k = 0; k < 3; ++k) {
     Vector<A> value = greatest < all(-B::lost) ? logits[k] - greatest - all(B::lost) : logits[k];
@@ -46,11 +50,12 @@ template <class A> static __attribute__((noinline, cold)) void tame(Vector<A>* l
 }
 
 // w_k = sigmoid(l_k) / Σ sigmoid(l_j) as numerator[k] * inverse. With q_k = 1 + exp(-l_k), sigmoid(l_k) = 1 / q_k, and the numerators
-// are products of the two other q. `minus` and `plus` are 1, or 0 where the neighbour is off the line: then q = 1, w = 0.
+// are products of the two other q. `minus` and `plus` are 1, or 0 where the neighbour is off the line: then q = 1, w = 0; of
+// all lanes, or one for each.
 template <class A> struct Propagation {
   Vector<A> numerator[3], sum, inverse, product;
 
-  GSPN_INLINE Propagation(const Vector<A>* logits, A minus, A plus) {
+  template <class M> GSPN_INLINE Propagation(const Vector<A>* logits, M minus, M plus) {
     const Vector<A> one = all(A(1));
     const Vector<A> q0 = multiply_add(minus, exponential<true>(-logits[0]), one), q1 = exponential<true>(-logits[1]) + one;
     const Vector<A> q2 = multiply_add(plus, exponential<true>(-logits[2]), one), outer = q0 * q2;
@@ -63,13 +68,14 @@ template <class A> struct Propagation {
   }
 };
 
-// What the backward keeps of a position: h, w_0, w_2, Σ sigmoid(l_k), λ, u.
-constexpr int kKept = 6;
-enum Kept { kState, kFirstWeight, kLastWeight, kSigmoids, kKeptInput, kKeptOutput };
+// What the backward keeps of a position: h, λ, u, and where weights are not shared w_0, w_2, Σ sigmoid(l_k).
+enum Kept { kState, kKeptInput, kKeptOutput, kFirstWeight, kLastWeight, kSigmoids };
+template <bool Shared> constexpr int kKept = Shared ? 3 : 6;
 
 // One line in a direction. A position's state and what is kept with it are `slot` vectors; those at -1 and N are zero.
 template <class A> struct Line {
-  const A *panel, *proxy;  // [P, 5, L], [N, padded P]
+  const A *panel, *proxy;  // [P, 5 or 2, L], [N, padded P]
+  const A* weights;        // [N, 6] where a group shares them
   const A* x;
   A* y;
   int64_t step;  // between positions of x and y
@@ -91,20 +97,23 @@ static GSPN_INLINE void tame_all(const Line<A>& line, int64_t n, int64_t count, 
   for (int j = 0; j < Positions; ++j) {
     if (j >= count) continue;
     Vector<A> logits[3] = {sum[j][0], sum[j][1], sum[j][2]};  // a copy, so that the sums themselves can stay in registers
-    tame<A>(logits, line.minus[n + j] != 0, line.plus[n + j] != 0);
+    tame<A>(logits, all(line.minus[n + j]), all(line.plus[n + j]));
     for (int k = 0; k < 3; ++k) sum[j][k] = logits[k];
   }
 }
 
-template <bool Restart, bool Keep, class A>
+template <bool Restart, bool Keep, bool Shared, class A>
 static GSPN_INLINE void advance(const Line<A>& line, int64_t n, const Vector<A>* projected) {
   constexpr int L = kLanes<A>;
-  constexpr int64_t slot = (Keep ? kKept : 1) * L;
-  constexpr int first = Restart ? kInputGate : 0;  // of what is projected
+  constexpr int64_t slot = (Keep ? kKept<Shared> : 1) * L;
+  constexpr int first = Restart || Shared ? kInputGate : 0;  // of what is projected
   const Vector<A> in = projected[kInputGate - first], out = projected[kOutputGate - first];
   A* to = line.state + n * slot;
   Vector<A> state = in * load_one(line.x + n * line.step);
-  if constexpr (!Restart) {
+  if constexpr (!Restart && Shared) {
+    const A *from = line.before + n * slot, *w = line.weights + n * kShared;
+    for (int k = 0; k < 3; ++k) state = multiply_add(w[k], load_one(from + (k - 1) * slot), state);
+  } else if constexpr (!Restart) {
     const A* from = line.before + n * slot;
     const Propagation<A> w(projected, line.minus[n], line.plus[n]);
     Vector<A> carried = w.numerator[0] * load_one(from - slot);
@@ -127,27 +136,28 @@ static GSPN_INLINE void advance(const Line<A>& line, int64_t n, const Vector<A>*
   }
 }
 
-template <bool Restart, bool Keep, class A> static void scan_line(const Line<A>& line) {
-  constexpr int Q = Restart ? kProjected - kInputGate : kProjected;
-  const A* panel = line.panel + (kProjected - Q) * kLanes<A>;
-  for (int64_t n = 0; n < line.positions; n += kPositions) {
+template <bool Restart, bool Keep, bool Shared, class A> static void scan_line(const Line<A>& line) {
+  constexpr int tile = Shared ? 2 * kPositions : kPositions;
+  constexpr int Of = Shared ? kGates : kProjected, Q = Restart ? kGates : Of;
+  const A* panel = line.panel + (Of - Q) * kLanes<A>;
+  for (int64_t n = 0; n < line.positions; n += tile) {
     const int64_t count = line.positions - n;
-    const A* proxy[kPositions];
-    for (int j = 0; j < kPositions; ++j) proxy[j] = line.proxy + (n + (j < count ? j : 0)) * line.padded;
-    Vector<A> sum[kPositions][Q];
-    project<kPositions, Q, kProjected>(panel, proxy, line.proxies, sum);
-    if constexpr (!Restart) tame_all(line, n, count, sum);
+    const A* proxy[tile];
+    for (int j = 0; j < tile; ++j) proxy[j] = line.proxy + (n + (j < count ? j : 0)) * line.padded;
+    Vector<A> sum[tile][Q];
+    project<tile, Q, Of>(panel, proxy, line.proxies, sum);
+    if constexpr (!Restart && !Shared) tame_all(line, n, count, sum);
 #pragma GCC unroll 8
-    for (int j = 0; j < kPositions; ++j)
-      if (j < count) advance<Restart, Keep>(line, n + j, sum[j]);
+    for (int j = 0; j < tile; ++j)
+      if (j < count) advance<Restart, Keep, Shared>(line, n + j, sum[j]);
   }
 }
 
 // All lines of a direction. `line` holds what they share; x, y and proxies are those of line 0. Forward, `states` are two lines,
 // which take turns; with `Keep` they are all lines. Each has a zero at both ends.
-template <bool Keep, class A>
+template <bool Keep, bool Shared, class A>
 static void scan_lines(const Sweep& sweep, Line<A> line, A* states) {
-  constexpr int64_t slot = (Keep ? kKept : 1) * kLanes<A>;
+  constexpr int64_t slot = (Keep ? kKept<Shared> : 1) * kLanes<A>;
   const int64_t size = (sweep.positions + 2) * slot;
   for (int64_t i = 0; i < (Keep ? sweep.lines : 2); ++i) {
     memset(states + i * size, 0, kBytes);
@@ -158,11 +168,12 @@ static void scan_lines(const Sweep& sweep, Line<A> line, A* states) {
   for (int64_t step = 0; step < sweep.lines; ++step) {
     const int64_t i = sweep.index(step);
     line.proxy = whole.proxy + i * sweep.positions * line.padded;
+    if (Shared) line.weights = whole.weights + i * sweep.positions * kShared;
     line.x = whole.x + i * sweep.line_step;
     line.y = whole.y + i * sweep.line_step;
     line.state = states + slot + (Keep ? i : step & 1) * size;
-    if (sweep.restarts(i)) scan_line<true, Keep>(line);
-    else scan_line<false, Keep>(line);
+    if (sweep.restarts(i)) scan_line<true, Keep, Shared>(line);
+    else scan_line<false, Keep, Shared>(line);
     line.before = line.state;
   }
 }

@@ -9,6 +9,9 @@ template <class A> constexpr int kLanes = kBytes / sizeof(A);
 
 template <class A> static GSPN_INLINE Vector<A> all(A value) { return value - Vector<A>{}; }
 
+static GSPN_INLINE F32 all(F32 value) { return value; }
+static GSPN_INLINE F64 all(F64 value) { return value; }
+
 static GSPN_INLINE F32 multiply_add(float a, F32 b, F32 c) { return multiply_add(all(a), b, c); }
 static GSPN_INLINE F64 multiply_add(double a, F64 b, F64 c) { return multiply_add(all(a), b, c); }
 

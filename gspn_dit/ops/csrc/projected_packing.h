@@ -4,6 +4,18 @@
 namespace gspn {
 namespace GSPN_ISA {
 
+// Takes pieces of one piece of memory; without any it only counts.
+struct Pieces {
+  char* memory;
+  int64_t bytes = 0;
+
+  template <class A> A* take(int64_t count) {
+    A* piece = memory ? (A*)(memory + bytes) : nullptr;
+    bytes += (count * (int64_t)sizeof(A) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
 // The sizes of one call, in the vectors of an instruction set.
 template <class A> struct Grid {
   static constexpr int L = kLanes<A>;
@@ -32,6 +44,11 @@ template <class A> static Sweep make_sweep(const Projected& call, const Grid<A>&
   sweep.line_step = sweep.columns ? grid.L : grid.pitch;
   sweep.position_step = sweep.columns ? grid.pitch : grid.L;
   return sweep;
+}
+
+// The orientation of rows (0) or of columns (1), whatever the directions.
+template <class A> static Sweep orientation_sweep(const Projected& call, const Grid<A>& grid, int64_t columns) {
+  return make_sweep(call, grid, columns ? kRight : kDown);
 }
 
 // `count` planes of vectors of one sample's tokens, from or to a tensor whose strides are those of height and width.
@@ -113,6 +130,17 @@ struct Map {
 // Elements of the scratch of `read_weight`: a row for each lane, of whole vectors.
 template <class A> static int64_t weight_scratch(const Grid<A>& grid) {
   return grid.L * ((grid.padded + grid.L - 1) / grid.L * grid.L);
+}
+
+// The logits' weights of all groups of a direction: [G, padded P, 3].
+template <class T, class A>
+static void read_shared_weights(const Projected& call, const Grid<A>& grid, int64_t d, A* row, A* panels) {
+  memset(panels, 0, call.groups * grid.padded * 3 * sizeof(A));
+  for (int64_t g = 0; g < call.groups; ++g)
+    for (int k = 0; k < 3; ++k) {
+      read_row((const T*)call.logits_weight + ((d * 3 + k) * call.groups + g) * call.proxy_channels, call.proxy_channels, row);
+      for (int64_t p = 0; p < call.proxy_channels; ++p) panels[(g * grid.padded + p) * 3 + k] = row[p];
+    }
 }
 
 // Weight q of the Q of one vector's panel.

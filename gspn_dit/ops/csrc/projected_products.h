@@ -94,10 +94,9 @@ static GSPN_INLINE void add_proxy_blocks(const A* gradients, const A* panel, int
   if (b < blocks) add_proxy_rows<Rows, 1, Length>(gradients + b * Length * L, panel, sums + b * stride, stride);
 }
 
-// The gradient of the proxies, [blocks, P, L], from transposed gradients [blocks, Q L, L tokens] of what a panel projected.
-template <int Q, class A>
+// The gradient of the proxies, [blocks, P, L], from transposed gradients [blocks, Length, L tokens] of what a panel projected.
+template <int64_t Length, class A>
 static void add_proxy_gradients(const A* transposed, const A* panel, int64_t blocks, int64_t padded, A* sums) {
-  constexpr int64_t Length = Q * kLanes<A>;
   int64_t p = 0;
   for (; p + kProxyRows <= padded; p += kProxyRows)
     add_proxy_blocks<kProxyRows, Length>(transposed, panel + p * Length, blocks, padded, sums + p * kLanes<A>);

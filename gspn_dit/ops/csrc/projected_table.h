@@ -15,7 +15,7 @@ template <class T> static int run_forward(const Projected& call) {
   Scratch memory(work.place(nullptr));
   if (!memory.data) return 1;
   work.place(memory.data);
-  const int64_t rows = weight_scratch(work.grid) * sizeof(A), bytes = ForwardScratch<A>().place(nullptr, work.grid, work.block);
+  const int64_t rows = weight_scratch(work.grid) * sizeof(A), bytes = ForwardScratch<A>().place(nullptr, call, work.grid, work.block, work.group);
   return work.run(packing_tasks(work), rows, any_task<T, pack<T>>) ||
          work.run(forward_tasks(work), bytes, any_task<T, forward_task<T>>);
 }
@@ -27,7 +27,7 @@ template <class T> static int run_backward(const Projected& call) {
   if (!memory.data) return 1;
   work.place(memory.data);
   const int64_t row = work.grid.padded * sizeof(A), rows = weight_scratch(work.grid) * sizeof(A);
-  const int64_t bytes = BackwardScratch<A>().place(nullptr, call, work.grid);
+  const int64_t bytes = BackwardScratch<A>().place(nullptr, call, work.grid, work.group);
   const int64_t panels = call.directions * work.grid.vectors, skips = call.skip_weight ? 1 : 0;
   if (work.run(packing_tasks(work), rows, any_task<T, pack<T>>) ||
       work.run(work.shares * work.sample_shares, bytes, any_task<T, backward_task<T>>) ||

@@ -65,6 +65,10 @@ CASES = [
     ((1, 4, 6, 34), 2, 2, DIRECTIONS, 2),
     ((2, 3, 4, 24), 12, 9, ("right", "up"), None),
     ((1, 3, 2, 144), 1, 8, DIRECTIONS, 1),
+    # groups of whole vectors: of 2 and more, some of them cut by the shares of the backward
+    ((2, 6, 5, 96), 3, 7, DIRECTIONS, None),
+    ((1, 9, 20, 160), 2, 13, ("up", "right", "left"), 4),
+    ((2, 1, 19, 192), 6, 20, ("left", "down"), None),
 ]
 
 
@@ -80,10 +84,11 @@ def test_odd_shapes(case: tuple, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "values", [(-120.0,), (120.0,), (-120.0, 120.0), (-2e38, 2e38), (-17.0, -40.0, 20.0), (-1000.0, -1001.0)]
 )
+@pytest.mark.parametrize(("channels", "groups"), [(20, None), (64, 2)])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
-def test_extreme_logits(values: Sequence[float], dtype: torch.dtype) -> None:
+def test_extreme_logits(values: Sequence[float], dtype: torch.dtype, channels: int, groups: int | None) -> None:
     """A proxy of which each token has one channel makes logits of the weights' values."""
-    tensors = inputs((1, 6, 5, 20), proxy_channels=30, dtype=dtype)
+    tensors = inputs((1, 6, 5, channels), groups, proxy_channels=30, dtype=dtype)
     tensors[1] = torch.eye(30, dtype=dtype).view(1, 6, 5, 30)
     chosen = torch.randint(len(values), tensors[2].shape, generator=torch.Generator().manual_seed(1))
     tensors[2] = torch.tensor(values, dtype=torch.float64)[chosen].to(dtype)
@@ -113,7 +118,7 @@ def test_equal_differences_below_zero_give_equal_weights() -> None:
         torch.testing.assert_close(y, plain(*wide, backend="reference"), rtol=1e-4, atol=1e-4)
 
 
-SHAPES = [((3, 9, 7, 72), None), ((2, 5, 6, 160), 4), ((5, 3, 20, 33), None)]
+SHAPES = [((3, 9, 7, 72), None), ((2, 5, 6, 160), 4), ((5, 3, 20, 33), None), ((3, 5, 6, 192), 4)]
 
 
 def results(tensors: list[Tensor], samples: slice = slice(None)) -> list[Tensor]:
@@ -158,9 +163,10 @@ def test_a_sum_over_many_tokens_stays_accurate() -> None:
         assert (one.double() - other).norm() < 1.5e-6 * other.norm(), name
 
 
-def test_nan_reaches_what_it_must_and_no_other_sample() -> None:
+@pytest.mark.parametrize(("channels", "groups"), [(20, None), (64, 2)])
+def test_nan_reaches_what_it_must_and_no_other_sample(channels: int, groups: int | None) -> None:
     for index, name in enumerate(NAMES):
-        tensors = inputs((2, 4, 5, 20), skip=True)
+        tensors = inputs((2, 4, 5, channels), groups, skip=True)
         tensors[index].view(-1)[0] = math.nan
         y = gspn_scan_from_proxy(*tensors, backend="cpu")
         truth = plain(*tensors, backend="reference")
