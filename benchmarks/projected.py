@@ -60,13 +60,13 @@ def runners(inputs: list[Tensor], way: str) -> tuple[Callable[[], Tensor], Calla
 
     def forward() -> Tensor:
         if way == "fused":
-            return projected.scan_forward(x, proxy, weights[0], weights[1], weights[2], merge, None, CODES, 0)
+            return projected.scan_forward(x, proxy, weights, merge, None, CODES, 0)
         return projected_forward(binding.scan_forward, x, proxy, weights, merge, None, CODES, 0)
 
     def both() -> list[Tensor]:
         y = forward()
         if way == "fused":
-            gradients = projected.scan_backward(y, x, proxy, weights[0], weights[1], weights[2], merge, None, CODES, 0)
+            gradients = projected.scan_backward(y, x, proxy, weights, merge, None, CODES, 0)
         else:
             gradients = projected_backward(binding.scan_backward, y, x, proxy, weights, merge, None, CODES, 0)
         return [y, *gradients[:6]]

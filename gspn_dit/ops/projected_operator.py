@@ -29,7 +29,7 @@ def projected_scan_forward(
 ) -> Tensor:
     """Compute the projected scan; arguments as in `gspn_scan_from_proxy`, checked; returns a new [B, H, W, C]."""
     weights = (logits_weight, input_gate_weight, output_gate_weight)
-    return cpu.scan_forward(x, proxy, *weights, merge_weight, skip_weight, directions, window)
+    return cpu.scan_forward(x, proxy, weights, merge_weight, skip_weight, directions, window)
 
 
 @torch.library.custom_op("gspn_dit::projected_scan_backward", mutates_args=(), device_types="cpu")
@@ -47,42 +47,19 @@ def projected_scan_backward(
 ) -> _Gradients:
     """Return new contiguous gradients of the seven tensors, each like its input; [0] for no skip weight."""
     weights = (logits_weight, input_gate_weight, output_gate_weight)
-    return cpu.scan_backward(grad_y, x, proxy, *weights, merge_weight, skip_weight, directions, window)
+    return cpu.scan_backward(grad_y, x, proxy, weights, merge_weight, skip_weight, directions, window)
 
 
 @projected_scan_forward.register_kernel("cuda")
-def _(
-    x: Tensor,
-    proxy: Tensor,
-    logits_weight: Tensor,
-    input_gate_weight: Tensor,
-    output_gate_weight: Tensor,
-    merge_weight: Tensor,
-    skip_weight: Tensor | None,
-    directions: Sequence[int],
-    window: int,
-) -> Tensor:
-    weights = (logits_weight, input_gate_weight, output_gate_weight)
-    return projected_forward(cuda.scan_forward, x, proxy, weights, merge_weight, skip_weight, directions, window)
+def _(x: Tensor, proxy: Tensor, logits: Tensor, input_gate: Tensor, output_gate: Tensor, *others: Any) -> Tensor:
+    return projected_forward(cuda.scan_forward, x, proxy, (logits, input_gate, output_gate), *others)
 
 
 @projected_scan_backward.register_kernel("cuda")
 def _(
-    grad_y: Tensor,
-    x: Tensor,
-    proxy: Tensor,
-    logits_weight: Tensor,
-    input_gate_weight: Tensor,
-    output_gate_weight: Tensor,
-    merge_weight: Tensor,
-    skip_weight: Tensor | None,
-    directions: Sequence[int],
-    window: int,
+    grad_y: Tensor, x: Tensor, proxy: Tensor, logits: Tensor, input_gate: Tensor, output_gate: Tensor, *others: Any
 ) -> _Gradients:
-    weights = (logits_weight, input_gate_weight, output_gate_weight)
-    return projected_backward(
-        cuda.scan_backward, grad_y, x, proxy, weights, merge_weight, skip_weight, directions, window
-    )
+    return projected_backward(cuda.scan_backward, grad_y, x, proxy, (logits, input_gate, output_gate), *others)
 
 
 @projected_scan_forward.register_fake

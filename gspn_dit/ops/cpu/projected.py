@@ -98,16 +98,15 @@ def _run(function: str, call: _Call) -> None:
 def scan_forward(
     x: Tensor,
     proxy: Tensor,
-    logits_weight: Tensor,
-    input_gate_weight: Tensor,
-    output_gate_weight: Tensor,
+    weights: Sequence[Tensor],
     merge_weight: Tensor,
     skip_weight: Tensor | None,
     directions: Sequence[int],
     window: int,
 ) -> Tensor:
-    """Compute the projected scan for checked arguments; direction codes, `window` 0 for global; returns like x."""
-    weights = (logits_weight, input_gate_weight, output_gate_weight)
+    """Compute the projected scan for checked arguments: the weights of the logits and the two gates, direction codes,
+    `window` 0 for global; returns like x.
+    """
     if not fused(x, proxy):
         return projected_forward(binding.scan_forward, x, proxy, weights, merge_weight, skip_weight, directions, window)
     x, proxy, named = _inputs(x, proxy, weights, skip_weight)
@@ -122,16 +121,13 @@ def scan_backward(
     grad_y: Tensor,
     x: Tensor,
     proxy: Tensor,
-    logits_weight: Tensor,
-    input_gate_weight: Tensor,
-    output_gate_weight: Tensor,
+    weights: Sequence[Tensor],
     merge_weight: Tensor,
     skip_weight: Tensor | None,
     directions: Sequence[int],
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the seven tensors in order, each like its input; [0] for a skip weight that is None."""
-    weights = (logits_weight, input_gate_weight, output_gate_weight)
     if not fused(x, proxy):
         return projected_backward(
             binding.scan_backward, grad_y, x, proxy, weights, merge_weight, skip_weight, directions, window
