@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
     from gspn_dit.sample_sets import check_place
 
     state, device = _join(options.device)
-    advice = f"{memory_advice(CHUNK, device)}; what is there is kept, go on with --resume"
+    advice = f"{memory_advice(CHUNK, device)}; what is there is kept, continue with --resume"
     with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
         check_place(options.out, options.resume, options.overwrite)  # again: another job may have been here meanwhile
         _run_alone(options, state, device, lock)
@@ -141,7 +141,7 @@ def _run_alone(options: argparse.Namespace, state: PartialState, device: str | t
             output.finish()
     except OSError as error:
         raise LocalUserError(
-            f"--out {options.out} cannot be written: {error}; what is there is kept, go on with --resume"
+            f"--out {options.out} cannot be written: {error}; what is there is kept, continue with --resume"
         ) from None
     _tell(state, f"{options.num_samples:,} images: {options.out}")
 
@@ -389,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, "what is there is kept; go on with --resume")
+    run_cli(main, "what is there is kept; continue with --resume")

@@ -266,7 +266,7 @@ def check_place(path: str | os.PathLike[str], resume: bool, overwrite: bool) -> 
     if not known and (resume or not is_npz(path)):
         raise UserError(f"--out {path} is not empty and holds no set with a {SETTINGS}; give another --out")
     if not (resume or overwrite):
-        raise UserError(f"--out {path} exists; give --resume to go on with it, --overwrite to replace it, or another")
+        raise UserError(f"--out {path} exists; give --resume to continue it, --overwrite to replace it, or another")
 
 
 def check_same_settings(path: str | os.PathLike[str], stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -89,11 +89,11 @@ def test_a_signal_unwinds_and_says_what_is_left(name: str) -> None:
     code = (
         "import os, signal\nfrom gspn_dit.errors import run_cli\n"
         "def main():\n    try: os.kill(os.getpid(), signal.{0})\n    finally: print('tidied')\n"
-        "run_cli(main, 'go on with --resume')"
+        "run_cli(main, 'continue with --resume')"
     )
     done = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (128 + signal.Signals[name], "tidied\n")
-    assert done.stderr == f"-c: stopped by {name}; go on with --resume\n"
+    assert done.stderr == f"-c: stopped by {name}; continue with --resume\n"
 
 
 def test_a_second_signal_kills() -> None:

@@ -436,7 +436,7 @@ def test_places_that_hold_something_else(run_directory: Path, tmp_path: Path) ->
         )
     assert refusal(run_directory, file).endswith("is a file; give a directory, or a name that ends in .npz")
     assert "is a directory; give a file" in refusal(run_directory, tmp_path / "folder.npz")
-    assert "give --resume to go on with it, --overwrite to replace it" in refusal(run_directory, foreign)
+    assert "give --resume to continue it, --overwrite to replace it" in refusal(run_directory, foreign)
     assert "holds no set" in refusal(run_directory, foreign, "--resume")
     assert contents(folder) == {"000000-1.png": b"kept"}
 
@@ -446,7 +446,7 @@ def test_a_set_is_neither_added_to_nor_replaced_unasked(run_directory: Path, tmp
         make(run_directory, tmp_path / name, count=3)
         before = contents(tmp_path)
         assert refusal(run_directory, tmp_path / name, count=3) == (
-            f"--out {tmp_path / name} exists; give --resume to go on with it, --overwrite to replace it, or another"
+            f"--out {tmp_path / name} exists; give --resume to continue it, --overwrite to replace it, or another"
         )
         assert contents(tmp_path) == before
 
@@ -473,7 +473,8 @@ def test_a_full_disk_is_told_in_one_line_and_costs_nothing_made(
         patch.setattr(kind, "write", write)
         make(run_directory, out)
     assert str(caught.value) == (
-        f"--out {out} cannot be written: [Errno 28] No space left on device; what is there is kept, go on with --resume"
+        f"--out {out} cannot be written: [Errno 28] No space left on device; what is there is kept, "
+        "continue with --resume"
     )
     make(run_directory, out, "--resume")
     make(run_directory, tmp_path / "whole" / out.name)

@@ -91,7 +91,7 @@ def test_a_set_that_another_job_made_between_the_checks_is_seen(
         return join(device)
 
     monkeypatch.setattr(generate, "_join", other_job_comes_and_goes)
-    with pytest.raises(UserError, match="exists; give --resume to go on with it, --overwrite to replace it"):
+    with pytest.raises(UserError, match="exists; give --resume to continue it, --overwrite to replace it"):
         make(run_directory, tmp_path / "set", count=3)
     assert json.loads((tmp_path / "set" / "generation.json").read_text(encoding="utf-8"))["seed"] == 7
 

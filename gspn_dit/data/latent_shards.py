@@ -148,7 +148,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except FileNotFoundError:
         unfinished = (directory / PLAN).exists()
-        remedy = "it is unfinished: go on with --resume" if unfinished else "write them with gspn_dit.prepare.encode"
+        remedy = "it is unfinished: continue with --resume" if unfinished else "write them with gspn_dit.prepare.encode"
         raise UserError(f"{directory} holds no encoded latents (no {MANIFEST}); {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / MANIFEST} cannot be read: {error}") from None

@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--vae", type=path_argument, metavar="NAME_OR_DIR", help="an AutoencoderKL of diffusers")
     parser.add_argument("--image-size", type=int, default=256, help="pixels after ADM's centre crop")
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the latents go")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished encoding")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished encoding")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out, and decode a few images")
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable images")
     parser.add_argument("--shard-images", type=int, default=4096, help="images per shard")
@@ -94,7 +94,7 @@ def _check_out(out: Path, resume: bool) -> None:
     if not (out / MANIFEST).exists() and not (out / PLAN).exists():
         raise UserError(f"--out {out} is not empty and holds no latents; give another directory")
     if not resume:
-        raise UserError(f"--out {out} holds an unfinished encoding; go on with --resume, or give another directory")
+        raise UserError(f"--out {out} holds an unfinished encoding; continue with --resume, or give another directory")
 
 
 # -- what is encoded -------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def write_shard(path: Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise LocalUserError(f"cannot write {path}: {error}; make room and go on with --resume") from None
+        raise LocalUserError(f"cannot write {path}: {error}; make room and continue with --resume") from None
 
 
 def finish(
@@ -243,7 +243,7 @@ def finish(
         write_atomically(out / MANIFEST, to_json(manifest))
         (out / PLAN).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {out / MANIFEST}: {error}; make room and go on with --resume") from None
+        raise UserError(f"cannot write {out / MANIFEST}: {error}; make room and continue with --resume") from None
     return manifest
 
 
@@ -280,7 +280,7 @@ def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock
         parts = gather_object([entries])
     except RuntimeError as error:
         time.sleep(GRACE_SECONDS)
-        raise UserError("another process has ended early and tells why; go on with --resume") from error
+        raise UserError("another process has ended early and tells why; continue with --resume") from error
     if accelerator.is_main_process:
         manifest = finish(out, plan, parts, options.skip_bad)
         counts = [f"{count} of mode {mode}" for mode, count in manifest["converted"].items()]
@@ -404,4 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main, "what is there is kept; go on with --resume")
+    run_cli(main, "what is there is kept; continue with --resume")

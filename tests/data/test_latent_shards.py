@@ -175,7 +175,7 @@ def test_what_holds_no_latents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no encoded latents .*; write them with gspn_dit\.prepare\.encode"):
         open_latents(tmp_path / "empty")
     (tmp_path / "empty" / PLAN).write_text("{}")
-    with pytest.raises(UserError, match="it is unfinished: go on with --resume"):
+    with pytest.raises(UserError, match="it is unfinished: continue with --resume"):
         open_latents(tmp_path / "empty")
     with pytest.raises(UserError, match="has format_version 9, this version reads 1"):
         open_latents(write_latents(tmp_path / "later", format_version=9))

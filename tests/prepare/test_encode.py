@@ -186,7 +186,7 @@ def test_directory_in_use_is_not_overwritten(place: Path) -> None:
         parse_arguments(arguments(place, "whole"))
     (place / "begun").mkdir()
     (place / "begun" / PLAN).write_text("{}")
-    with pytest.raises(UserError, match="holds an unfinished encoding; go on with --resume"):
+    with pytest.raises(UserError, match="holds an unfinished encoding; continue with --resume"):
         parse_arguments(arguments(place, "begun"))
     with pytest.raises(UserError, match="was begun with format_version = None, now it is 1"):
         run(place, "begun", "--resume")
