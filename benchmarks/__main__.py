@@ -35,9 +35,9 @@ COMMANDS: dict[str, list[str]] = {
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
     "memory": ["benchmarks.memory", "--out"],
-    "mixers": ["benchmarks.mixers", "--seconds", "600", "--out"],
+    "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [
-        *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "170", "--out"),
+        *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "300", "--out"),
     ],
     "quality_digits": [*QUALITY, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*QUALITY, "--data", "fashion", "--seconds", "120", "--out"],

@@ -1,11 +1,12 @@
-"""Time and weigh scans against attention: the mixer with its projections, a DiT block, the whole DiT.
+"""Time and weigh scans against attention and its peers: the mixer with its projections, a DiT block, the whole DiT.
 
     python -m benchmarks.mixers --out benchmarks/results/mixers.json
 
 One image of 256 to 16,384 tokens (256² to 2048² pixels at factor 8 and patch 2), float32, forward with the gradients'
 bookkeeping and forward + backward. A cell is timed in turn with its rivals; the longer it takes, the less often. What
 does not fit into --seconds for the whole study, or into memory, by the growth from the size before, is left out and
-listed as skipped. Nothing is timed unless both mixers agree with their formulas first.
+listed as skipped. Nothing is timed unless the mixers agree with their formulas first. The
+scan runs by its fused kernels where the machine has them, and once more with its logits and gates through memory.
 
 For all alike, glibc is told to keep freed memory, as docs/cpu_scan.md advises: or else every step would pay for fresh
 pages again, which says nothing about mixers. The run that weighs a cell also warms it up.
@@ -13,7 +14,6 @@ pages again, which says nothing about mixers. The run that weighs a cell also wa
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import math
@@ -25,25 +25,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.mixer_cases import (
+    DIT_OF,
+    EQUAL,
+    GROUPS,
+    PEER,
+    VARIANTS,
+    WINDOW,
+    build,
+    disagreement,
+    keep_freed_memory,
+    runner,
+)
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 SIDES = (16, 32, 64, 128)
 """Rows and columns of tokens."""
-DIT_OF = {384: ("DiT-S/2", {}), 1152: ("DiT-XL/2", {"depth": 1})}
-"""The model of each width; of the widest only one block, because 28 need more memory than a laptop has."""
-WINDOW, GROUPS = 16, 8
-VARIANTS: dict[str, dict[str, Any]] = {
-    "attention": {"mixer": "attention"},
-    "gspn": {"mixer": "gspn"},
-    "gspn windowed": {"mixer": "gspn", "scan_window": WINDOW},
-    "gspn shared": {"mixer": "gspn", "weight_groups": GROUPS},
-}
-PEER = "diffusers"
-"""`DiTTransformer2DModel` of the same size, among the models."""
-EQUAL = "gspn, equal parameters"
-"""A DiT-S with scans so wide that it has as many parameters as attention's, within 1%."""
-OPTIONS = {**VARIANTS, EQUAL: {"mixer": "gspn", "hidden_size": 392}}
-"""Of `create_model`."""
 WHATS = ("mixer", "model", "block")
 """What the claims rest on comes first, in case time runs out."""
 SECONDS_OF_A_CELL, LONG_SECONDS, LONGEST_SECONDS = 1.2, 8.0, 60.0
@@ -51,7 +48,7 @@ SECONDS_OF_A_CELL, LONG_SECONDS, LONGEST_SECONDS = 1.2, 8.0, 60.0
 the second is timed once, and what would take longer than the third is left out."""
 FEWEST_RUNS = 3
 GROWTH = {"attention": 16.0, PEER: 16.0}
-"""By which the time of a cell is predicted to grow from one size to the next; 5 for scans."""
+"""By which the time of a cell is predicted to grow from one size to the next; 5 for the others."""
 
 
 @dataclass
@@ -88,103 +85,6 @@ def _timing(seconds: Sequence[float], cpu: Sequence[float] | None) -> dict[str, 
     return entry if cpu is None else {**entry, "cpu_ms": round(1e3 * min(cpu), 3)}
 
 
-# -- what is run -----------------------------------------------------------------------------------------------------
-
-
-def build(what: str, channels: int, variant: str, side: int) -> tuple[Any, tuple[Any, ...]]:
-    """Return a module and the inputs of one image of side² tokens."""
-    import torch
-
-    from gspn_dit.models import create_model
-    from gspn_dit.models.dit import DiTBlock
-
-    name, size = DIT_OF[channels]
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    if what == "model":
-        latents = torch.randn(1, 4, 2 * side, 2 * side, generator=generator)
-        arguments = (latents, torch.tensor([500.0]), torch.tensor([3]))
-        if variant == PEER:
-            return _peer(name, size, side), arguments
-        return create_model(name, 1000, 4, 2 * side, 8, **size, **OPTIONS[variant]), arguments
-    one = create_model(name, 1, 4, 2 * side, depth=1, **OPTIONS[variant]).blocks[0]
-    assert isinstance(one, DiTBlock)
-    tokens = torch.randn(1, side, side, channels, generator=generator, requires_grad=True)
-    if what == "mixer":
-        return one.mixer, (tokens,)
-    return one, (tokens, torch.randn(1, channels, generator=generator))
-
-
-def _peer(name: str, size: dict[str, Any], side: int) -> Any:
-    from diffusers import DiTTransformer2DModel
-
-    from gspn_dit.models.presets import DIT_PRESETS, parse_name
-
-    preset = DIT_PRESETS[parse_name(name)[1]]
-    return DiTTransformer2DModel(
-        num_attention_heads=preset.num_heads,
-        attention_head_dim=preset.hidden_size // preset.num_heads,
-        in_channels=4,
-        out_channels=8,
-        num_layers=size.get("depth", preset.depth),
-        sample_size=2 * side,
-    )
-
-
-def runner(module: Any, arguments: tuple[Any, ...]) -> Callable[[], tuple[float, float, float]]:
-    """Return a function that runs forward and backward once: seconds of forward, of both, of all processors."""
-    import torch
-
-    leaves = [*module.parameters(), *(a for a in arguments if a.requires_grad)]
-
-    def run() -> tuple[float, float, float]:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        output = module(*arguments)
-        output = getattr(output, "sample", output)
-        forward = time.perf_counter() - began
-        torch.autograd.grad(output, leaves, output.detach())
-        return forward, time.perf_counter() - began, time.process_time() - cpu_began
-
-    return run
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc not to give freed memory back to the system; return whether there is a glibc that listens."""
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    try:
-        libc = ctypes.CDLL(None)
-        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
-    except (OSError, AttributeError):
-        return False
-
-
-def disagreement() -> str | None:
-    """Compare both mixers with their formulas in float64; return a sentence about the first that is wrong."""
-    import torch
-
-    from gspn_dit.models.mixers import AttentionMixer, AttentionOptions, ScanMixer, ScanOptions
-    from gspn_dit.ops import gspn_scan
-
-    torch.manual_seed(0)
-    tokens = torch.randn(1, 5, 7, 32, dtype=torch.float64)
-    with torch.no_grad():
-        attention = AttentionMixer(32, AttentionOptions(num_heads=2)).double()
-        q, k, v = attention.qkv(tokens).flatten(1, 2).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-        mixed = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).reshape(tokens.shape)
-        if not torch.allclose(attention(tokens), attention.proj(mixed)):
-            return "attention differs from softmax(QKᵀ/√d)V"
-        for groups, window in ((None, None), (None, 4), (4, None)):
-            mixer = ScanMixer(32, ScanOptions(weight_groups=groups, scan_window=window)).double()
-            x, scan = mixer.in_proj(tokens), mixer.scan
-            maps = (scan.to_logits, scan.to_input_gate, scan.to_output_gate)
-            logits, u, v = (layer(scan.to_proxy(x)).unflatten(-1, (4, -1)) for layer in maps)
-            logits = logits.unflatten(-1, (3, -1))
-            y = gspn_scan(x, logits, u, v, scan.merge_weight, window=window, backend="reference")
-            if not torch.allclose(mixer(tokens), mixer.out_proj(y)):
-                return f"the scan with {groups} groups and window {window} differs from the reference"
-    return None
-
-
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -211,10 +111,10 @@ class Study:
                 _say(f"{cell.name}, {cell.tokens} tokens, {variant}: skipped, {cell.skipped}")
                 continue
             # What is loaded once, at the first use of a mixer, is no cell's memory.
-            runner(*build(what, channels, variant, 2))()
+            runner(variant, *build(what, channels, variant, 2))()
             module, arguments = build(what, channels, variant, side)
             cell.parameters = sum(parameter.numel() for parameter in module.parameters())
-            runs[variant] = runner(module, arguments)
+            runs[variant] = runner(variant, module, arguments)
             left[variant] = self._weigh(cell, runs[variant])
         while any(left.values()):
             for variant in [name for name, count in left.items() if count]:
@@ -315,14 +215,16 @@ def targets(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
-    """Draw time of both widths and memory of the narrower one against tokens."""
+    """Draw time and memory of each width that was measured against tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [(width, kind) for width in DIT_OF for kind in ("seconds", "bytes")][:3]
-    figure, axes = plt.subplots(len(rows), len(WHATS), figsize=(13, 11), squeeze=False, layout="constrained")
+    widths = [width for width in DIT_OF if any(cell.name.endswith(f" C={width}") for cell in cells)]
+    rows = [(width, kind) for width in widths for kind in ("seconds", "bytes")]
+    size = (13, 3.7 * len(rows))
+    figure, axes = plt.subplots(len(rows), len(WHATS), figsize=size, squeeze=False, layout="constrained")
     for (width, kind), line in zip(rows, axes, strict=True):
         for what, axis in zip(WHATS, line, strict=True):
             for variant in (*VARIANTS, PEER):

@@ -1,4 +1,4 @@
-"""Time the scan: share of memory bandwidth, ratio to the reference and to attention, scaling with the grid, memory.
+"""Time the scan: share of memory bandwidth, ratio to the reference, to attention and to other mixers, scaling, memory.
 
     python benchmarks/scan.py --device cpu --json benchmarks/results/scan_cpu.json
 
@@ -7,6 +7,9 @@ Every share is the fewest bytes the scan can move (DESIGN, section 2) per second
 processor second (of all threads; set OMP_WAIT_POLICY=passive, so that waiting costs none) is steadier, but lower: two
 threads of `copy_` that never run at once do not compete for memory. Nothing is printed unless the kernels agree with
 the float64 reference first.
+
+`mixers` compares whole mixers, their linear maps and the scan's logits and gates included, timed in turn: the scan by
+its fused kernels and through memory, attention, linear attention, convolution.
 
 Peak extra memory is how far the resident memory of a fresh process rises during one forward and backward above what it
 held with the inputs in place. y and the five gradients are the same tensors for every backend, and at the peak all of

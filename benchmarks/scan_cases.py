@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import mixer_cases
 from benchmarks.measure import CpuDevice, Timing, software
 from gspn_dit.ops import DIRECTIONS, gspn_scan
 
@@ -28,6 +29,10 @@ SECONDS_PER_ROW = 10.0
 SCALING_TOKENS, SCALING_CHANNELS = 512 * 512, 64
 ATTENTION_QUERIES = 2048
 """At more tokens than this, attention is timed for as many queries and multiplied."""
+ATTENTION_TOKENS = 4096
+"""At more tokens than this, no whole mixer with attention is timed."""
+MIXERS = ("gspn", mixer_cases.THROUGH_MEMORY, "attention", "linear", "conv")
+"""Of `mixer_cases.VARIANTS`."""
 
 
 def scan_bytes(shape: Sequence[int], directions: int, groups: int, dtype: torch.dtype, backward: bool) -> int:
@@ -247,6 +252,29 @@ class Benchmark:
             "times_faster": round(factor * times["attention"].best / times["scan"].best, 2),
         }
 
+    def mixers(self, shape: Sequence[int]) -> dict[str, Any]:
+        """Compare whole mixers, forward + backward: the fused scan, the same through memory, attention, its peers."""
+        *_, channels = shape
+        dtype = torch.bfloat16 if self.device.name == "cuda" else torch.float32
+        tokens = torch.randn(shape, device=self.device.name, dtype=dtype, requires_grad=True)
+        left_out = [] if shape[1] * shape[2] <= ATTENTION_TOKENS else ["attention"]
+        if self.device.name == "cuda":
+            left_out.append(mixer_cases.THROUGH_MEMORY)  # is what the scan is there
+        runs: dict[str, Callable[[], object]] = {
+            variant: mixer_cases.runner(variant, mixer_cases.create_mixer(variant, channels).to(tokens), (tokens,))
+            for variant in MIXERS
+            if variant not in left_out
+        }
+        times = self.device.time_together(runs, self.repeats)
+        return {
+            "shape": list(shape),
+            "ms": {variant: timing.as_json() for variant, timing in times.items()},
+            "left_out": left_out,
+            "times_as_fast_as_gspn": {
+                variant: round(times["gspn"].best / timing.best, 3) for variant, timing in times.items()
+            },
+        }
+
     def scaling(self) -> dict[str, Any]:
         """Time per token at a constant number of tokens, from 16×16 to 512×512 (128×128 with --quick)."""
         tokens = SCALING_TOKENS // (16 if self.quick else 1)
@@ -302,6 +330,8 @@ def run(
             report[name].append(measure(shape))
             row = report[name][-1]
             say(f"{list(shape)} {row['times_faster']:.1f} times faster than {name}, memory {row.get('memory_ratio')}")
+    report["mixers"] = [benchmark.mixers(shape) for shape in shapes]
+    say(f"mixers, times as fast as the fused scan: {[row['times_as_fast_as_gspn'] for row in report['mixers']]}")
     report["scaling"] = benchmark.scaling()
     say(f"scaling: {report['scaling']}")
     report["device_after"] = device.describe()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from benchmarks import mixers
+from benchmarks import mixer_cases, mixers
 from benchmarks.mixers import Cell, Study, exponent, targets, times_faster
 from gspn_dit.errors import UserError
-from gspn_dit.models.mixers import ScanMixer
+from gspn_dit.models.mixers import ConvMixer, LinearAttentionMixer, ScanMixer
+from gspn_dit.ops.cpu import projected
 
 
 def cell(tokens: int, variant: str, *seconds: float, name: str = "mixer C=384") -> Cell:
@@ -64,7 +66,7 @@ def test_what_would_end_too_late_is_skipped_and_so_is_what_is_larger() -> None:
 def test_equal_parameters_are_equal() -> None:
     def count(variant: str) -> int:
         with torch.device("meta"):
-            module, _ = mixers.build("model", 384, variant, 16)
+            module, _ = mixer_cases.build("model", 384, variant, 16)
         return sum(parameter.numel() for parameter in module.parameters())
 
     assert count(mixers.EQUAL) == pytest.approx(count("attention"), rel=0.01)
@@ -88,8 +90,46 @@ def test_cells_are_measured_and_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_wrong_mixers_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mixers.disagreement() is None
+    assert mixer_cases.disagreement() is None
     right = ScanMixer.forward
     monkeypatch.setattr(ScanMixer, "forward", lambda self, tokens: 1.001 * right(self, tokens))
     with pytest.raises(UserError, match="a mixer is wrong: the scan with None groups and window None differs"):
         mixers.study([4], [384], 1, 10.0)
+
+
+def test_the_scan_through_memory_runs_no_fused_kernel_forward_or_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    spies: dict[str, list[Mock]] = {}
+    for variant in ("gspn", mixer_cases.THROUGH_MEMORY):
+        run = mixer_cases.runner(variant, *mixer_cases.build("mixer", 384, variant, 2))
+        with monkeypatch.context() as patch:
+            for name in ("projected_forward", "projected_backward"):
+                patch.setattr(projected, name, spy := Mock(side_effect=getattr(projected, name)))
+                spies.setdefault(variant, []).append(spy)
+            run()
+    called = {variant: [spy.call_count for spy in pair] for variant, pair in spies.items()}
+    fused = projected.fused(torch.zeros(1), torch.zeros(1))
+    assert called == {mixer_cases.THROUGH_MEMORY: [1, 1], "gspn": [0, 0] if fused else [1, 1]}
+
+
+def test_every_variant_is_its_mixer_with_heads_of_64_channels() -> None:
+    assert {variant: type(mixer_cases.create_mixer(variant, 128)) for variant in ("linear", "conv")} == {
+        "linear": LinearAttentionMixer,
+        "conv": ConvMixer,
+    }
+    assert mixer_cases.create_mixer("attention", 128).num_heads == 2
+    assert mixer_cases.create_mixer("gspn shared", 128).scan.to_logits.out_features == 4 * 3 * mixer_cases.GROUPS
+
+
+def test_wrong_linear_attention_gives_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LinearAttentionMixer.forward
+    monkeypatch.setattr(LinearAttentionMixer, "forward", lambda self, tokens: 1.001 * right(self, tokens))
+    assert mixer_cases.disagreement() == "linear attention differs from φ(Q)φ(K)ᵀV over its sums"
+
+
+def test_a_wrong_path_through_memory_gives_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = projected.projected_forward
+    monkeypatch.setattr(projected, "projected_forward", lambda *given: 1.001 * right(*given))
+    if not projected.fused(torch.zeros(1), torch.zeros(1)):
+        pytest.skip("the fused kernels do not run here: both ways are the one through memory")
+    problem = "the scan through memory with None groups and window None differs from the reference"
+    assert mixer_cases.disagreement() == problem

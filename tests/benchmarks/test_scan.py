@@ -40,6 +40,16 @@ def test_report_of_a_tiny_shape() -> None:
     assert [reads[name]["run_bytes"] for name in ("logits", "gate")] == [3 * 16 * 4, 16 * 4]
     assert reads["logits"]["in_runs_over_in_order"] > 0
     assert benchmark.attention((1, 4, 4, 64))["attention_is_extrapolated_from_queries"] is None
+    mixers = benchmark.mixers((1, 4, 4, 64))
+    assert list(mixers["ms"]) == list(scan_cases.MIXERS)
+    assert mixers["times_as_fast_as_gspn"]["gspn"] == 1.0
+
+
+def test_no_whole_attention_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_cases, "ATTENTION_TOKENS", 15)
+    row = scan_cases.Benchmark(CpuDevice(), repeats=1, quick=True).mixers((1, 4, 4, 64))
+    assert row["left_out"] == ["attention"]
+    assert set(row["ms"]) == {*scan_cases.MIXERS} - {"attention"}
 
 
 def test_rounds_end_with_the_time() -> None:
