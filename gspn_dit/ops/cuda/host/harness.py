@@ -95,34 +95,56 @@ def link(objects: Sequence[Path], flags: Sequence[str], name: str) -> Path:
 @functools.cache
 def module(variant: Variant, sources: Path = SOURCES) -> ctypes.CDLL:
     """The kernels of one variant as a shared library."""
-    flags = ["-O1", "-ffp-contract=off"]
-    runtime = compile_object(HERE / "runtime.cpp", ["-O2"], _texts(SOURCES))
-    library = ctypes.CDLL(str(link([kernel_object(variant, flags, sources), runtime], ["-shared"], "library")))
-    library.host_cuda_launch.argtypes = (
-        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_size_t, ctypes.c_char_p),
-    )
-    library.host_cuda_sectors.restype = ctypes.c_uint64
+    library = load([kernel_object(variant, ["-O1", "-ffp-contract=off"], sources)])
     library.host_cuda_problem_bytes.restype = ctypes.c_size_t
     assert library.host_cuda_problem_bytes() == run.PROBLEM_BYTES, "FIELDS and gspn::Problem differ"
     return library
 
 
-class Host:
-    """Runs launches one after the other and counts the sectors that each kernel moves."""
+def runtime_objects(flags: Sequence[str], turns: str = "fibres.cpp") -> list[Path]:
+    """Compile the runtime; `turns` is how CUDA threads run: fibres.cpp, or threads.cpp for ThreadSanitizer."""
+    return [compile_object(HERE / name, flags, _texts(SOURCES)) for name in ("runtime.cpp", turns)]
 
-    def __init__(self, sources: Path = SOURCES) -> None:
-        self.sources = sources
+
+def load(objects: Sequence[Path]) -> ctypes.CDLL:
+    """Link kernels with the runtime and load them."""
+    library = ctypes.CDLL(str(link([*objects, *runtime_objects(["-O2"])], ["-shared"], "library")))
+    library.host_cuda_launch.argtypes = (
+        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_size_t, ctypes.c_char_p),
+    )
+    library.host_cuda_message.restype = ctypes.c_char_p
+    library.host_cuda_sectors.restype = ctypes.c_uint64
+    library.host_cuda_schedule.argtypes = (ctypes.c_uint64,)
+    return library
+
+
+class Host:
+    """Runs launches one after the other and counts the sectors that each kernel moves.
+
+    A launch that fails raises RuntimeError: threads that wait for each other for ever, an address that is misaligned.
+    """
+
+    def __init__(self, sources: Path = SOURCES, schedule: int = 0) -> None:
+        """Threads take turns by number with `schedule` 0, else in an order drawn from it."""
+        self.sources, self.schedule = sources, schedule
         self.sectors: dict[str, int] = {}
         self.launches: list[Launch] = []
 
+    def library(self, variant: Variant) -> ctypes.CDLL:
+        """The kernels of a variant, compiled."""
+        return module(variant, self.sources)
+
     def __call__(self, launch: Launch, problem: bytes, tensors: Mapping[str, Tensor]) -> None:
         """Run one launch."""
-        library = module(launch.variant, self.sources)
+        library = self.library(launch.variant)
         grid, block = ((ctypes.c_uint * 3)(*size) for size in (launch.grid, launch.block))
         library.host_cuda_sectors(1)
-        found = library.host_cuda_launch(launch.kernel.encode(), grid, block, launch.shared_bytes, problem)
-        assert found == 0, f"no kernel {launch.kernel}"
+        library.host_cuda_schedule(self.schedule)
+        status = library.host_cuda_launch(launch.kernel.encode(), grid, block, launch.shared_bytes, problem)
+        assert status != 1, f"no kernel {launch.kernel}"
+        if status == 2:
+            raise RuntimeError(f"{launch.kernel}: {library.host_cuda_message().decode()}")
         self.launches.append(launch)
         self.sectors[launch.kernel] = self.sectors.get(launch.kernel, 0) + library.host_cuda_sectors(1)
 
@@ -201,7 +223,8 @@ def sanitized_program(variant: Variant, sanitizer: str, sources: Path = SOURCES)
     objects = [
         kernel_object(variant, [*flags, "-DLAUNCH=launch_main", "-Dgspn=gspn_main"], sources),
         kernel_object(finish, [*flags, "-DLAUNCH=launch_finish", "-Dgspn=gspn_finish"], sources),
-        *(compile_object(HERE / name, flags, _texts(SOURCES)) for name in ("runtime.cpp", "job.cpp")),
+        *runtime_objects(flags, "threads.cpp" if sanitizer == "thread" else "fibres.cpp"),
+        compile_object(HERE / "job.cpp", flags, _texts(SOURCES)),
     ]
     return link(objects, SANITIZERS[sanitizer], "program")
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
@@ -17,23 +18,48 @@ namespace host_cuda {
 struct Context {
     dim3 thread, block;
     unsigned linear = 0;              // in its block
-    unsigned char* shared = nullptr;  // its block's dynamic shared memory
+    unsigned rank = 0;                // of its block in the cluster
+    unsigned char* shared = nullptr;  // its block's shared memory
     unsigned request = 0;  // accesses to global memory so far: the same number is the same request of the warp
+    int line = 0;          // of the PTX, where it last waited
 };
 
 extern thread_local Context* current;
 extern dim3 block_size, grid_size;
 
-void barrier();
-void cluster_barrier();
-void count_arrival(uint64_t* arrivals, bool is_arrival, int bytes);
-void await(uint64_t* arrivals, unsigned phase);
-void* in_block(void* pointer, int rank);
+// End the launch: host_cuda_launch then returns 2, and host_cuda_message what is said here.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+constexpr unsigned ALL_LANES = 0xffffffff;
+
+void barrier(unsigned name = 0, unsigned threads = 0);         // of all threads of the block, or of so many
+void arrive_at_barrier(unsigned name, unsigned threads);       // and go on
+void cluster_arrive();
+void cluster_wait();
+void later(std::function<void()> copy);  // which arrives when the schedule says
+void step_aside();  // let other threads run: what is polled may come from them
+// Every lane of the mask gives so many bytes and gets a pointer to those of all lanes, 32 bytes apart.
+constexpr unsigned MOST_EXCHANGED = 32;
+const unsigned char* exchange(const void* mine, unsigned bytes, unsigned mask = ALL_LANES);
 uint64_t shuffle(uint64_t value, unsigned source_lane);
+
+// An mbarrier, in the 64 bits that hold it.
+void start_arrivals(uint64_t* arrivals, unsigned count);
+void arrive(uint64_t* arrivals, unsigned count, int expected_bytes);
+void complete(uint64_t* arrivals, int bytes);
+void await(uint64_t* arrivals, unsigned phase);
+bool is_complete(const uint64_t* arrivals, unsigned phase);
+unsigned phase_of(const uint64_t* arrivals);
+
+unsigned blocks_of_cluster();
+void* in_block(void* pointer, int rank);  // the same place in another block of the cluster
 void trace(const void* address, size_t bytes, bool active);
-void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*kernel)(const void*),
+bool run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*kernel)(const void*),
          const void* argument);
 extern "C" uint64_t host_cuda_sectors(int restart);
+extern "C" const char* host_cuda_message();
+// The order in which threads take turns and asynchronous copies arrive: 0 by number and at once, else drawn from a seed.
+extern "C" void host_cuda_schedule(uint64_t seed);
 
 template <typename T>
 T shuffle_down(T value, unsigned offset) {
@@ -75,9 +101,12 @@ inline void __syncthreads() { host_cuda::barrier(); }
 
 // What cluster.cuh says of clusters.
 using Arrivals = uint64_t;
-inline void cluster_barrier() { host_cuda::cluster_barrier(); }
-inline void start_arrivals(Arrivals* arrivals) { *arrivals = 0; }
-inline void expect(Arrivals* arrivals, unsigned bytes) { host_cuda::count_arrival(arrivals, true, int(bytes)); }
+inline void cluster_barrier() {
+    host_cuda::cluster_arrive();
+    host_cuda::cluster_wait();
+}
+inline void start_arrivals(Arrivals* arrivals) { host_cuda::start_arrivals(arrivals, 1); }
+inline void expect(Arrivals* arrivals, unsigned bytes) { host_cuda::arrive(arrivals, 1, int(bytes)); }
 inline void await(Arrivals* arrivals, unsigned phase) { host_cuda::await(arrivals, phase); }
 template <typename Item>
 Item* in_block(Item* pointer, int rank) {
@@ -86,7 +115,7 @@ Item* in_block(Item* pointer, int rank) {
 template <typename Item>
 void send(Item* place, const Item& value, Arrivals* arrivals, int rank) {
     *in_block(place, rank) = value;
-    host_cuda::count_arrival(in_block(arrivals, rank), false, -int(sizeof(Item)));
+    host_cuda::complete(in_block(arrivals, rank), sizeof(Item));
 }
 
 template <typename T>

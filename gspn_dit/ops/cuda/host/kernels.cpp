@@ -25,8 +25,7 @@ extern "C" int LAUNCH(const char* name, const unsigned* grid, const unsigned* bl
     const dim3 blocks{grid[0], grid[1], grid[2]}, threads{block[0], block[1], block[2]};
 #define KERNEL(function) \
     if (std::strcmp(name, #function) == 0) { \
-        host_cuda::run(blocks, threads, GSPN_CLUSTER, shared_bytes, call<function>, problem); \
-        return 0; \
+        return host_cuda::run(blocks, threads, GSPN_CLUSTER, shared_bytes, call<function>, problem) ? 0 : 2; \
     }
     KERNELS
 #undef KERNEL
