@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gspn_dit.data.images import ImageSet
-    from gspn_dit.data.latents import KLLatent
+    from gspn_dit.data.latents import AutoencoderLatent
 
 PSNR_TARGET = 24.0
 SAMPLES_PER_CLASS = 4
 BATCH = 256
 
 
-def reconstruct(images: ImageSet, latent: KLLatent, rows: np.ndarray) -> np.ndarray:
+def reconstruct(images: ImageSet, latent: AutoencoderLatent, rows: np.ndarray) -> np.ndarray:
     """Return images decoded from the means of their posteriors, kept in float16 as encoding keeps them."""
     import numpy as np
 
@@ -36,7 +36,7 @@ def reconstruct(images: ImageSet, latent: KLLatent, rows: np.ndarray) -> np.ndar
     return np.concatenate(parts)
 
 
-def spread_of_latents(directory: str, latent: KLLatent) -> dict[str, float]:
+def spread_of_latents(directory: str, latent: AutoencoderLatent) -> dict[str, float]:
     """Return mean and standard deviation of draws from stored latents, which scale and shift should make 0 and 1."""
     import numpy as np
     import torch
@@ -67,7 +67,7 @@ def measure(
     from gspn_dit.prepare.train_vae import REPORT, psnr
 
     manifest = read_manifest(Path(latents))
-    latent: KLLatent = latent_from_spec(manifest["latent"], vae)  # type: ignore[assignment]
+    latent: AutoencoderLatent = latent_from_spec(manifest["latent"], vae)  # type: ignore[assignment]
     images = load_images("hf", data, "validation")
     decoded = reconstruct(images, latent, np.arange(len(images)))
     originals = images.pixels()

@@ -146,10 +146,11 @@ class DataConfig(Section):
 class LatentConfig(Section):
     """What the model generates: pixels, or the latents of an autoencoder."""
 
-    name: Literal["identity", "kl"] = "identity"
-    """kl: latents of `vae`. With data.name latents it is always kl, and the autoencoder the one that encoded them."""
+    name: Literal["identity", "kl", "dc", "rae", "flux2"] = "identity"
+    """identity: pixels; else the kind of `vae`: an AutoencoderKL, AutoencoderDC, AutoencoderRAE or AutoencoderKLFlux2.
+    With data.name latents it is that of the autoencoder that encoded them."""
     vae: str | None = None
-    """Directory or hub name of an AutoencoderKL; with data.name latents where it lies now, if it was moved."""
+    """Directory or hub name of an autoencoder; with data.name latents where it lies now, if it was moved."""
 
 
 @dataclass(frozen=True)
@@ -392,13 +393,14 @@ class Config(Section):
         super().__post_init__()
         _require(bool(self.output_dir), "output_dir is empty, but must name a directory")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
+        pixels, encoded = self.latent.name == "identity", self.data.name == "latents"
         _require(
-            self.latent.name != "kl" or self.data.name == "latents" or bool(self.latent.vae),
-            "latent.name is kl, but latent.vae names no autoencoder",
+            pixels or encoded or bool(self.latent.vae),
+            f"latent.name is {self.latent.name}, but latent.vae names no autoencoder",
         )
         _require(
-            self.latent.vae is None or self.latent.name == "kl" or self.data.name == "latents",
-            f"latent.vae is {self.latent.vae}, but latent.name is {self.latent.name}; set latent.name kl",
+            self.latent.vae is None or not pixels or encoded,
+            f"latent.vae is {self.latent.vae}, but latent.name is identity; set latent.name kl",
         )
 
     def to_dict(self) -> dict[str, Any]:

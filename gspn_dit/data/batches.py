@@ -13,7 +13,7 @@ from torch import Tensor
 from gspn_dit import rng
 from gspn_dit.data.images import ImageSet
 from gspn_dit.data.latent_shards import LatentSet
-from gspn_dit.data.latents import KLLatent, Latent
+from gspn_dit.data.latents import AutoencoderLatent, Latent
 
 CACHE_BYTES = 1 << 30
 """Sets whose decoded pixels fit are decoded once and kept."""
@@ -61,7 +61,7 @@ class LatentBatches:
     """Batches of encoded images: `Batches` without the encoder; flips and posterior draws are the same functions."""
 
     images: LatentSet
-    latent: KLLatent
+    latent: AutoencoderLatent
     seed: int
     horizontal_flip: bool = False
 

@@ -15,7 +15,7 @@ from gspn_dit.config import Config
 from gspn_dit.data.batches import Batches, LatentBatches
 from gspn_dit.data.images import ImageSet, evenly_spaced, load_splits
 from gspn_dit.data.latent_shards import LatentSet
-from gspn_dit.data.latents import KLLatent, Latent, create_latent, latent_from_spec
+from gspn_dit.data.latents import AutoencoderLatent, Latent, create_latent, latent_from_spec
 from gspn_dit.data.sources import SOURCES, find_source
 from gspn_dit.errors import LocalUserError, UserError
 
@@ -99,7 +99,7 @@ def _build_latents(config: Config, open_latents: Callable[[str | None, str, floa
     data = config.data
     training = open_latents(data.path, "train", data.validation_fraction)
     latent = latent_from_spec(training.manifest["latent"], config.latent.vae)
-    assert isinstance(latent, KLLatent)
+    assert isinstance(latent, AutoencoderLatent)
     if data.image_size not in (None, latent.image_size):
         raise UserError(
             f"data.image_size is {data.image_size}, but {data.path} was encoded from {latent.image_size} pixels"

@@ -3,7 +3,8 @@
     manifest.json             source, autoencoder, transform, class names; images, bytes and SHA-256 of each shard
     shard-00000.safetensors   moments float16 [n, 2, 2·C, h, w], labels int64 [n], indices int64 [n]
 
-The moments of an image are mean and log-variance of its posterior, as it is and mirrored. A shard is written beside its
+The moments of an image are mean and log-variance of its posterior, as it is and mirrored; of an autoencoder without
+a posterior the latent alone, C channels. A shard is written beside its
 place, fsynced and renamed: it is complete or absent.
 """
 

@@ -6,18 +6,16 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gspn_dit.config import LatentConfig
-from gspn_dit.data.vae import load_vae, scale_and_shift, vae_factor, vae_hash
+from gspn_dit.data.autoencoders import AUTOENCODERS, PER_CHANNEL, adapt, kind_of
+from gspn_dit.data.vae import load_vae, vae_hash
 from gspn_dit.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 SAVED_VAE = "vae"
 """Folder of an autoencoder beside the weights that go with it."""
@@ -89,53 +87,71 @@ class IdentityLatent(Latent):
         return {"name": "identity", "image_size": self.size, "image_channels": self.channels}
 
 
-class KLLatent(Latent):
-    """Latents of an AutoencoderKL, (z - shift) · scale with z drawn from the posterior of an image.
+class AutoencoderLatent(Latent):
+    """Latents of an autoencoder of diffusers, (z - shift) · scale, z drawn from the posterior where there is one.
 
     Args:
-        vae: the autoencoder, frozen.
+        vae: the autoencoder, frozen, of a class in `gspn_dit.data.autoencoders`.
         image_size: height and width of the images in pixels.
         place: directory or hub name it was loaded from.
-        scale, shift: those of a checkpoint or of encoded latents; None: of the autoencoder's config.
+        scale, shift: those of a checkpoint or of encoded latents; None: the autoencoder's own.
 
     Raises:
-        UserError: the autoencoder's factor does not divide the image.
+        UserError: the autoencoder does not take images of that size.
     """
-
-    has_posterior = True
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Any,
         image_size: int,
         place: str,
-        scale: float | list[float] | None = None,
-        shift: float | list[float] | None = None,
+        scale: PER_CHANNEL | None = None,
+        shift: PER_CHANNEL | None = None,
     ) -> None:
-        factor = vae_factor(vae)
-        if image_size % factor:
+        self.autoencoder = adapter = adapt(vae)
+        if adapter.image_size not in (None, image_size):
+            raise UserError(f"the VAE {place} takes images of {adapter.image_size} pixels, not of {image_size}")
+        if image_size % adapter.factor:
             raise UserError(
-                f"images of {image_size} pixels are not divisible by the factor {factor} of the VAE {place}"
+                f"images of {image_size} pixels are not divisible by the factor {adapter.factor} of the VAE {place}"
             )
-        self.factor = factor
-        self.vae, self.place, self.hash = vae, place, vae_hash(vae)
-        self.image_size, self.size, self.channels = image_size, image_size // factor, vae.config["latent_channels"]
-        self.image_channels = vae.config["in_channels"]
-        own_scale, own_shift = scale_and_shift(vae)
-        self.scale, self.shift = own_scale if scale is None else scale, own_shift if shift is None else shift
+        self.place, self.hash = place, vae_hash(vae)
+        self.factor, self.channels, self.image_channels = adapter.factor, adapter.channels, adapter.image_channels
+        self.image_size, self.size = image_size, image_size // adapter.factor
+        self.has_posterior = adapter.has_posterior
+        self.scale = adapter.scale if scale is None else scale
+        self.shift = adapter.shift if shift is None else shift
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder itself, a model of diffusers."""
+        return self.autoencoder.module
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels of `moments`: mean and log-variance, or the latent alone."""
+        return self.channels * (2 if self.has_posterior else 1)
 
     @torch.no_grad()
     def moments(self, images: np.ndarray, batch_size: int = VAE_BATCH) -> Tensor:
-        """Return mean and log-variance of the posteriors of uint8 images, float32 [B, 2 · channels, size, size]."""
+        """Return what encoding uint8 images gives, before it is drawn from and normalised, float32.
+
+        Mean and log-variance of the posteriors [B, 2 · channels, size, size], or the latents [B, channels, size, size].
+        """
         pixels = to_signed(images).to(self.vae.device, self.vae.dtype)
-        parts = [self.vae.encode(part).latent_dist for part in pixels.split(batch_size)]
-        return torch.cat([torch.cat([part.mean, part.logvar], dim=1) for part in parts]).float().cpu()
+        parts = [self.autoencoder.encode(part) for part in pixels.split(batch_size)]
+        return torch.cat([torch.cat([p for p in part if p is not None], dim=1) for part in parts]).float().cpu()
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return the latents that noise draws from moments [B, 2 · channels, size, size]; None: the means. float32."""
-        mean, log_variance = moments.float().chunk(2, dim=1)
-        drawn = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+        """Return the latents that noise draws from `moments`; None: the means. float32 [B, channels, size, size]."""
+        drawn, *log_variance = moments.float().split(self.channels, dim=1)
+        if noise is not None and log_variance:
+            drawn = drawn + torch.exp(0.5 * log_variance[0]) * noise
         return (drawn - _per_channel(self.shift, drawn)) * _per_channel(self.scale, drawn)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Return what the autoencoder itself calls a latent, float32 [B, channels, size, size]: z / scale + shift."""
+        return latents.float() / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
 
     def encode(self, images: np.ndarray, noise: Tensor | None = None) -> Tensor:
         return self.draw(self.moments(images), noise)
@@ -145,13 +161,12 @@ class KLLatent(Latent):
         self.to(latents.device)
         if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
             self.vae.float()  # its activations overflow in float16
-        drawn = latents.float() / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
-        parts = drawn.to(self.vae.dtype).split(VAE_BATCH)
-        return np.concatenate([to_uint8(self.vae.decode(part).sample.float()) for part in parts])
+        parts = self.denormalise(latents).to(self.vae.dtype).split(VAE_BATCH)
+        return np.concatenate([to_uint8(self.autoencoder.decode(part).float()) for part in parts])
 
     def spec(self) -> dict[str, Any]:
         return {
-            "name": "kl",
+            "name": kind_of(self.autoencoder.class_name),
             "vae": self.place,
             "vae_hash": self.hash,
             "scale": self.scale,
@@ -167,15 +182,15 @@ class KLLatent(Latent):
 
     def with_vae(self, vae: Any) -> Latent:
         other = copy.copy(self)
-        other.vae, other.hash = vae, vae_hash(vae)
+        other.autoencoder, other.hash = adapt(vae), vae_hash(vae)
         return other
 
-    def to(self, device: torch.device | str) -> KLLatent:
-        self.vae.to(device)  # type: ignore[arg-type]
+    def to(self, device: torch.device | str) -> AutoencoderLatent:
+        self.vae.to(device)
         return self
 
 
-def _per_channel(value: float | list[float], like: Tensor) -> Tensor:
+def _per_channel(value: PER_CHANNEL, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device).reshape(-1, 1, 1)
 
 
@@ -202,7 +217,13 @@ def create_latent(config: LatentConfig, image_size: int, image_channels: int) ->
     if config.name == "identity":
         return IdentityLatent(image_size, image_channels)
     assert config.vae is not None
-    return KLLatent(load_vae(config.vae), image_size, where(config.vae))
+    latent = AutoencoderLatent(load_vae(config.vae), image_size, where(config.vae))
+    if latent.spec()["name"] != config.name:
+        class_name = latent.autoencoder.class_name
+        raise UserError(
+            f"latent.name is {config.name}, but {config.vae} is an {class_name}; set latent.name {kind_of(class_name)}"
+        )
+    return latent
 
 
 def where(place: str) -> str:
@@ -226,7 +247,7 @@ def latent_from_spec(spec: Mapping[str, Any], vae: str | None = None, directory:
         if vae is not None:
             raise UserError(f"the checkpoint generates pixels and takes no VAE (given: {vae})")
         return IdentityLatent(int(spec["image_size"]), int(spec["image_channels"]))
-    if name != "kl":
+    if name not in AUTOENCODERS:
         raise UserError(f"the checkpoint's latent '{name}' is not known to this version")
     place = vae or spec["vae"]
     if vae is None and place == SAVED_VAE and directory is not None:
@@ -237,7 +258,7 @@ def latent_from_spec(spec: Mapping[str, Any], vae: str | None = None, directory:
         if vae is not None:
             raise
         raise UserError(f"{error} (recorded with the latents; say where it lies now: --vae or latent.vae)") from None
-    latent = KLLatent(loaded, int(spec["image_size"]), where(place), spec.get("scale"), spec.get("shift"))
+    latent = AutoencoderLatent(loaded, int(spec["image_size"]), where(place), spec.get("scale"), spec.get("shift"))
     refuse_other_vae(spec, latent.spec())  # of converted weights the spec may know less
     return latent
 
@@ -250,7 +271,7 @@ def refuse_other_vae(expected: Mapping[str, Any], given: Mapping[str, Any]) -> N
 
 def _describe(spec: Mapping[str, Any]) -> str:
     size = f"images of {spec.get('image_size')} pixels"
-    if spec.get("name") != "kl":
+    if spec.get("name") not in AUTOENCODERS:
         return f"latent '{spec.get('name')}', {size}"
     known = {"hash": str(spec.get("vae_hash"))[:12], "scale": spec.get("scale"), "shift": spec.get("shift")}
     return f"the VAE {spec['vae']} ({', '.join(f'{key} {value}' for key, value in known.items())}), {size}"

@@ -1,4 +1,4 @@
-"""Autoencoders: diffusers' `AutoencoderKL`, found by directory or hub name, told apart by the hash of their weights."""
+"""diffusers' autoencoders: found by directory or hub name, told apart by the hash of their weights."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gspn_dit.data.autoencoders import AUTOENCODERS, adapt, kind_of
 from gspn_dit.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 TILE_PIXELS = 512
 """Larger images are decoded in overlapping tiles of this size, so that memory does not grow with the image."""
 _NOT_OF_THE_NETWORK = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast")
 
 
-def load_vae(name: str | os.PathLike[str]) -> AutoencoderKL:
-    """Load an AutoencoderKL in float32, frozen, on the CPU; nothing is unpickled.
+def load_vae(name: str | os.PathLike[str]) -> Any:
+    """Load an autoencoder in float32, frozen, on the CPU; nothing is unpickled.
 
     Args:
         name: a directory that `save_pretrained` wrote (or a pipeline's, with the autoencoder in `vae/`), or a name on
-            the Hugging Face hub.
+            the Hugging Face hub, of one of the classes of `gspn_dit.data.autoencoders`.
 
     Raises:
-        UserError: there is none, it is damaged, or it is no AutoencoderKL with safetensors.
+        UserError: there is none, it is damaged, or of another class or without safetensors.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.utils import logging
 
     place = Path(name)
@@ -39,36 +36,45 @@ def load_vae(name: str | os.PathLike[str]) -> AutoencoderKL:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the one line below says what matters
     try:
-        vae, loading = AutoencoderKL.from_pretrained(
-            str(place if place.exists() else name),
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-        if loading["missing_keys"]:
-            raise ValueError(f"it has no weights '{sorted(loading['missing_keys'])[0]}'")
-    except Exception as error:  # whatever the files lead diffusers to
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{name} cannot be loaded as an AutoencoderKL with safetensors: {reason}") from None
+        vae = _load(str(place if place.exists() else name), str(name))
     finally:
         logging.set_verbosity(verbosity)
-    if vae.config.in_channels not in (1, 3) or vae.config.in_channels != vae.config.out_channels:
-        raise UserError(
-            f"the VAE {name} maps {vae.config.in_channels} channels to {vae.config.out_channels}; needed are 1 or 3"
-        )
-    factor = vae_factor(vae)
-    vae.tile_sample_min_size = max(TILE_PIXELS, factor)
-    vae.tile_latent_min_size = vae.tile_sample_min_size // factor
-    vae.enable_tiling()
+    try:
+        adapter = adapt(vae)
+    except UserError as error:
+        raise UserError(f"the VAE {name} does not fit: {error}") from None
+    if hasattr(vae, "enable_tiling") and adapter.image_size is None:
+        _decode_in_tiles(vae, adapter.factor)
     return vae.float().eval().requires_grad_(False)
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
-    """Return how many pixels lie behind the side of a latent's cell."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+def _load(place: str, name: str) -> Any:
+    import diffusers
+
+    class_name = "AutoencoderKL"
+    try:
+        class_name = diffusers.AutoencoderKL.load_config(place).get("_class_name", class_name)
+        vae, loading = getattr(diffusers, AUTOENCODERS[kind_of(class_name)].class_name).from_pretrained(
+            place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        if loading["missing_keys"]:
+            raise ValueError(f"it has no weights '{sorted(loading['missing_keys'])[0]}'")
+    except UserError as error:
+        raise UserError(f"the VAE {name} does not fit: {error}") from None
+    except Exception as error:  # whatever the files lead diffusers to
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{name} cannot be loaded as an {class_name} with safetensors: {reason}") from None
+    return vae
 
 
-def vae_hash(vae: AutoencoderKL) -> str:
+def _decode_in_tiles(vae: Any, factor: int) -> None:
+    size = max(TILE_PIXELS, factor)
+    if hasattr(vae, "tile_latent_min_size"):
+        vae.tile_sample_min_size, vae.tile_latent_min_size = size, size // factor
+    vae.enable_tiling()  # other classes have tiles of 512 pixels by default
+
+
+def vae_hash(vae: Any) -> str:
     """Return the SHA-256 of the network: its architecture and its float32 weights by name, whatever file holds them."""
     digest = hashlib.sha256(json.dumps(_architecture(vae), sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -78,15 +84,6 @@ def vae_hash(vae: AutoencoderKL) -> str:
     return digest.hexdigest()
 
 
-def _architecture(vae: AutoencoderKL) -> dict[str, Any]:
+def _architecture(vae: Any) -> dict[str, Any]:
     config = json.loads(vae.to_json_string()) if hasattr(vae, "to_json_string") else dict(vae.config)
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_NETWORK}
-
-
-def scale_and_shift(vae: AutoencoderKL) -> tuple[float | list[float], float | list[float]]:
-    """Return what makes latents of unit variance, (latent - shift) · scale: numbers, or one per channel."""
-    config = vae.config
-    scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        return float(scale), float(config.get("shift_factor") or 0.0)
-    return [float(scale) / float(value) for value in std], [float(value) for value in mean]

@@ -41,7 +41,7 @@ from gspn_dit.paths import path_argument, source_argument
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gspn_dit.data.latents import KLLatent
+    from gspn_dit.data.latents import AutoencoderLatent
     from gspn_dit.prepare.encoder import Encoder
 
 FINGERPRINT_IMAGES = 64
@@ -121,7 +121,7 @@ def source_fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def make_plan(options: argparse.Namespace, images: ImageSet, latent: KLLatent) -> dict[str, Any]:
+def make_plan(options: argparse.Namespace, images: ImageSet, latent: AutoencoderLatent) -> dict[str, Any]:
     """Return everything that the shards are a function of, as plain JSON values."""
     from gspn_dit.data.latents import where
 
@@ -260,12 +260,12 @@ def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock
     import torch
     from accelerate.utils import gather_object
 
-    from gspn_dit.data.latents import KLLatent, where
+    from gspn_dit.data.latents import AutoencoderLatent, where
     from gspn_dit.data.vae import load_vae
     from gspn_dit.prepare.encoder import Encoder
 
     out = Path(options.out)
-    latent = KLLatent(load_vae(options.vae), options.image_size, where(options.vae))
+    latent = AutoencoderLatent(load_vae(options.vae), options.image_size, where(options.vae))
     images = open_images(options.source, options.split, options.image_size, latent.image_channels)
     lock.keep_directory()
     plan = begin(options, make_plan(options, images, latent), accelerator)
@@ -374,13 +374,13 @@ def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | No
     import torch
 
     from gspn_dit.data.latent_shards import open_latents
-    from gspn_dit.data.latents import KLLatent, latent_from_spec
+    from gspn_dit.data.latents import AutoencoderLatent, latent_from_spec
     from gspn_dit.grid import save_png, to_pil
     from gspn_dit.prepare.train_vae import psnr
 
     latents = open_latents(out, validation_fraction=0)
     latent = latent_from_spec(manifest["latent"], vae)
-    assert isinstance(latent, KLLatent)
+    assert isinstance(latent, AutoencoderLatent)
     images = open_images(source, manifest["source"]["split"], latent.image_size, latent.image_channels)
     if source_fingerprint(images) != manifest["source"]["fingerprint"]:
         raise UserError(f"--source {source} does not hold the images that {out} was encoded from")

@@ -15,7 +15,7 @@ import torch
 
 from gspn_dit.data.images import ImageSet, decode_cell
 from gspn_dit.data.latent_shards import shard_bytes
-from gspn_dit.data.latents import KLLatent
+from gspn_dit.data.latents import AutoencoderLatent
 from gspn_dit.errors import LocalUserError, UserError
 
 
@@ -25,7 +25,7 @@ class Encoder:
     On a CPU a batch is computed by one thread, and several at once: how many threads share a sum decides its rounding.
     """
 
-    def __init__(self, images: ImageSet, latent: KLLatent, options: argparse.Namespace) -> None:
+    def __init__(self, images: ImageSet, latent: AutoencoderLatent, options: argparse.Namespace) -> None:
         self.images, self.latent, self.options = images, latent, options
         self.skipped = 0
         """Images that this process has left out."""
@@ -69,7 +69,7 @@ class Encoder:
                         moments[-1 - self.batches_at_once].result()
             if batch:
                 moments.append(computing.submit(self._moments, np.stack(batch)))
-        shape = (0, 2, 2 * self.latent.channels, self.latent.size, self.latent.size)
+        shape = (0, 2, self.latent.moment_channels, self.latent.size, self.latent.size)
         return shard_bytes(
             np.concatenate([part.result() for part in moments]) if moments else np.empty(shape, np.float16),
             self.images.labels[kept],
@@ -100,7 +100,7 @@ class Encoder:
             return error
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """Encode images and their mirror images, float16 [n, 2, 2·C, h, w]."""
+        """Encode images and their mirror images, float16 [n, 2, channels, h, w]."""
         device = self.latent.vae.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.options.precision == "bf16"):
             both = [self.latent.moments(side, len(pixels)).numpy() for side in (pixels, pixels[:, :, ::-1])]

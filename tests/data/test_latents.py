@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspn_dit.config import LatentConfig
-from gspn_dit.data.latents import IdentityLatent, KLLatent, create_latent, latent_from_spec, to_uint8
+from gspn_dit.data.latents import AutoencoderLatent, IdentityLatent, create_latent, latent_from_spec, to_uint8
 from gspn_dit.data.vae import load_vae, vae_hash
 from gspn_dit.errors import UserError
 from tests.data.tiny_vae import CHANNELS, SIZE, write_vae
@@ -121,9 +121,9 @@ def vae_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kl(vae_directory: Path) -> KLLatent:
+def kl(vae_directory: Path) -> AutoencoderLatent:
     latent = create_latent(LatentConfig("kl", str(vae_directory)), SIZE, 1)
-    assert isinstance(latent, KLLatent)
+    assert isinstance(latent, AutoencoderLatent)
     return latent
 
 
@@ -131,7 +131,7 @@ def some_images(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, SIZE, SIZE, 1), dtype=np.uint8)
 
 
-def test_kl_latent_is_a_draw_from_the_posterior_shifted_and_scaled(kl: KLLatent) -> None:
+def test_kl_latent_is_a_draw_from_the_posterior_shifted_and_scaled(kl: AutoencoderLatent) -> None:
     """(mean + std · noise - 0.25) · 0.5, with the posterior that diffusers gives."""
     images, noise = some_images(11), torch.randn(11, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
     posterior = kl.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
@@ -142,7 +142,7 @@ def test_kl_latent_is_a_draw_from_the_posterior_shifted_and_scaled(kl: KLLatent)
     assert (kl.channels, kl.size, kl.image_size, kl.image_channels, kl.factor) == (CHANNELS, 4, SIZE, 1, 2)
 
 
-def test_kl_decodes_what_the_autoencoder_encoded(kl: KLLatent) -> None:
+def test_kl_decodes_what_the_autoencoder_encoded(kl: AutoencoderLatent) -> None:
     images = some_images(9)
     means = kl.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
     expected = to_uint8(kl.vae.decode(means).sample)
@@ -152,8 +152,8 @@ def test_kl_decodes_what_the_autoencoder_encoded(kl: KLLatent) -> None:
         kl.decode(torch.full((1, CHANNELS, 4, 4), math.nan))
 
 
-def test_scale_and_shift_may_differ_by_channel(kl: KLLatent, vae_directory: Path) -> None:
-    latent = KLLatent(kl.vae, SIZE, "x", scale=[2.0, 4.0], shift=[1.0, -1.0])
+def test_scale_and_shift_may_differ_by_channel(kl: AutoencoderLatent, vae_directory: Path) -> None:
+    latent = AutoencoderLatent(kl.vae, SIZE, "x", scale=[2.0, 4.0], shift=[1.0, -1.0])
     moments = torch.zeros(1, 2 * CHANNELS, 4, 4)
     assert latent.draw(moments)[0, :, 0, 0].tolist() == [-2.0, 4.0]
     np.testing.assert_array_equal(latent.decode(latent.draw(moments)), kl.decode(kl.draw(moments)))
@@ -161,7 +161,7 @@ def test_scale_and_shift_may_differ_by_channel(kl: KLLatent, vae_directory: Path
 
 def test_large_latents_are_decoded_in_tiles(vae_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gspn_dit.data.vae.TILE_PIXELS", 16)
-    latent = KLLatent(load_vae(vae_directory), 32, "x")
+    latent = AutoencoderLatent(load_vae(vae_directory), 32, "x")
     tiles: list[tuple[int, ...]] = []
     whole = type(latent.vae.decoder).forward
     monkeypatch.setattr(
@@ -176,7 +176,9 @@ def test_large_latents_are_decoded_in_tiles(vae_directory: Path, monkeypatch: py
     assert tiles == [(1, CHANNELS, 8, 8)]
 
 
-def test_kl_spec_names_the_autoencoder_and_refuses_another(kl: KLLatent, vae_directory: Path, tmp_path: Path) -> None:
+def test_kl_spec_names_the_autoencoder_and_refuses_another(
+    kl: AutoencoderLatent, vae_directory: Path, tmp_path: Path
+) -> None:
     spec = json.loads(json.dumps(kl.spec()))
     assert spec == {
         "name": "kl",
@@ -200,7 +202,7 @@ def test_kl_spec_names_the_autoencoder_and_refuses_another(kl: KLLatent, vae_dir
         latent_from_spec({"name": "identity", "image_size": 8, "image_channels": 1}, str(moved))
 
 
-def test_scale_of_a_checkpoint_beats_that_of_the_autoencoder(kl: KLLatent, tmp_path: Path) -> None:
+def test_scale_of_a_checkpoint_beats_that_of_the_autoencoder(kl: AutoencoderLatent, tmp_path: Path) -> None:
     rescaled = write_vae(tmp_path / "vae", scale=9.0, shift=9.0)
     latent = latent_from_spec(kl.spec(), str(rescaled))
     images = some_images(3)
@@ -214,13 +216,13 @@ def test_spec_of_converted_weights_may_know_less(vae_directory: Path) -> None:
         latent_from_spec({**spec, "image_channels": 3})
 
 
-def test_saved_latent_brings_its_autoencoder(kl: KLLatent, tmp_path: Path) -> None:
+def test_saved_latent_brings_its_autoencoder(kl: AutoencoderLatent, tmp_path: Path) -> None:
     spec = kl.save(tmp_path / "model")
     assert spec["vae"] == "vae"
     latent = latent_from_spec(spec, directory=tmp_path / "model")
     assert torch.equal(latent.encode(some_images(2)), kl.encode(some_images(2)))
 
 
-def test_images_that_the_factor_does_not_divide_are_refused(kl: KLLatent) -> None:
+def test_images_that_the_factor_does_not_divide_are_refused(kl: AutoencoderLatent) -> None:
     with pytest.raises(UserError, match="images of 7 pixels are not divisible by the factor 2"):
-        KLLatent(kl.vae, 7, "x")
+        AutoencoderLatent(kl.vae, 7, "x")

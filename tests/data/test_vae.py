@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from gspn_dit.data.vae import load_vae, scale_and_shift, vae_factor, vae_hash
+from gspn_dit.data.autoencoders import adapt, configured_scale
+from gspn_dit.data.vae import load_vae, vae_hash
 from gspn_dit.errors import UserError
 from tests.data.tiny_vae import write_vae
 
@@ -25,8 +26,8 @@ def test_loaded_autoencoder_is_frozen_and_in_float32(saved: Path) -> None:
     assert not vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
-    assert vae_factor(vae) == 2
-    assert scale_and_shift(vae) == (0.5, 0.25)
+    assert adapt(vae).factor == 2
+    assert configured_scale(vae.config) == (0.5, 0.25)
 
 
 def test_hash_is_of_architecture_and_weights_alone(saved: Path, tmp_path: Path) -> None:
@@ -46,9 +47,9 @@ def test_hash_is_of_architecture_and_weights_alone(saved: Path, tmp_path: Path) 
 def test_scale_and_shift_per_channel() -> None:
     vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), latent_channels=2, scaling_factor=0.5,
                         latents_mean=[1.0, 2.0], latents_std=[0.25, 4.0])  # fmt: skip
-    assert scale_and_shift(vae) == ([2.0, 0.125], [1.0, 2.0])
+    assert configured_scale(vae.config) == ([2.0, 0.125], [1.0, 2.0])
     vae.register_to_config(latents_mean=None, latents_std=None, shift_factor=None)
-    assert scale_and_shift(vae) == (0.5, 0.0)
+    assert configured_scale(vae.config) == (0.5, 0.0)
 
 
 def test_what_is_no_autoencoder_is_refused_in_one_line(saved: Path, tmp_path: Path) -> None:

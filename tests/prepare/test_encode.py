@@ -25,7 +25,7 @@ from PIL import Image
 from gspn_dit import files
 from gspn_dit.data.images import load_images
 from gspn_dit.data.latent_shards import MANIFEST, PLAN, Shard, open_latents, read_manifest, shard_name
-from gspn_dit.data.latents import KLLatent
+from gspn_dit.data.latents import AutoencoderLatent
 from gspn_dit.data.vae import load_vae
 from gspn_dit.errors import LocalUserError, UserError
 from gspn_dit.prepare import encode
@@ -77,7 +77,7 @@ def content_of(directory: Path) -> dict[str, str]:
 def test_shards_hold_the_moments_of_the_images_and_of_their_mirror_images(place: Path) -> None:
     latents = open_latents(place / "whole", validation_fraction=0)
     images = load_images("imagefolder", place / "images", validation_fraction=0)
-    latent = KLLatent(load_vae(place / "vae"), SIZE, "x")
+    latent = AutoencoderLatent(load_vae(place / "vae"), SIZE, "x")
     pixels = images.pixels()
     for side, expected in enumerate((pixels, pixels[:, :, ::-1])):
         moments = latents.moments(np.arange(COUNT), np.full(COUNT, side, dtype=bool))
@@ -91,7 +91,7 @@ def test_manifest_says_what_was_encoded_and_how(place: Path) -> None:
     manifest = read_manifest(place / "whole")
     assert manifest["source"]["name"] == f"imagefolder:{place / 'images'}"
     assert (manifest["source"]["images"], manifest["images"], manifest["skipped"]) == (COUNT, COUNT, [])
-    assert manifest["latent"] == KLLatent(load_vae(place / "vae"), SIZE, str(place / "vae")).spec()
+    assert manifest["latent"] == AutoencoderLatent(load_vae(place / "vae"), SIZE, str(place / "vae")).spec()
     assert manifest["vae_config"]["latent_channels"] == 2 and manifest["class_names"] == ["ant", "bee"]
     assert manifest["transform"] == {
         "crop": "ADM centre crop",
@@ -254,7 +254,7 @@ def test_bad_images_are_left_out_on_request_and_conversions_counted(place: Path,
     kept = np.concatenate([shard.indices for shard in latents.shards])
     assert kept.tolist() == [0, 1, 2, 3, 5, 6, 7]  # 4 is ant/8.jpg, 8 is bee/9.jpg
     images = load_images("imagefolder", place / "bad to skip", None, SIZE, channels=3)
-    expected = KLLatent(load_vae(place / "rgb"), SIZE, "x").moments(images.pixels(kept)).numpy()
+    expected = AutoencoderLatent(load_vae(place / "rgb"), SIZE, "x").moments(images.pixels(kept)).numpy()
     actual = latents.moments(np.arange(7), np.zeros(7, dtype=bool))
     np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
 
@@ -351,8 +351,8 @@ def test_bfloat16_is_recorded_and_near(place: Path) -> None:
 
 
 def test_values_beyond_float16_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = KLLatent.moments
-    monkeypatch.setattr(KLLatent, "moments", lambda self, images, size: original(self, images, size) * 1e9)
+    original = AutoencoderLatent.moments
+    monkeypatch.setattr(AutoencoderLatent, "moments", lambda self, images, size: original(self, images, size) * 1e9)
     with pytest.raises(UserError, match="encodes images to values that float16 cannot hold"):
         run(place, "large")
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from gspn_dit.data.autoencoders import adapt
 from gspn_dit.data.images import load_images
-from gspn_dit.data.latents import KLLatent
-from gspn_dit.data.vae import load_vae, vae_factor, vae_hash
+from gspn_dit.data.latents import AutoencoderLatent
+from gspn_dit.data.vae import load_vae, vae_hash
 from gspn_dit.errors import UserError
 from gspn_dit.prepare import train_vae
 from gspn_dit.prepare.train_vae import create_vae, learning_rate, psnr, training_loss
@@ -59,8 +60,8 @@ def test_latents_of_the_training_images_have_unit_scale_and_training_repeats(
     for name in ("one", "two"):
         run(monkeypatch, source, tmp_path / name)
     vaes = [load_vae(tmp_path / name) for name in ("one", "two")]
-    assert vae_hash(vaes[0]) == vae_hash(vaes[1]) and vae_factor(vaes[0]) == 2
-    latent = KLLatent(vaes[0], 8, "x")
+    assert vae_hash(vaes[0]) == vae_hash(vaes[1]) and adapt(vaes[0]).factor == 2
+    latent = AutoencoderLatent(vaes[0], 8, "x")
     training = load_images("imagefolder", source)
     noise = torch.randn(len(training), 2, 4, 4, generator=torch.Generator().manual_seed(0))
     latents = latent.encode(training.pixels(), noise)
