@@ -62,9 +62,10 @@ def measure(
     from gspn_dit.data.images import load_images
     from gspn_dit.data.latent_shards import read_manifest
     from gspn_dit.data.latents import latent_from_spec
+    from gspn_dit.data.self_check import psnr
     from gspn_dit.grid import class_grid, save_png
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.prepare.train_vae import REPORT, psnr
+    from gspn_dit.prepare.train_vae import REPORT
 
     manifest = read_manifest(Path(latents))
     latent: AutoencoderLatent = latent_from_spec(manifest["latent"], vae)  # type: ignore[assignment]

@@ -188,7 +188,7 @@ def unpack(latents: Tensor, side: int) -> Tensor:
 
 
 def configured_scale(config: Any) -> tuple[PER_CHANNEL, PER_CHANNEL]:
-    """Return scale and shift as a config has them, numbers or by channel: (latent - shift) · scale has unit variance."""
+    """Return scale and shift as a config has them, numbers or by channel: (latent - shift) · scale deviates by 1."""
     scale, mean, std = config["scaling_factor"], config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return float(scale), float(config.get("shift_factor") or 0.0)

@@ -375,8 +375,8 @@ def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | No
 
     from gspn_dit.data.latent_shards import open_latents
     from gspn_dit.data.latents import AutoencoderLatent, latent_from_spec
+    from gspn_dit.data.self_check import psnr
     from gspn_dit.grid import save_png, to_pil
-    from gspn_dit.prepare.train_vae import psnr
 
     latents = open_latents(out, validation_fraction=0)
     latent = latent_from_spec(manifest["latent"], vae)

@@ -21,7 +21,6 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.paths import path_argument, source_argument
 
 if TYPE_CHECKING:
-    import numpy as np
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import Tensor
 
@@ -113,19 +112,12 @@ def set_scale(vae: AutoencoderKL, images: ImageSet) -> None:
     vae.register_to_config(scaling_factor=round(1 / std, 6), shift_factor=round(mean.mean().item(), 6))
 
 
-def psnr(images: np.ndarray, others: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of uint8 arrays, in decibels over all their pixels together."""
-    import numpy as np
-
-    error = np.mean((images.astype(np.float64) - others) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else math.inf
-
-
 def reconstruction_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
     """Return the PSNR of some images, evenly spaced, decoded from their posterior means to 8 bits."""
     import numpy as np
 
     from gspn_dit.data.latents import to_signed, to_uint8
+    from gspn_dit.data.self_check import psnr
 
     rows = evenly_spaced(len(images), EVALUATED_IMAGES)
     originals, decoded = [], []

@@ -14,6 +14,7 @@ from gspn_dit.config import Config
 from gspn_dit.data.build import build_data
 from gspn_dit.data.facts import data_facts
 from gspn_dit.data.latents import refuse_other_vae
+from gspn_dit.data.self_check import check_latents
 from gspn_dit.diffusion import Guidance, Objective, create_objective, draw_latents
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
@@ -53,6 +54,8 @@ class ClassConditional(GenerativeTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = _create_model(arguments)
+        self.latents_found: tuple[str, ...] = ()
+        """What a look at a few of them said, once they are on the device."""
         self.alignment: Alignment | None = None
         check_alignment(config, self.model, data.facts["images"], self.latent.size)
         if config.training.repa_features is not None:
@@ -101,6 +104,8 @@ class ClassConditional(GenerativeTask):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.latent.to(device)
+        if self._reference is not None:
+            self.latents_found = check_latents(self.latent, self._reference)
 
     def multiply_adds(self) -> int:
         return forward_multiply_adds(self.model, self.latent.size, self.latent.size)
@@ -205,6 +210,7 @@ class ClassConditional(GenerativeTask):
         return [
             ("data", self._data_summary()),
             *(("", remark) for remark in self.train_data.images.remarks),
+            *(("latents", line) for line in self.latents_found),
             ("model", f"{self.config.model.name}, {parameters:,} parameters"),
         ]
 

@@ -24,6 +24,7 @@ from gspn_dit.data.build import fingerprint
 from gspn_dit.data.captions import CaptionedImages, caption_variants, load_captioned
 from gspn_dit.data.images import evenly_spaced
 from gspn_dit.data.latents import create_latent, refuse_other_vae
+from gspn_dit.data.self_check import check_latents
 from gspn_dit.diffusion import Guidance, draw_latents, objective_of
 from gspn_dit.errors import UserError
 from gspn_dit.models.text import TextEncoder, encode_all
@@ -62,6 +63,8 @@ class TextToImage(GenerativeTask):
         self.validation_captions: list[tuple[str, ...]] = []
         if self.train_data.images.has_validation or config.data.validation_fraction > 0:
             self.validation_data, self.validation_captions = _open(config, "validation")
+        self.latents_found: tuple[str, ...] = ()
+        """What a look at a few of them said, once they are on the device."""
         self.distillation: Distillation | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -131,6 +134,7 @@ class TextToImage(GenerativeTask):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.latent.to(device)
+        self.latents_found = check_latents(self.latent, self.train_data)
         if self.distillation is not None:
             self.distillation.teacher.to(device)  # type: ignore[arg-type]
 
@@ -248,7 +252,7 @@ class TextToImage(GenerativeTask):
         model = f"UNet with {mixer}, {total:,} parameters"
         if self.distillation is not None:
             model += f", of which {trained:,} are trained to do as {self.config.unet.teacher} does"
-        told = [("", remark) for remark in images.remarks]
+        told = [("", remark) for remark in images.remarks] + [("latents", line) for line in self.latents_found]
         return [("data", data), *told, ("text", f"{self.config.text.encoder}"), ("model", model)]
 
     def check_resumed(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:

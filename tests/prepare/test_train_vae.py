@@ -14,10 +14,11 @@ import torch
 from gspn_dit.data.autoencoders import adapt
 from gspn_dit.data.images import load_images
 from gspn_dit.data.latents import AutoencoderLatent
+from gspn_dit.data.self_check import psnr
 from gspn_dit.data.vae import load_vae, vae_hash
 from gspn_dit.errors import UserError
 from gspn_dit.prepare import train_vae
-from gspn_dit.prepare.train_vae import create_vae, learning_rate, psnr, training_loss
+from gspn_dit.prepare.train_vae import create_vae, learning_rate, training_loss
 from tests.data.tiny_vae import write_folder
 
 
