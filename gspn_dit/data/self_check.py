@@ -49,9 +49,7 @@ def check_latents(latent: Latent, batches: Any) -> tuple[str, ...]:
     else:
         again = latent.encode(decoded)
         kept = explained_variance(latents.numpy(), again.numpy())
-        lines.append(
-            f"reconstruction of {len(items)} latents, decoded and encoded: {max(kept, 0):.0%} of their variance"
-        )
+        lines.append(f"reconstruction of {len(items)} latents, decoded and encoded: {max(kept, 0):.0%} of variance")
     deviation = latents.std(dim=(0, 2, 3)).square().mean().sqrt().item()
     trained = kept >= RECONSTRUCTED
     if not trained:
