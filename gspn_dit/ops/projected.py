@@ -32,7 +32,7 @@ def gspn_scan_from_proxy(
     """Compute `gspn_scan` with logits and gates that are linear maps of a narrow proxy of the tokens.
 
     The logits and gates (20 values per token and channel for four directions) dwarf every other activation. The kernels
-    for CPUs hold them in registers alone; elsewhere they are not kept for the backward pass but recomputed.
+    for CPUs hold them in registers alone, as does the forward pass on GPUs; the backward pass there recomputes them.
 
     Args:
         x: tokens [B, H, W, C].

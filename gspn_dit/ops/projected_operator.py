@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gspn_dit.ops.cpu import projected as cpu
 from gspn_dit.ops.cuda import binding as cuda
-from gspn_dit.ops.materialised import projected_backward, projected_forward
+from gspn_dit.ops.materialised import projected_backward
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -52,7 +52,7 @@ def projected_scan_backward(
 
 @projected_scan_forward.register_kernel("cuda")
 def _(x: Tensor, proxy: Tensor, logits: Tensor, input_gate: Tensor, output_gate: Tensor, *others: Any) -> Tensor:
-    return projected_forward(cuda.scan_forward, x, proxy, (logits, input_gate, output_gate), *others)
+    return cuda.projected_forward(x, proxy, (logits, input_gate, output_gate), *others)
 
 
 @projected_scan_backward.register_kernel("cuda")

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspn_dit.ops.cuda.run import PROBLEM_BYTES, run_backward, run_forward
+from gspn_dit.ops.cuda.projected import run_projected_forward
+from gspn_dit.ops.cuda.run import run_backward, run_forward
 from gspn_dit.ops.cuda.sources import compile_options, source_text
 from gspn_dit.ops.cuda.types import Device, Launch, Variant
-
-_PROBLEM = np.dtype([("fields", np.int64, (PROBLEM_BYTES // 8,))])
+from gspn_dit.ops.materialised import projected_forward as materialised_forward
 
 
 def problem() -> str | None:
@@ -107,7 +107,7 @@ def _device(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     runtime = importlib.import_module("cupy").cuda.runtime  # PyTorch 2.6 does not tell the shared memory of a block
     shared_bytes = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    return Device(shared_bytes, gpu.multi_processor_count, clusters=gpu.major >= 9)
+    return Device(shared_bytes, gpu.multi_processor_count, clusters=gpu.major >= 9, tensor_cores=gpu.major >= 8)
 
 
 @cache
@@ -128,7 +128,7 @@ def _launcher(index: int) -> Any:
     def launch(todo: Launch, fields: bytes, tensors: Mapping[str, Tensor]) -> None:
         kernel = _kernel(index, todo.variant, todo.kernel)
         # A structure by value: CuPy passes the memory of a one-element array of it.
-        argument = np.frombuffer(bytearray(fields), dtype=_PROBLEM)
+        argument = np.frombuffer(bytearray(fields), dtype=[("fields", np.int64, (len(fields) // 8,))])
         kernel(todo.grid, todo.block, (argument,), shared_mem=todo.shared_bytes)
 
     return launch
@@ -186,3 +186,26 @@ def scan_backward(
     with _current(x.device) as index:
         inputs = (grad_y, x, weight_logits, input_gate, output_gate, merge_weight)
         return run_backward(*inputs, directions, window, device=_device(index), launcher=_launcher(index))
+
+
+def projected_forward(
+    x: Tensor,
+    proxy: Tensor,
+    weights: Sequence[Tensor],
+    merge_weight: Tensor,
+    skip_weight: Tensor | None,
+    directions: Sequence[int],
+    window: int,
+) -> Tensor:
+    """Compute the projected scan of CUDA tensors, fused where the plan allows; arguments as in the operator pair.
+
+    float32 goes through memory: without tensor cores the library's products are faster than the fused kernel's.
+    """
+    _check()
+    arguments = (x, proxy, weights, merge_weight, skip_weight, directions, window)
+    if x.dtype.itemsize == 2:
+        with _current(x.device) as index:
+            y = run_projected_forward(*arguments, device=_device(index), launcher=_launcher(index))
+        if isinstance(y, Tensor):
+            return y
+    return materialised_forward(scan_forward, *arguments)

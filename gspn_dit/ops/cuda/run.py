@@ -20,12 +20,12 @@ for _name, _count in FIELDS:
 PROBLEM_BYTES = 8 * _LENGTH
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor) -> Tensor:
     """The tensor with its channels side by side, copied only where they are not."""
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _token_strides(tensor: Tensor) -> tuple[int, ...]:
+def token_strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides of all dimensions but the channels; a dimension of size 1 has none."""
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]))
 
@@ -34,7 +34,7 @@ def _geometry(inputs: dict[str, Tensor], codes: Sequence[int], window: int) -> G
     x = inputs["x"]
     batch, height, width, channels = x.shape
     vectors = [tensor for name, tensor in inputs.items() if name != "merge_weight"]
-    strides = [stride for tensor in vectors for stride in _token_strides(tensor)]
+    strides = [stride for tensor in vectors for stride in token_strides(tensor)]
     alignment = alignment_of([tensor.data_ptr() for tensor in vectors], strides, x.element_size())
     return Geometry(
         x.dtype, batch, height, width, channels, inputs["weight_logits"].shape[-1], tuple(codes), window, alignment
@@ -53,7 +53,7 @@ def _call_fields(inputs: dict[str, Tensor], geometry: Geometry) -> np.ndarray:
     for name, tensor in inputs.items():
         fields[_POSITIONS[name]] = tensor.data_ptr()
         if name != "merge_weight":
-            fields[_POSITIONS[f"{name}_stride"]] = _token_strides(tensor)
+            fields[_POSITIONS[f"{name}_stride"]] = token_strides(tensor)
     return fields
 
 
@@ -100,7 +100,7 @@ def run_forward(
     if x.numel() == 0:
         return y
     tokens = {"x": x, "weight_logits": weight_logits, "input_gate": input_gate, "output_gate": output_gate}
-    inputs = {name: _readable(tensor.detach()) for name, tensor in tokens.items()}
+    inputs = {name: readable(tensor.detach()) for name, tensor in tokens.items()}
     inputs["merge_weight"] = merge_weight.detach().contiguous()
     geometry = _geometry(inputs, directions, window)
     todo = plan(geometry, device, False, regime)
@@ -135,7 +135,7 @@ def run_backward(
         "output_gate": output_gate,
         "grad_y": grad_y,
     }
-    inputs = {name: _readable(tensor.detach()) for name, tensor in tokens.items()}
+    inputs = {name: readable(tensor.detach()) for name, tensor in tokens.items()}
     inputs["merge_weight"] = merge_weight.detach().contiguous()
     geometry = _geometry(inputs, directions, window)
     todo = plan(geometry, device, True, regime)

@@ -106,6 +106,8 @@ class Device:
     processors: int = 132
     threads: int = 1024
     clusters: bool = True
+    tensor_cores: bool = True
+    """Those of compute capability 8.0, with bfloat16 and asynchronous copies."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gspn_dit.ops.cuda import run
+from gspn_dit.ops.cuda import projected, run
+from gspn_dit.ops.cuda.projected_plan import ProjectedVariant
 from gspn_dit.ops.cuda.sources import source_folder
 from gspn_dit.ops.cuda.types import POINTERS, Device, Geometry, Launch, Variant
 
@@ -97,7 +98,8 @@ def module(variant: Variant, sources: Path = SOURCES) -> ctypes.CDLL:
     """The kernels of one variant as a shared library."""
     library = load([kernel_object(variant, ["-O1", "-ffp-contract=off"], sources)])
     library.host_cuda_problem_bytes.restype = ctypes.c_size_t
-    assert library.host_cuda_problem_bytes() == run.PROBLEM_BYTES, "FIELDS and gspn::Problem differ"
+    expected = projected.PROBLEM_BYTES if isinstance(variant, ProjectedVariant) else run.PROBLEM_BYTES
+    assert library.host_cuda_problem_bytes() == expected, "FIELDS and the kernels' problem differ"
     return library
 
 

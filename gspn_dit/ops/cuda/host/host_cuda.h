@@ -72,6 +72,17 @@ T shuffle_down(T value, unsigned offset) {
     return value;
 }
 
+template <typename T>
+T shuffle_up(T value, unsigned offset) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most eight bytes");
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    const unsigned lane = current->linear % 32;
+    bits = shuffle(bits, lane >= offset ? lane - offset : lane);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
 template <typename To, typename From>
 To reinterpret(From value) {
     static_assert(sizeof(To) == sizeof(From), "sizes differ");
@@ -121,6 +132,10 @@ void send(Item* place, const Item& value, Arrivals* arrivals, int rank) {
 template <typename T>
 T __shfl_down_sync(unsigned, T value, unsigned offset) {
     return host_cuda::shuffle_down(value, offset);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned offset) {
+    return host_cuda::shuffle_up(value, offset);
 }
 
 inline float __uint_as_float(unsigned bits) { return host_cuda::reinterpret<float>(bits); }
