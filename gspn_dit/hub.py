@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from gspn_dit.errors import UserError
-from gspn_dit.model_card import CARD
 
+CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from gspn_dit.data.latents import SAVED_VAE
 
-CARD = "README.md"
 LIBRARY = "gspn-dit"
 CODE_LICENSE = "apache-2.0"
 """Licence of this library; the default for weights."""

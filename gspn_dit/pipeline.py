@@ -26,8 +26,8 @@ from gspn_dit.diffusion.sampling import choose_seed
 from gspn_dit.diffusion.schedulers import default_scheduler, ready_scheduler
 from gspn_dit.errors import UserError
 from gspn_dit.grid import to_pil
-from gspn_dit.hub import download
-from gspn_dit.model_card import CARD, CODE_LICENSE, LIBRARY, model_card
+from gspn_dit.hub import CARD, download
+from gspn_dit.model_card import CODE_LICENSE, LIBRARY, model_card
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.saved_pipeline import Parts, load_scheduler, origin
 

@@ -17,7 +17,8 @@ from gspn_dit.diffusion import Objective, create_objective
 from gspn_dit.diffusion.schedulers import is_default
 from gspn_dit.errors import UserError
 from gspn_dit.files import write_atomically
-from gspn_dit.model_card import CARD, model_card, public_manifest
+from gspn_dit.hub import CARD
+from gspn_dit.model_card import model_card, public_manifest
 from gspn_dit.models import DiffusionModel, create_model
 
 SAVED_SCHEDULER = "scheduler"

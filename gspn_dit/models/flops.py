@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from gspn_dit.models.base import DiffusionModel
@@ -41,13 +43,23 @@ def forward_multiply_adds(model: DiffusionModel, latent_height: int, latent_widt
     if latent_height % patch or latent_width % patch:
         raise ValueError(f"a latent of {latent_height}×{latent_width} is not divisible by the patch size {patch}")
     grid, once_per_image = (latent_height // patch, latent_width // patch), {*model.timestep_embed.modules()}
+    return grid_multiply_adds(model, *grid, once=lambda part: isinstance(part, Modulation) or part in once_per_image)
 
-    def count(module: nn.Module) -> int:
-        if (cost := getattr(module, "multiply_adds", None)) is not None:  # a mixer
-            return cost(*grid)
-        own = module.weight.numel() if isinstance(module, (nn.Linear, nn.Conv2d)) else 0
-        if not isinstance(module, Modulation) and module not in once_per_image:
-            own *= grid[0] * grid[1]  # convolutions keep the size of the grid
-        return own + sum(map(count, module.children()))
 
-    return count(model)
+def grid_multiply_adds(
+    module: nn.Module, height: int, width: int, once: Callable[[nn.Module], bool] = lambda part: False
+) -> int:
+    """Count the multiply-adds of a module whose maps and convolutions all run on a grid of height × width tokens.
+
+    A part that has a method `multiply_adds(height, width)`, as mixers do, says itself what it costs; linear maps for
+    which `once` is true run once per image.
+    """
+
+    def count(part: nn.Module) -> int:
+        if part is not module and (cost := getattr(part, "multiply_adds", None)) is not None:
+            return cost(height, width)
+        own = part.weight.numel() if isinstance(part, (nn.Linear, nn.Conv2d)) else 0
+        times = 1 if once(part) else height * width
+        return own * times + sum(map(count, part.children()))
+
+    return count(module)
