@@ -23,7 +23,7 @@ from gspn_dit.config import DataConfig
 from gspn_dit.data.captions import load_captioned
 from gspn_dit.data.images import evenly_spaced
 from gspn_dit.errors import UserError
-from gspn_dit.models.text import TextEncoder, encode_all
+from gspn_dit.text import Encoder, encode_all
 
 SETS = ("train", "pairs", "validation")
 """Captions that were seen; (caption, design) pairs that were not; captions that were not."""
@@ -66,7 +66,7 @@ class Judge:
         cache: a file in which the training images' features are kept, .npy.
     """
 
-    def __init__(self, data: str, encoder: TextEncoder, most_images: int, cache: Path) -> None:
+    def __init__(self, data: str, encoder: Encoder, most_images: int, cache: Path) -> None:
         self.encoder = encoder
         opened = {name: load_captioned(DataConfig("imagefolder", data), name) for name in SETS}
         if not cache.exists():
@@ -85,8 +85,8 @@ class Judge:
     def vectors(self, texts: list[str]) -> Tensor:
         """Return the mean token states of texts, normalised, [n, width]."""
         table = encode_all(self.encoder, texts)
-        states, mask = table.batch([table.numbers[text] for text in texts])
-        return F.normalize(states.sum(dim=1) / mask.sum(dim=1, keepdim=True), dim=-1)
+        found = table.batch([table.numbers[text] for text in texts])
+        return F.normalize(found.states.sum(dim=1) / found.mask.sum(dim=1, keepdim=True), dim=-1)
 
     def scores(self, name: str, drawn: np.ndarray | None = None) -> dict[str, float]:
         """Return the scores of images drawn for the captions of a set, one each; of the real ones, R@1 alone."""

@@ -32,13 +32,13 @@ from benchmarks.text_judge import METRICS, SETS, Judge
 from gspn_dit.diffusion import Guidance
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.grid import class_grid, save_png
-from gspn_dit.models.text import TextEncoder
+from gspn_dit.text import load_encoder
 from gspn_dit.text_sampler import TextSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXERS = ("gspn", "attention")
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
-SEARCH_SEED = 1000
+SEARCH_SEED, MAX_TOKENS = 1000, 16
 COMMON: dict[str, Any] = {
     "data.caption_column": "text",
     "unet.channels": [32, 64],
@@ -69,6 +69,7 @@ def arguments(options: Any, steps: int, seed: int, rate: float, **unet: Any) -> 
         **{f"training.{kind}_every": max(1, steps) for kind in ("validate", "sample")},
         "training.checkpoint_every": max(1, -(-steps // 3)),
         **{f"unet.{key}": value for key, value in unet.items()},
+        **({"text.table": options.table} if options.table else {}),
     }
     words = (word for key, value in values.items() for word in (f"--{key}", str(value)))
     return ["--config", str(ROOT / "configs" / "demo_text.yaml"), *words]
@@ -250,6 +251,7 @@ def main() -> None:
     """The command line."""
     parser = ArgumentParser(prog="benchmarks.text_quality", description="Compare mixers in a text-to-image UNet.")
     parser.add_argument("--data", required=True, help="what prepare.emoji wrote")
+    parser.add_argument("--table", help="its captions, encoded by prepare.encode_text with --max-tokens 16")
     parser.add_argument("--runs", type=Path, default=Path("runs/text_quality"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the paired runs")
     parser.add_argument("--seconds", type=float, default=180, help="of a run, on one idle core")
@@ -265,7 +267,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    judge = Judge(options.data, TextEncoder(max_tokens=16), options.images, options.runs / "real-train.npy")
+    judge = Judge(options.data, load_encoder(max_tokens=MAX_TOKENS), options.images, options.runs / "real-train.npy")
     result = {
         "setting": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
         "images": {name: len(captions) for name, captions in judge.captions.items()},

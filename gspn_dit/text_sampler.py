@@ -17,8 +17,8 @@ from gspn_dit.data.latents import Latent, latent_from_spec
 from gspn_dit.diffusion import CHUNK, Guidance, draw_latents, objective_of
 from gspn_dit.diffusion.objective import Objective
 from gspn_dit.errors import UserError
-from gspn_dit.models.text import TextEncoder, encode_all
 from gspn_dit.models.text_unet import Captioned, rebuild_unet
+from gspn_dit.text import Encoder, encode_all, load_encoder
 
 
 def is_text_checkpoint(checkpoint: str | Path) -> bool:
@@ -31,7 +31,7 @@ class TextSampler:
     """A trained UNet with what it needs to draw."""
 
     unet: Any
-    encoder: TextEncoder
+    encoder: Encoder
     objective: Objective
     latent: Latent
     patch_size: int
@@ -50,14 +50,14 @@ class TextSampler:
         if not manifest.get("text"):
             raise UserError(f"{directory} is not of task text-to-image, so it takes no prompt; give --classes")
         text: Mapping[str, Any] = manifest["text"]
-        encoder = TextEncoder(text["encoder"], text["max_tokens"])
+        encoder = load_encoder(text["encoder"], text["max_tokens"])
         if encoder.spec() != text:
             raise UserError(f"{directory} was trained with another text encoder than {text['encoder']} is now")
         unet = rebuild_unet(manifest["model"])
         unet.load_state_dict(load_tensors(directory, weights))
         objective = objective_of(config_from_dict(manifest["config"]).objective, manifest.get("schedule"))
         latent = latent_from_spec(manifest["latent"], vae, directory).to(device)
-        encoder.model.to(device)
+        encoder.to(device)
         torch.nn.Module.to(unet.eval().requires_grad_(False), device)
         return cls(unet, encoder, objective, latent, manifest["model"]["patch_size"])
 
@@ -82,7 +82,7 @@ class TextSampler:
             chunk: Tensor = numbers[start : start + CHUNK]
             count = len(chunk)
             latents = draw_latents(
-                Captioned(self.unet, table, self.patch_size),
+                Captioned(self.unet, table, self.latent.image_size, self.patch_size),
                 self.objective,
                 (self.latent.channels, self.latent.size, self.latent.size),
                 torch.nn.functional.pad(chunk, (0, CHUNK - count), value=table.null),  # chunks of one size: same bits

@@ -58,3 +58,63 @@ def text_config(output_dir: Path, data: Path, encoder: str, sections: Any = None
     for name, keys in (sections or {}).items():
         tree.setdefault(name, {}).update(keys)
     return config_from_dict({"task": "text-to-image", "output_dir": str(output_dir), **tree})
+
+
+def write_pipeline(folder: Path, xl: bool = False) -> str:
+    """Write a Stable Diffusion of a few thousand weights, or an SDXL with its two encoders and pooled texts.
+
+    Its autoencoder halves 16 pixels to latents 4×8×8, and its texts have 12 states of 8 channels (two of them: 16).
+    """
+    import diffusers
+    import transformers
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=12
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), max_position_embeddings=12, projection_dim=6, bos_token_id=52, eos_token_id=53, **sizes
+    )
+    added: dict[str, Any] = {}
+    if xl:
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        added["projection_class_embeddings_input_dim"] = 6 * 4 + 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = {
+            "text_encoder": transformers.CLIPTextModel(config),
+            "tokenizer": tokenizer,
+            "scheduler": diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+            "unet": diffusers.UNet2DConditionModel(
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                cross_attention_dim=16 if xl else 8,
+                attention_head_dim=2,
+                norm_num_groups=8,
+                sample_size=8,
+                **added,
+            ),
+            "vae": diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(4, 8),
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=16,
+            ),
+        }
+        if xl:
+            second = {
+                "text_encoder_2": transformers.CLIPTextModelWithProjection(config),
+                "tokenizer_2": tokenizer,
+            }
+            pipeline: Any = diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
+        else:
+            safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipeline = diffusers.StableDiffusionPipeline(**parts, **safety)
+    pipeline.save_pretrained(folder)
+    return str(folder)

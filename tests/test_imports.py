@@ -24,7 +24,7 @@ FLOORS = (
     {"files", "ops", "rng"},
     {"errors"},
     {"checkpoint", "class_names", "environment", "grid", "locks", "paths", "protocols"},
-    {"hub", "sample_sets", "sampling_options"},
+    {"hub", "sample_sets", "sampling_options", "text"},
     {"config"},
     {"data", "diffusion", "models"},
     {"doctor", "importers", "model_card", "prepare", "tasks"},

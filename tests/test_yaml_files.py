@@ -144,7 +144,7 @@ def test_home_is_replaced_in_every_path(write: Callable[[str | bytes], str], mon
     file = write(
         "output_dir: ~/runs/x\ndata: {name: latents, path: ~/data}\nlatent: {vae: ~/vae}\n"
         "training: {initialize_from: ~/runs/y, repa_features: ~/f.npy, fd_features: ~/net}\n"
-        "task: text-to-image\ntext: {encoder: ~/bert}\nunet: {teacher: ~/runs/unet}\n"
+        "task: text-to-image\ntext: {encoder: ~/bert, table: ~/texts}\nunet: {teacher: ~/runs/unet}\n"
     )
     values = dict(flatten(load_config(file).to_dict()))
     assert {key: values[key] for key in PATHS} == {
@@ -155,6 +155,7 @@ def test_home_is_replaced_in_every_path(write: Callable[[str | bytes], str], mon
         "training.repa_features": "/home/ada/f.npy",
         "training.fd_features": "/home/ada/net",
         "text.encoder": "/home/ada/bert",
+        "text.table": "/home/ada/texts",
         "unet.teacher": "/home/ada/runs/unet",
     }
     parsed = parse_train_arguments(["--config=" + file, "--resume=~/runs/x", "--output_dir=~/z"])

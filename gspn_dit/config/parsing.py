@@ -26,7 +26,7 @@ from gspn_dit.paths import user_path
 PATHS = (
     *("output_dir", "data.path", "latent.vae"),
     *("training.initialize_from", "training.repa_features", "training.fd_features"),
-    *("text.encoder", "unet.teacher"),
+    *("text.encoder", "text.table", "unet.teacher"),
 )
 """Keys whose value is a path, or can be one."""
 

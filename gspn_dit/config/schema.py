@@ -176,9 +176,12 @@ class TextConfig(Section):
     """What reads the captions; task text-to-image alone."""
 
     encoder: str = "minilm"
-    """minilm, or a directory or hub name of an encoder of transformers."""
+    """minilm, a directory or hub name of an encoder of transformers, or a diffusers pipeline's directory."""
     max_tokens: int = 32
-    """What is longer is cut."""
+    """What is longer is cut; a pipeline's encoders have a length of their own."""
+    table: str | None = None
+    """Directory of `gspn_dit.prepare.encode_text`, with every caption and prompt; null: they are encoded at the
+    start."""
     prompts: list[str] = field(default_factory=list)
     """Of the previews; empty: captions of the data, evenly spaced."""
 

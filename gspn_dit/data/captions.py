@@ -22,7 +22,11 @@ from gspn_dit.errors import UserError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from gspn_dit.data.latent_shards import LatentSet
+
 METADATA = "metadata.jsonl"
+CAPTIONS = "captions.jsonl"
+"""Beside encoded latents: a list of texts a line, in the order of the shards' images."""
 CLASS_NAMES = ["captioned"]
 """Of a captioned set, whose images an `ImageSet` takes for one class."""
 
@@ -50,6 +54,24 @@ def caption_variants(seed: int, numbers: Sequence[int], counts: Sequence[int]) -
     return (uniforms * np.asarray(counts)).astype(np.int64)
 
 
+def captions_of(latents: LatentSet) -> list[tuple[str, ...]]:
+    """Return the captions that were kept with encoded images; raises UserError where there are none, or other ones."""
+    kept = latents.manifest.get("captions")
+    place = latents.directory / CAPTIONS
+    if kept is None:
+        raise UserError(
+            f"{latents.directory} has no captions; encode its images again with gspn_dit.prepare.encode --captions KEY"
+        )
+    try:
+        content = place.read_bytes()
+    except OSError as error:
+        raise UserError(f"the captions {place} cannot be read: {error}") from None
+    if hashlib.sha256(content).hexdigest() != kept["sha256"]:
+        raise UserError(f"the captions {place} are damaged (checksum); go on with gspn_dit.prepare.encode --resume")
+    captions = [tuple(json.loads(line)) for line in content.splitlines()]
+    return [captions[row] for row in latents.rows]
+
+
 def load_captioned(data: DataConfig, split: str = "train") -> CaptionedImages:
     """Open a split of a captioned set: "train", "validation", or another one that it has.
 
@@ -61,7 +83,7 @@ def load_captioned(data: DataConfig, split: str = "train") -> CaptionedImages:
         UserError: anything that cannot be used, in one line.
     """
     if data.name not in ("imagefolder", "hf"):
-        raise UserError(f"data.name {data.name} has no captions; text-to-image needs imagefolder or hf")
+        raise UserError(f"data.name {data.name} has no captions; text-to-image needs imagefolder, hf or latents")
     place = require_directory(data.name, data.path)
     if data.name == "imagefolder":
         parts = _folder_parts(place, data.caption_column)

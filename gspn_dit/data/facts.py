@@ -38,7 +38,7 @@ def data_facts(config: Config) -> DataFacts:
     data = config.data
     source = find_source(data.name)
     if not source.bundled and not (data.path and Path(data.path).exists()):
-        return _imagenet(config)
+        return unseen_facts(config, IMAGENET_IMAGES, "ImageNet's figures")
     if source.latents is not None:  # opened without the autoencoder, which may have to be downloaded
         latents = source.latents(data.path, "train", data.validation_fraction)
         spec, size_bytes = latents.manifest["latent"], sum(shard["bytes"] for shard in latents.manifest["shards"])
@@ -52,16 +52,20 @@ def data_facts(config: Config) -> DataFacts:
     return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where)
 
 
-def _imagenet(config: Config) -> DataFacts:
-    data, source = config.data, f"ImageNet's figures: data.path {config.data.path} is not there"
+def unseen_facts(config: Config, images: int, whose: str) -> DataFacts:
+    """Return the figures of data that are not there: so many RGB images, `whose` figures they are.
+
+    Raises UserError where the config does not tell the size of the images.
+    """
+    data, source = config.data, f"{whose}: data.path {config.data.path} is not there"
     if data.image_size is None:
         raise UserError(f"data.path {data.path} is not there; a dry run without data needs data.image_size")
     if find_source(data.name).latents is None and config.latent.name == "identity":
-        size_bytes = IMAGENET_IMAGES * data.image_size**2 * 3
-        return DataFacts(IMAGENET_IMAGES, IMAGENET_CLASSES, 3, data.image_size, size_bytes, source)
+        size_bytes = images * data.image_size**2 * 3
+        return DataFacts(images, IMAGENET_CLASSES, 3, data.image_size, size_bytes, source)
     if data.image_size % KL_FACTOR:
         raise UserError(f"data.image_size {data.image_size} is not divisible by {KL_FACTOR}, the autoencoder's factor")
     size = data.image_size // KL_FACTOR
     # Mean and log-variance of each image and its mirror image, float16.
-    size_bytes = IMAGENET_IMAGES * 2 * 2 * KL_CHANNELS * size**2 * 2
-    return DataFacts(IMAGENET_IMAGES, IMAGENET_CLASSES, KL_CHANNELS, size, size_bytes, source)
+    size_bytes = images * 2 * 2 * KL_CHANNELS * size**2 * 2
+    return DataFacts(images, IMAGENET_CLASSES, KL_CHANNELS, size, size_bytes, source)

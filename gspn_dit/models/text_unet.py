@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gspn_dit.config import UNetConfig
 from gspn_dit.models.flops import attention_multiply_adds, scan_multiply_adds
-from gspn_dit.models.text import TextTable
 from gspn_dit.models.unet import GSPNAdapter, GSPNSelfAttention
+from gspn_dit.text import Encoded, TextTable
 
 ADAPTER_OPTIONS = ("variant", "window", "proxy_ratio", "skip", "weight_groups")
 
@@ -77,12 +77,14 @@ class Captioned:
     unet: nn.Module
     """Perhaps wrapped, by DDP say."""
     table: TextTable
+    image_size: int
+    """Height and width in pixels, of which UNets such as SDXL's are told."""
     patch_size: int = 1
 
     def __call__(self, latents: Tensor, timesteps: Tensor, numbers: Tensor, keep_mask: Tensor | None = None) -> Tensor:
         """Predict from noisy latents [B, C, H, W], timesteps [B] and numbers of captions, int64 [B]."""
-        states, mask = (part.to(latents.device) for part in self.table.batch(numbers.cpu()))
-        return call_unet(self.unet, latents, timesteps, states.to(latents.dtype), mask, self.patch_size)
+        texts = self.table.batch(numbers.cpu()).to(latents.device, latents.dtype)
+        return call_unet(self.unet, latents, timesteps, texts, self.patch_size, self.image_size)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the UNet's."""
@@ -90,15 +92,40 @@ class Captioned:
 
 
 def call_unet(
-    unet: nn.Module, latents: Tensor, timesteps: Tensor, states: Tensor, mask: Tensor, patch_size: int
+    unet: nn.Module, latents: Tensor, timesteps: Tensor, texts: Encoded, patch_size: int, image_size: int
 ) -> Tensor:
-    """Predict [B, out_channels, H, W] from noisy latents [B, C, H, W], text states [B, L, D] and mask, bool [B, L].
+    """Predict [B, out_channels, H, W] from noisy latents [B, C, H, W] and texts.
 
-    `smallest_side` divides H and W.
+    `smallest_side` divides H and W. Where texts have pooled states, the UNet is told as well, as SDXL's, that images
+    were of so many pixels, not cropped, and are to be of as many (arXiv 2307.01952).
     """
-    folded = F.pixel_unshuffle(latents, patch_size)
-    (output,) = unet(folded, timesteps, states, encoder_attention_mask=mask, return_dict=False)
+    folded, added = F.pixel_unshuffle(latents, patch_size), None
+    if texts.pooled is not None:
+        sizes = [image_size, image_size, 0, 0, image_size, image_size]
+        added = {"text_embeds": texts.pooled, "time_ids": latents.new_tensor(sizes).expand(len(latents), -1)}
+    (output,) = unet(
+        folded,
+        timesteps,
+        texts.states,
+        encoder_attention_mask=texts.mask,
+        added_cond_kwargs=added,
+        return_dict=False,
+    )
     return F.pixel_shuffle(output, patch_size)
+
+
+def pooled_width(config: Mapping[str, Any]) -> int | None:
+    """Return the channels of the pooled states that a UNet of this config asks for; None where it asks for none."""
+    if config.get("addition_embed_type") != "text_time":
+        return None
+    return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+
+def blank_texts(config: Mapping[str, Any], batch: int, length: int) -> Encoded:
+    """Return zeros of the shape that a UNet of this config asks for, on the default device."""
+    width, pooled = config["cross_attention_dim"], pooled_width(config)
+    given = None if pooled is None else torch.zeros(batch, pooled)
+    return Encoded(torch.zeros(batch, length, width), torch.ones(batch, length, dtype=torch.bool), given)
 
 
 def smallest_side(unet: Any, patch_size: int = 1) -> int:
@@ -106,33 +133,44 @@ def smallest_side(unet: Any, patch_size: int = 1) -> int:
     return patch_size * 2 ** (len(unet.config["block_out_channels"]) - 1)
 
 
-def unet_multiply_adds(description: Mapping[str, Any], height: int, width: int, text_length: int) -> int:
-    """Count the multiply-adds of a forward pass of one latent: linear maps, convolutions, attention and scans."""
-    total = 0
+@dataclasses.dataclass(frozen=True)
+class UNetCost:
+    """What a forward pass of one latent takes."""
+
+    multiply_adds: int
+    """Of linear maps, convolutions, attention and scans."""
+    working_elements: int
+    """Logits and gates of the largest scan, which a backward pass recomputes; 0 without scans."""
+
+
+def unet_cost(description: Mapping[str, Any], height: int, width: int, text_length: int) -> UNetCost:
+    """Count what a UNet takes for a latent of height × width and a text of so many tokens; nothing is computed."""
+    products, working = 0, 0
 
     def count(module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
-        nonlocal total
+        nonlocal products, working
         if isinstance(module, nn.Linear):
-            total += output.numel() * module.in_features
+            products += output.numel() * module.in_features
         elif isinstance(module, nn.Conv2d):
-            total += output.numel() * module.weight[0].numel()
+            products += output.numel() * module.weight[0].numel()
         elif isinstance(module, GSPNSelfAttention):
             _, tokens, channels = output.shape
             mixer = module.mixer
             maps = (mixer.to_logits, mixer.to_input_gate, mixer.to_output_gate, mixer.to_skip)
-            total += tokens * sum(linear.weight.numel() for linear in maps if linear is not None)
-            total += scan_multiply_adds(tokens, channels)
+            products += tokens * sum(linear.weight.numel() for linear in maps if linear is not None)
+            products += scan_multiply_adds(tokens, channels)
+            working = max(working, mixer.working_elements(*kwargs["gspn_grid"]))
         elif isinstance(module, Attention):
             context = kwargs.get("encoder_hidden_states")
             keys = output.shape[1] if context is None else context.shape[1]
-            total += attention_multiply_adds(output.shape[1], module.inner_dim) * keys // output.shape[1]
+            products += attention_multiply_adds(output.shape[1], module.inner_dim) * keys // output.shape[1]
 
     with torch.device("meta"):
         unet, patch = rebuild_unet(description), description["patch_size"]
         for module in unet.modules():
             module.register_forward_hook(count, with_kwargs=True)
         latents = torch.zeros(1, unet.config["in_channels"] // patch**2, height, width)
-        states, mask = torch.zeros(1, text_length, unet.config["cross_attention_dim"]), torch.ones(1, text_length)
+        texts = blank_texts(unet.config, 1, text_length)
         with torch.no_grad():
-            call_unet(unet, latents, torch.zeros(1), states, mask.bool(), patch)
-    return total
+            call_unet(unet, latents, torch.zeros(1), texts, patch, height)
+    return UNetCost(products, working)

@@ -10,6 +10,7 @@ the manifest is written last. `--resume` continues, `--verify` checks what was w
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import time
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gspn_dit.data.captions import CAPTIONS, captions_of
 from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.data.latent_shards import (
     FORMAT_VERSION,
@@ -41,6 +43,7 @@ from gspn_dit.paths import path_argument, source_argument
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gspn_dit.data.captions import CaptionedImages
     from gspn_dit.data.latents import AutoencoderLatent
     from gspn_dit.prepare.encoder import Encoder
 
@@ -61,6 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         help="which part; a source without parts is all train")  # fmt: skip
     parser.add_argument("--vae", type=path_argument, metavar="NAME_OR_DIR", help="an AutoencoderKL of diffusers")
     parser.add_argument("--image-size", type=int, default=256, help="pixels after ADM's centre crop")
+    parser.add_argument("--captions", metavar="KEY", help="keep captions, too: a key of metadata.jsonl or a column")
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the latents go")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished encoding")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out, and decode a few images")
@@ -98,6 +102,17 @@ def _check_out(out: Path, resume: bool) -> None:
 
 
 # -- what is encoded -------------------------------------------------------------------------------------------------
+
+
+def open_captioned(source: str, split: str, image_size: int, channels: int, column: str) -> CaptionedImages:
+    """Open the images of a source with their captions, of which none is decoded yet; raises UserError."""
+    from gspn_dit.config import DataConfig
+    from gspn_dit.data.captions import load_captioned
+
+    kind, _, place = source.partition(":")
+    data = DataConfig(kind, place, image_size, validation_fraction=0, caption_column=column)
+    found = load_captioned(data, split)
+    return dataclasses.replace(found, images=dataclasses.replace(found.images, channels=channels))
 
 
 def open_images(source: str, split: str, image_size: int, channels: int) -> ImageSet:
@@ -154,6 +169,8 @@ def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
     from gspn_dit.data.latents import refuse_other_vae
 
     now = json.loads(json.dumps(now))
+    if {**(before.get("captions") or {}), "sha256": None} != {**(now.get("captions") or {}), "sha256": None}:
+        raise UserError(f"--out {out} was begun with other captions; give what it was begun with, or another directory")
     try:
         refuse_other_vae(before.get("latent", {}), now["latent"])
     except UserError as error:
@@ -218,9 +235,16 @@ def write_shard(path: Path, content: bytes) -> None:
 
 
 def finish(
-    out: Path, plan: dict[str, Any], parts: Sequence[dict[int, tuple[dict, dict]]], skip_bad: int
+    out: Path,
+    plan: dict[str, Any],
+    parts: Sequence[dict[int, tuple[dict, dict]]],
+    skip_bad: int,
+    captions: Sequence[tuple[str, ...]] | None = None,
 ) -> dict[str, Any]:
-    """Write the manifest of the shards that all processes made, and delete the plan; raises UserError."""
+    """Write captions and the manifest of the shards that all processes made, and delete the plan; raises UserError.
+
+    `captions` are those of the source's images, in its order.
+    """
     by_number = {number: facts for part in parts for number, facts in part.items()}
     converted: Counter[str] = Counter()
     skipped: list[str] = []
@@ -240,11 +264,21 @@ def finish(
     if not manifest["images"]:
         raise UserError(f"none of the {len(skipped)} images could be read; the first: {skipped[0]}")
     try:
+        if captions is not None:
+            content = _caption_lines(out, shards, captions)
+            manifest["captions"] = {**plan["captions"], "sha256": hashlib.sha256(content).hexdigest()}
+            write_atomically(out / CAPTIONS, content)
         write_atomically(out / MANIFEST, to_json(manifest))
         (out / PLAN).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out / MANIFEST}: {error}; make room and continue with --resume") from None
     return manifest
+
+
+def _caption_lines(out: Path, shards: Sequence[dict[str, Any]], captions: Sequence[tuple[str, ...]]) -> bytes:
+    """Return the captions of the images in shards, a line of JSON each."""
+    rows = [int(row) for entry in shards for row in Shard(out / entry["file"]).indices]
+    return "".join(json.dumps(captions[row], ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -266,9 +300,15 @@ def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock
 
     out = Path(options.out)
     latent = AutoencoderLatent(load_vae(options.vae), options.image_size, where(options.vae))
-    images = open_images(options.source, options.split, options.image_size, latent.image_channels)
+    wanted, captioned = (options.source, options.split, options.image_size, latent.image_channels), None
+    if options.captions:
+        captioned = open_captioned(*wanted, options.captions)
+    images = open_images(*wanted) if captioned is None else captioned.images
     lock.keep_directory()
-    plan = begin(options, make_plan(options, images, latent), accelerator)
+    whole = make_plan(options, images, latent)
+    if captioned is not None:
+        whole["captions"] = {"column": options.captions, "fingerprint": captioned.fingerprint()}
+    plan = begin(options, whole, accelerator)
     if plan is None:
         accelerator.print(f"{out} is complete: nothing to do")
         return
@@ -282,7 +322,7 @@ def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock
         time.sleep(GRACE_SECONDS)
         raise UserError("another process has ended early and tells why; continue with --resume") from error
     if accelerator.is_main_process:
-        manifest = finish(out, plan, parts, options.skip_bad)
+        manifest = finish(out, plan, parts, options.skip_bad, None if captioned is None else captioned.captions)
         counts = [f"{count} of mode {mode}" for mode, count in manifest["converted"].items()]
         print(
             f"{out}: {manifest['images']:,} images in {len(manifest['shards'])} shards, "
@@ -319,7 +359,7 @@ def begin(options: argparse.Namespace, plan: dict[str, Any], accelerator: Accele
     if complete or (out / PLAN).exists():
         before = read_manifest(out) if complete else read_plan(out)
         check_same_plan(before, plan, out)
-        plan = {key: before[key] for key in plan}
+        plan = {key: now if key == "captions" else before[key] for key, now in plan.items()}
         complete = complete and not any(find_damage(out, entry, thorough=False) for entry in before["shards"])
     accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
     if accelerator.is_main_process:
@@ -381,7 +421,12 @@ def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | No
     latents = open_latents(out, validation_fraction=0)
     latent = latent_from_spec(manifest["latent"], vae)
     assert isinstance(latent, AutoencoderLatent)
-    images = open_images(source, manifest["source"]["split"], latent.image_size, latent.image_channels)
+    wanted = source, manifest["source"]["split"], latent.image_size, latent.image_channels
+    if "captions" in manifest:
+        captions_of(latents)  # their checksum
+        images = open_captioned(*wanted, manifest["captions"]["column"]).images
+    else:
+        images = open_images(*wanted)
     if source_fingerprint(images) != manifest["source"]["fingerprint"]:
         raise UserError(f"--source {source} does not hold the images that {out} was encoded from")
     items = evenly_spaced(len(latents), VERIFIED_IMAGES)

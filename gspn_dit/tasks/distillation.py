@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,24 @@ from torch import Tensor, nn
 from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.errors import UserError
 from gspn_dit.models.text_unet import rebuild_unet
+from gspn_dit.text import is_pipeline
 
 TEACHER_WEIGHT = LAYERS_WEIGHT = 0.5
+
+
+def describe_teacher(place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `rebuild_unet` needs of a UNet with attention, and its manifest as `load_teacher`; no weights."""
+    if is_pipeline(place):
+        try:
+            config: Any = UNet2DConditionModel.load_config(place, subfolder="unet")
+        except OSError as error:
+            raise UserError(f"unet.teacher {place} has no readable unet: {str(error).splitlines()[0]}") from None
+        return {"name": "UNet", "config": dict(config), "scans": None, "patch_size": 1}, {}
+    manifest = read_manifest(resolve_checkpoint(place))
+    described = manifest["model"]
+    if described.get("name") != "UNet" or described["scans"] is not None:
+        raise UserError(f"unet.teacher {place} is not a UNet with attention; give a run of unet.mixer attention")
+    return described, manifest
 
 
 def load_teacher(place: str) -> tuple[UNet2DConditionModel, dict[str, Any]]:
@@ -31,18 +46,14 @@ def load_teacher(place: str) -> tuple[UNet2DConditionModel, dict[str, Any]]:
 
     Raises UserError if there is none, or it has scans already.
     """
-    if (Path(place) / "model_index.json").is_file():
+    described, manifest = describe_teacher(place)
+    if not manifest:
         try:
             unet: Any = UNet2DConditionModel.from_pretrained(place, subfolder="unet")
         except (OSError, ValueError) as error:
             raise UserError(f"unet.teacher {place} has no readable unet: {str(error).splitlines()[0]}") from None
         return unet, {}
-    directory = resolve_checkpoint(place)
-    manifest = read_manifest(directory)
-    described = manifest["model"]
-    if described.get("name") != "UNet" or described["scans"] is not None:
-        raise UserError(f"unet.teacher {place} is not a UNet with attention; give a run of unet.mixer attention")
-    unet = rebuild_unet(described)
+    directory, unet = resolve_checkpoint(place), rebuild_unet(described)
     unet.load_state_dict(load_tensors(directory, "ema" if "ema.safetensors" in manifest["files"] else "model"))
     return unet, manifest
 

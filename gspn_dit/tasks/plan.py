@@ -26,6 +26,8 @@ class Plan:
     """What a person is told of the model and what it learns: rows of a word and a line."""
     blocks: int = 1
     """How many parts of about the same size are recomputed one by one under activation checkpointing."""
+    frozen_elements: int = 0
+    """Weights that are kept beside the model and not trained, such as what a teacher has of its own."""
     working_elements: int = 0
     """Elements for each sample that a backward pass recomputes and holds at its height, with their gradients."""
 

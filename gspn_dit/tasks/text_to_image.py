@@ -6,7 +6,6 @@ caption". The UNet is trained from scratch, or its scans alone are, by distillat
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,26 +18,28 @@ from torch import Tensor, nn
 
 from gspn_dit import rng
 from gspn_dit.config import Config
-from gspn_dit.data.batches import Batches
-from gspn_dit.data.build import fingerprint
-from gspn_dit.data.captions import CaptionedImages, caption_variants, load_captioned
+from gspn_dit.data.captions import caption_variants
 from gspn_dit.data.images import evenly_spaced
-from gspn_dit.data.latents import create_latent, refuse_other_vae
+from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.data.self_check import check_latents
 from gspn_dit.diffusion import Guidance, draw_latents, objective_of
 from gspn_dit.errors import UserError
-from gspn_dit.models.text import TextEncoder, encode_all
 from gspn_dit.models.text_unet import (
     Captioned,
     create_unet,
     describe_unet,
     mount_scans,
+    pooled_width,
     smallest_side,
-    unet_multiply_adds,
+    unet_cost,
 )
 from gspn_dit.tasks.base import GenerativeTask
+from gspn_dit.tasks.captioned import encode_texts, open_captioned, text_width
 from gspn_dit.tasks.distillation import Distillation, frozen_copy, load_teacher
 from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
+from gspn_dit.tasks.plan import Plan
+from gspn_dit.tasks.text_plan import plan_unet
+from gspn_dit.text import is_pipeline
 
 MODEL_NAME = "UNet"
 
@@ -52,24 +53,22 @@ class TextToImage(GenerativeTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         _check(config)
-        encoder = TextEncoder(config.text.encoder, config.text.max_tokens)
         schedule = _schedule(config)
         self.objective = objective_of(config.objective, schedule)
         self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
-        self.train_data, self.captions = _open(config, "train")
+        training, validation = open_captioned(config)
+        self.train_data, self.captions = training.images, training.captions
+        self.validation_data = None if validation is None else validation.images
+        self.validation_captions = [] if validation is None else validation.captions
         self.latent = self.train_data.latent
         self.image_size, self.image_channels = self.latent.image_size, self.latent.image_channels
-        self.validation_data: Batches | None = None
-        self.validation_captions: list[tuple[str, ...]] = []
-        if self.train_data.images.has_validation or config.data.validation_fraction > 0:
-            self.validation_data, self.validation_captions = _open(config, "validation")
         self.latents_found: tuple[str, ...] = ()
         """What a look at a few of them said, once they are on the device."""
         self.distillation: Distillation | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             try:
-                self.model = self._build_model(encoder.width)
+                self.model = self._build_model(text_width(config))
             except ValueError as error:
                 raise UserError(f"unet: {error}") from None
         side, least = self.latent.size, smallest_side(self.model, config.unet.patch_size)
@@ -80,17 +79,23 @@ class TextToImage(GenerativeTask):
             )
         self.prompts = config.text.prompts or self._captions_to_show()
         texts = {text for variants in (*self.captions, *self.validation_captions) for text in variants}
-        self.table = encode_all(encoder, sorted(texts | set(self.prompts)))
-        images = self.train_data.images
-        digest = hashlib.sha256(json.dumps([fingerprint(images), self.captions]).encode()).hexdigest()[:16]
+        self.table, text = encode_texts(config, texts | set(self.prompts))
+        self._check_pooled()
+        images, facts = self.train_data.images, [training.fingerprint(), self.captions]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self.description: dict[str, Any] = {
             "model": describe_unet(self.model, config.unet),
             "latent": self.latent.spec(),
-            "text": encoder.spec(),
+            "text": text,
             "schedule": schedule,
             "class_names": [],
             "data": {"name": images.name, "images": len(images), "fingerprint": digest},
         }
+
+    @classmethod
+    def plan(cls, config: Config) -> Plan:
+        _check(config)
+        return plan_unet(config, objective_of(config.objective, _schedule(config)), text_width(config))
 
     @classmethod
     def excludes_sharding(cls, config: Config) -> str | None:
@@ -125,6 +130,15 @@ class TextToImage(GenerativeTask):
         if manifest:
             refuse_other_vae(manifest["latent"], self.latent.spec())
 
+    def _check_pooled(self) -> None:
+        pooled, needed = self.table.parts[0].pooled, pooled_width(self.model.config)
+        given = None if pooled is None else pooled.shape[1]
+        if needed is not None and needed != given:
+            raise UserError(
+                f"unet.teacher {self.config.unet.teacher} asks for pooled texts of {needed} channels, and text.encoder "
+                f"{self.config.text.encoder} gives {given or 'none'}; set text.encoder to the pipeline's directory"
+            )
+
     def _captions_to_show(self) -> list[str]:
         variants = self.validation_captions or self.captions
         return [variants[index][0] for index in evenly_spaced(len(variants), self.config.sampling.max_classes)]
@@ -145,7 +159,8 @@ class TextToImage(GenerativeTask):
         self.model.enable_gradient_checkpointing()
 
     def multiply_adds(self) -> int:
-        return unet_multiply_adds(self.description["model"], self.latent.size, self.latent.size, self.table.length)
+        size = self.latent.size
+        return unet_cost(self.description["model"], size, size, self.table.length).multiply_adds
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -164,7 +179,7 @@ class TextToImage(GenerativeTask):
         return torch.tensor([self.table.numbers[text] for text in texts], dtype=torch.int64)
 
     def _called(self, model: nn.Module) -> Captioned:
-        return Captioned(model, self.table, self.config.unet.patch_size)
+        return Captioned(model, self.table, self.image_size, self.config.unet.patch_size)
 
     def _losses(self, model: nn.Module, latents: Tensor, draws: Draws) -> Tensor:
         """Return the loss of each sample, [B]; where the student is trained, its teacher is asked as well."""
@@ -280,21 +295,9 @@ def _check(config: Config) -> None:
 def _schedule(config: Config) -> dict[str, Any] | None:
     """Return the scheduler's config of a teacher that is a pipeline, else None."""
     place = Path(config.unet.teacher or "")
-    if config.unet.teacher is None or not (place / "model_index.json").is_file():
+    if config.unet.teacher is None or not is_pipeline(config.unet.teacher):
         return None
     try:
         return json.loads((place / "scheduler" / "scheduler_config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"unet.teacher {place} has no readable scheduler: {error}") from None
-
-
-def _open(config: Config, split: str) -> tuple[Batches, list[tuple[str, ...]]]:
-    """Return the images of a split as batches, and the captions of each."""
-    captioned: CaptionedImages = load_captioned(config.data, split)
-    images = captioned.images
-    latent = create_latent(config.latent, images.image_size, images.channels)
-    images = dataclasses.replace(images, channels=latent.image_channels)
-    flip = config.data.horizontal_flip and split == "train"
-    batches = Batches(images, latent, config.seed, flip)
-    batches.decode_small_set()
-    return batches, captioned.captions

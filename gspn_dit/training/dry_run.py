@@ -58,9 +58,11 @@ def estimate_memory(plan: Plan, micro_batch: int, settings: TrainingConfig, proc
     """
     model, precision = plan.model, settings.mixed_precision
     sharding = settings.sharding if processes > 1 else "none"
-    whole = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    every = FLOAT32_BYTES * sum(size for size, _ in sizes)
+    whole = FLOAT32_BYTES * sum(size for size, trained in sizes if trained)
     part, bucket = whole // processes, FLOAT32_BYTES * bucket_elements(model)
-    copy = part if sharding == "fsdp" else whole
+    copy = every // processes if sharding == "fsdp" else every
     gradients = {
         "none": whole * (2 if processes > 1 else 1),
         "fsdp": part,
@@ -73,10 +75,10 @@ def estimate_memory(plan: Plan, micro_batch: int, settings: TrainingConfig, proc
         once, kept_per_image = _saved_bytes(plan, precision, checkpointing=True)
         activations = micro_batch * (kept_per_image + per_image // plan.blocks)
     return MemoryEstimate(
-        weights=copy,
+        weights=copy + FLOAT32_BYTES * plan.frozen_elements,
         gradients=gradients[sharding],
         averages=copy * (1 + len(settings.ema_sigma_rel)),
-        optimizer=3 * part if sharding in STAGES else 2 * copy,
+        optimizer=3 * part if sharding in STAGES else 2 * (part if sharding == "fsdp" else whole),
         copies=once,
         activations=activations,
         working=micro_batch * plan.working_elements * (2 if precision == "bf16" else FLOAT32_BYTES),

@@ -24,7 +24,7 @@ def test_seconds_become_steps_of_each_mixer_and_the_first_ones_for_all() -> None
 
 
 def test_the_mixers_differ_in_nothing_else() -> None:
-    options = SimpleNamespace(data="data/emoji")
+    options = SimpleNamespace(data="data/emoji", table=None)
     configs = [
         parse_train_arguments(arguments(options, 40, 3, 1e-3, mixer=mixer)).config.to_dict()
         for mixer in text_quality.MIXERS

@@ -16,7 +16,7 @@ from PIL import Image
 from gspn_dit.checkpoint import find_checkpoints, read_manifest
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
-from gspn_dit.models.text_unet import Captioned, rebuild_unet, unet_multiply_adds
+from gspn_dit.models.text_unet import Captioned, rebuild_unet, unet_cost
 from gspn_dit.models.unet import GSPNSelfAttention
 from gspn_dit.tasks import create_task
 from gspn_dit.tasks.distillation import Taps
@@ -93,11 +93,16 @@ def test_captions_are_drawn_and_dropped_by_sample_number(tmp_path: Path, places:
 def test_the_caption_matters_and_padding_does_not(tmp_path: Path, places: tuple[Path, str]) -> None:
     task = task_of(text_config(tmp_path, *places))
     numbers = torch.tensor([task.table.numbers[text] for text in ("a cat", "a red dog")])
-    called, latents, timesteps = Captioned(task.model, task.table), torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0])
+    called, latents, timesteps = (
+        Captioned(task.model, task.table, 8),
+        torch.randn(2, 3, 8, 8),
+        torch.tensor([10.0, 500.0]),
+    )
     with torch.no_grad():
         prediction = called(latents, timesteps, numbers)
         swapped = called(latents, timesteps, numbers.flip(0))
-        states, mask = task.table.batch(numbers)
+        texts = task.table.batch(numbers)
+        states, mask = texts.states, texts.mask
         padded = torch.nn.functional.pad(states, (0, 0, 0, 3), value=7.0)
         longer = task.model(latents, timesteps, padded, encoder_attention_mask=torch.nn.functional.pad(mask, (0, 3)))
     assert (prediction - swapped).abs().max() > 1e-4
@@ -126,7 +131,7 @@ def test_multiply_adds_by_hand(tmp_path: Path, places: tuple[Path, str], mixer: 
     task = task_of(text_config(tmp_path, *places, {"unet": {"mixer": "attention"}}))
     length = task.table.length
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        called = Captioned(task.model, task.table)
+        called = Captioned(task.model, task.table, 8)
         called(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.tensor([task.table.numbers["a red dog"]]))
     expected = counter.get_total_flops() // 2  # of the kernels of a CPU, attention's products are not counted
     described = dict(task.describe()["model"])
@@ -138,7 +143,7 @@ def test_multiply_adds_by_hand(tmp_path: Path, places: tuple[Path, str], mixer: 
             attention = 2 * tokens * tokens * width + 4 * tokens * width**2
             scans = tokens * (width * width // 8 + 21 * width * width // 8 + width**2) + 24 * tokens * width
             expected += layers * (scans - attention)
-    assert unet_multiply_adds(described, 8, 8, length) == expected
+    assert unet_cost(described, 8, 8, length).multiply_adds == expected
 
 
 # -- distillation ------------------------------------------------------------------------------------------------
