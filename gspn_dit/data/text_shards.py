@@ -95,5 +95,5 @@ def open_texts(directory: str, encoder: str, max_tokens: int) -> tuple[TextTable
             raise UserError(f"{damage}; encode the texts again with {COMMAND}")
         part, texts = read_part(place / entry["file"])
         parts.append(part)
-        numbers.update((text, len(numbers) + row) for row, text in enumerate(texts))
+        numbers |= {text: number for number, text in enumerate(texts, start=len(numbers))}
     return TextTable(numbers, tuple(parts)), spec
