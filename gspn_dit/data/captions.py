@@ -17,6 +17,7 @@ from gspn_dit.config import DataConfig
 from gspn_dit.data.folders import LeftOut, Walk, choose_splits, list_folder
 from gspn_dit.data.image_sources import open_saved, require_directory, split_rows
 from gspn_dit.data.images import ImageSet, read_headers, undecoded
+from gspn_dit.data.latent_shards import CAPTIONS
 from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from gspn_dit.data.latent_shards import LatentSet
 
 METADATA = "metadata.jsonl"
-CAPTIONS = "captions.jsonl"
-"""Beside encoded latents: a list of texts a line, in the order of the shards' images."""
 CLASS_NAMES = ["captioned"]
 """Of a captioned set, whose images an `ImageSet` takes for one class."""
 

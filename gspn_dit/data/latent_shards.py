@@ -28,6 +28,8 @@ from gspn_dit.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
+CAPTIONS = "captions.jsonl"
+"""Where captions are kept: a list of texts a line, in the order of the shards' images."""
 _FACTS = "gspn_dit"  # one key: safetensors does not keep the order of several
 _DTYPES = {"F16": np.float16, "I64": np.int64}
 

@@ -22,7 +22,6 @@ from gspn_dit.errors import UserError
 from gspn_dit.text import TextPart, TextTable
 
 FORMAT_VERSION = 1
-COMMAND = "gspn_dit.prepare.encode_text"
 
 
 def part_bytes(part: TextPart, texts: list[str]) -> bytes:
@@ -65,7 +64,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         version = manifest["format_version"], manifest["kind"]
     except FileNotFoundError:
         unfinished = (directory / PLAN).exists()
-        remedy = "it is unfinished: go on with --resume" if unfinished else f"write them with {COMMAND}"
+        remedy = (
+            "it is unfinished: go on with --resume" if unfinished else "write them with gspn_dit.prepare.encode_text"
+        )
         raise UserError(f"{directory} holds no encoded texts (no {MANIFEST}); {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory / MANIFEST} is not of encoded texts: {error}") from None
@@ -92,7 +93,7 @@ def open_texts(directory: str, encoder: str, max_tokens: int) -> tuple[TextTable
     numbers: dict[str, int] = {}
     for entry in manifest["shards"]:
         if damage := find_damage(place, entry, thorough=False):
-            raise UserError(f"{damage}; encode the texts again with {COMMAND}")
+            raise UserError(f"{damage}; encode the texts again with gspn_dit.prepare.encode_text")
         part, texts = read_part(place / entry["file"])
         parts.append(part)
         numbers |= {text: number for number, text in enumerate(texts, start=len(numbers))}

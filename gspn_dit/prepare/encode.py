@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gspn_dit.data.captions import CAPTIONS, captions_of
 from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.data.latent_shards import (
+    CAPTIONS,
     FORMAT_VERSION,
     MANIFEST,
     PLAN,
@@ -423,6 +423,8 @@ def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | No
     assert isinstance(latent, AutoencoderLatent)
     wanted = source, manifest["source"]["split"], latent.image_size, latent.image_channels
     if "captions" in manifest:
+        from gspn_dit.data.captions import captions_of
+
         captions_of(latents)  # their checksum
         images = open_captioned(*wanted, manifest["captions"]["column"]).images
     else:
