@@ -237,7 +237,12 @@ def load_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, directory: Path, stem: str) -> None:
     """Give a model the weights in one file of a complete checkpoint; raises UserError where they are another's."""
-    tensors, expected = load_tensors(directory, stem), model.state_dict()
+    give_weights(model, load_tensors(directory, stem), directory, stem)
+
+
+def give_weights(model: nn.Module, tensors: Mapping[str, Tensor], directory: Path, stem: str) -> None:
+    """Give a model tensors that come from a file of a checkpoint; raises UserError where they are another model's."""
+    expected = model.state_dict()
     for name in sorted({*tensors, *expected}):
         if name not in tensors or name not in expected:
             where = "is not in" if name not in tensors else "is only in"

@@ -34,6 +34,13 @@ class Stream(enum.IntEnum):
     VALIDATION_TIMESTEP = 11
     VALIDATION_POSTERIOR = 12
     CAPTION = 20
+    CROP = 30
+    SHIFT = 31
+    RANDAUGMENT = 32
+    COLOUR = 33
+    ERASING = 34
+    ERASING_NOISE = 35
+    MIXING = 36
 
 
 def _generators(seed: int, stream: Stream, numbers: Sequence[int], part: int = 0) -> Iterator[np.random.Generator]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gspn_dit.config import (
+    ClassificationConfig,
     Config,
     DataConfig,
     LatentConfig,
@@ -410,13 +411,24 @@ def no_default() -> Config:
         seed=2**63 - 1,
         model=ModelConfig(
             *("DiT-N/2", 32, 4, 8, 2, 0.05, "gspn", 2, True, ["down", "right"]),
-            **dict(mixer_options={"mine": 3}, lpu=True, scan_skip=True, proxy_channels=5, proxy_ratio=7),
+            **dict(
+                mixer_options={"mine": 3},
+                backbone_options={"stem": 2},
+                lpu=True,
+                scan_skip=True,
+                proxy_channels=5,
+                proxy_ratio=7,
+            ),
         ),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
         latent=LatentConfig("kl", "some/vae"),
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),
         text=TextConfig("some/encoder", 77, ["a cat"]),
         unet=UNetConfig([32], 2, 16, 4, "gspn", "qkv", 4, 16, False, 8, "some/teacher", True),
+        classification=ClassificationConfig(
+            *((0.1, 0.9), (0.5, 2.0), 3, "bilinear", 0.4, 9.0, 0.5, 3, 0.25, 0.8, 1.0, 0.3, 0.1),
+            *([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.875),
+        ),
         training=TrainingConfig(
             **dict(initialize_from="some/run"),
             **dict(
@@ -435,6 +447,7 @@ def no_default() -> Config:
             **dict(compile=True, activation_checkpointing=True, sharding="fsdp"),
             **dict(repa_features="features.npy", repa_weight=0.25, repa_depth=3),
             **dict(fd_every=13, fd_samples=15, fd_features="digits"),
+            **dict(initial_learning_rate=1e-9, final_learning_rate=2e-9, decay_vectors=False, layer_decay=0.75),
         ),
         sampling=SamplingConfig(3, 1.1, (0.1, 0.9), 2, 4, "heun", 3),
     )
@@ -527,6 +540,12 @@ def test_config_loads_and_its_model_instantiates(path: Path) -> None:
         with torch.device("meta"):
             unet = mount_scans(create_unet(config.unet, 3, 3, 384), config.unet)
         assert len(unet.mixers) == 7
+        return
+    if config.task == "classification":
+        from gspn_dit.tasks.classification import build_model, model_arguments
+
+        with torch.device("meta"):
+            assert build_model(model_arguments(config, 10, 3))(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
         return
     channels, size = (1, 8) if config.data.name == "digits" else (4, 32)
     out_channels = create_objective(config.objective).out_channels(channels)

@@ -29,8 +29,8 @@ FLOORS = (
     {"data", "diffusion", "models"},
     {"doctor", "importers", "model_card", "prepare", "tasks"},
     {"saved_pipeline", "timm", "training"},
-    {"highres", "pipeline", "text_sampler"},
-    {"sample"},
+    {"classifier", "highres", "pipeline", "text_sampler"},
+    {"evaluate", "sample"},
     {"generate"},
 )
 """The rooms of gspn_dit, from the ground up: each imports rooms of lower floors alone, even lazily or for types. The

@@ -39,6 +39,13 @@ def test_streams_keep_their_values() -> None:
         "VALIDATION_TIMESTEP": 11,
         "VALIDATION_POSTERIOR": 12,
         "CAPTION": 20,
+        "CROP": 30,
+        "SHIFT": 31,
+        "RANDAUGMENT": 32,
+        "COLOUR": 33,
+        "ERASING": 34,
+        "ERASING_NOISE": 35,
+        "MIXING": 36,
     }
 
 

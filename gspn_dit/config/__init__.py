@@ -1,5 +1,6 @@
 """The configuration of a run: typed, frozen dataclasses, read from YAML and overridden on the command line."""
 
+from gspn_dit.config.classification import ClassificationConfig
 from gspn_dit.config.parsing import (
     config_from_dict,
     flatten,
@@ -26,6 +27,7 @@ from gspn_dit.config.schema import (
 __all__ = [
     "SCAN_DIRECTIONS",
     "TRACKERS",
+    "ClassificationConfig",
     "Config",
     "DataConfig",
     "LatentConfig",

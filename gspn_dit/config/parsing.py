@@ -30,7 +30,7 @@ PATHS = (
 )
 """Keys whose value is a path, or can be one."""
 
-MAPPINGS = ("model.mixer_options.",)
+MAPPINGS = ("model.mixer_options.", "model.backbone_options.")
 """What begins the keys that are not known here."""
 
 

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gspn_dit.config.classification import ClassificationConfig
+from gspn_dit.config.section import Section, require
 from gspn_dit.sampling_options import check_guidance
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class Section:
-    """Part of a config: whatever its keys, no number is infinite or NaN, and no text breaks a path or a page."""
-
-    def __post_init__(self) -> None:
-        section = type(self).__name__.removesuffix("Config").lower()
-        for spec in dataclasses.fields(self):
-            name, given = f"{section}.{spec.name}".removeprefix("."), getattr(self, spec.name)
-            given = list(given.values()) if isinstance(given, dict) else given
-            for value in given if isinstance(given, (list, tuple)) else [given]:
-                if isinstance(value, float):
-                    _require(math.isfinite(value), f"{name} is {given}, but must be finite")
-                if isinstance(value, str):
-                    strange = [letter for letter in value if unicodedata.category(letter) in ("Cc", "Cs")]
-                    _require(not strange, f"{name} is {given!r}, but must be text without control characters, in UTF-8")
-
 
 SCAN_DIRECTIONS = ("right", "left", "down", "up")
 """`gspn_dit.ops.DIRECTIONS`, which would load torch."""
@@ -68,6 +45,8 @@ class ModelConfig(Section):
     GSPN models alone."""
     mixer_options: dict[str, Any] | None = None
     """Options of the mixer that have no key here, by name."""
+    backbone_options: dict[str, Any] | None = None
+    """Options of a classification backbone, by name; task classification alone."""
     lpu: bool | None = None
     """Add a depthwise 3×3 convolution to the tokens before each block of a DiT model; null: false."""
     scan_skip: bool | None = None
@@ -82,23 +61,23 @@ class ModelConfig(Section):
         sizes = ("hidden_size", "depth", "num_heads", "weight_groups", "scan_window", "proxy_channels", "proxy_ratio")
         for name in sizes:
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
+            require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         rate = self.drop_path_rate
-        _require(rate is None or 0 <= rate < 1, f"model.drop_path_rate is {rate}, but must lie in [0, 1)")
+        require(rate is None or 0 <= rate < 1, f"model.drop_path_rate is {rate}, but must lie in [0, 1)")
         given = self.scan_directions
-        _require(
+        require(
             given is None or (0 < len(given) == len(set(given)) and set(given) <= set(SCAN_DIRECTIONS)),
             f"model.scan_directions is {given}, but must hold different ones of {', '.join(SCAN_DIRECTIONS)}",
         )
         for name in self.mixer_options or {}:
-            _require(not hasattr(self, name), f"model.mixer_options.{name} has a key of its own, model.{name}")
+            require(not hasattr(self, name), f"model.mixer_options.{name} has a key of its own, model.{name}")
         for family, other, names in (
             ("DiT", "GSPN-", ("mixer", "mixer_options", "lpu", "num_heads", "positions")),
             ("GSPN", "DiT-", ("long_skips", "conditioning")),
         ):
             for name in names:
                 refused = self.name.startswith(other) and getattr(self, name) is not None
-                _require(
+                require(
                     not refused, f"model.{name} is for {family} models, but model.name is {self.name}; leave it out"
                 )
 
@@ -133,13 +112,13 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction = self.validation_fraction
-        _require(0 <= fraction <= 0.5, f"data.validation_fraction is {fraction}, but must lie in [0, 0.5]")
-        _require(
+        require(0 <= fraction <= 0.5, f"data.validation_fraction is {fraction}, but must lie in [0, 0.5]")
+        require(
             self.image_size is None or self.image_size >= 1,
             f"data.image_size is {self.image_size}, but must be at least 1",
         )
         block = self.streaming_shuffle_images
-        _require(block >= 1, f"data.streaming_shuffle_images is {block}, but must be at least 1")
+        require(block >= 1, f"data.streaming_shuffle_images is {block}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -167,8 +146,8 @@ class ObjectiveConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.logit_normal_std > 0, f"objective.logit_normal_std is {self.logit_normal_std}, but must be > 0")
-        _require(self.timestep_shift > 0, f"objective.timestep_shift is {self.timestep_shift}, but must be > 0")
+        require(self.logit_normal_std > 0, f"objective.logit_normal_std is {self.logit_normal_std}, but must be > 0")
+        require(self.timestep_shift > 0, f"objective.timestep_shift is {self.timestep_shift}, but must be > 0")
 
 
 @dataclass(frozen=True)
@@ -187,8 +166,8 @@ class TextConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.max_tokens >= 2, f"text.max_tokens is {self.max_tokens}, but must be at least 2")
-        _require(all(prompt.strip() for prompt in self.prompts), "text.prompts holds an empty prompt; leave it out")
+        require(self.max_tokens >= 2, f"text.max_tokens is {self.max_tokens}, but must be at least 2")
+        require(all(prompt.strip() for prompt in self.prompts), "text.prompts holds an empty prompt; leave it out")
 
 
 @dataclass(frozen=True)
@@ -223,15 +202,15 @@ class UNetConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(bool(self.channels), "unet.channels is empty, but must name the width of each level")
+        require(bool(self.channels), "unet.channels is empty, but must name the width of each level")
         for name in ("layers_per_level", "head_channels", "patch_size", "window", "proxy_ratio", "weight_groups"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"unet.{name} is {value}, but must be at least 1")
-        _require(
+            require(value is None or value >= 1, f"unet.{name} is {value}, but must be at least 1")
+        require(
             self.teacher is None or self.mixer == "gspn",
             f"unet.teacher is {self.teacher}, but unet.mixer is attention: there is nothing to teach",
         )
-        _require(not self.teacher_inputs or self.teacher is not None, "unet.teacher_inputs needs unet.teacher")
+        require(not self.teacher_inputs or self.teacher is not None, "unet.teacher_inputs needs unet.teacher")
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -254,9 +233,16 @@ class TrainingConfig(Section):
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     """Steps of linear warm-up."""
+    initial_learning_rate: float = 0.0
+    """From which the warm-up starts."""
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up; cosine falls to 0 at max_steps."""
+    """After warm-up; cosine falls to final_learning_rate at max_steps."""
+    final_learning_rate: float = 0.0
     weight_decay: float = 0.0
+    decay_vectors: bool = True
+    """Decay biases, scales of norms and other vectors, too; false: matrices and kernels alone."""
+    layer_decay: float = 1.0
+    """Each block learns at this times the rate of the next one; the head at the full rate (arXiv 2106.08254)."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null: they are not."""
@@ -317,29 +303,36 @@ class TrainingConfig(Section):
             ),
             "fd_samples",
         ):
-            _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}, but must be at least 1")
-        _require(self.warmup_steps >= 0, f"training.warmup_steps is {self.warmup_steps}, but must be at least 0")
-        _require(self.learning_rate > 0, f"training.learning_rate is {self.learning_rate}, but must be above 0")
+            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}, but must be at least 1")
+        require(self.warmup_steps >= 0, f"training.warmup_steps is {self.warmup_steps}, but must be at least 0")
+        require(self.learning_rate > 0, f"training.learning_rate is {self.learning_rate}, but must be above 0")
+        for name in ("initial_learning_rate", "final_learning_rate"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= self.learning_rate,
+                f"training.{name} is {value}, but must lie in [0, training.learning_rate]",
+            )
+        require(0 < self.layer_decay <= 1, f"training.layer_decay is {self.layer_decay}, but must lie in (0, 1]")
         bound = self.max_grad_norm
-        _require(bound is None or bound > 0, f"training.max_grad_norm is {bound}, but must be null or above 0")
+        require(bound is None or bound > 0, f"training.max_grad_norm is {bound}, but must be null or above 0")
         for name in ("num_processes", "cpu_threads", "keep_every", "fd_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")
-        _require(self.weight_decay >= 0, f"training.weight_decay is {self.weight_decay}, but must be at least 0")
+            require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")
+        require(self.weight_decay >= 0, f"training.weight_decay is {self.weight_decay}, but must be at least 0")
         for name in ("class_dropout", "ema_decay"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"training.{name} is {value}, but must lie in [0, 1)")
+            require(0 <= value < 1, f"training.{name} is {value}, but must lie in [0, 1)")
         betas = list(self.adam_betas)
-        _require(all(0 <= beta < 1 for beta in betas), f"training.adam_betas is {betas}, but both must lie in [0, 1)")
-        _require(self.repa_weight > 0, f"training.repa_weight is {self.repa_weight}, but must be above 0")
+        require(all(0 <= beta < 1 for beta in betas), f"training.adam_betas is {betas}, but both must lie in [0, 1)")
+        require(self.repa_weight > 0, f"training.repa_weight is {self.repa_weight}, but must be above 0")
         lengths = self.ema_sigma_rel
-        _require(
+        require(
             all(0.01 <= length <= 0.28 for length in lengths) and len({f"{x:.3f}" for x in lengths}) == len(lengths),
             f"training.ema_sigma_rel is {lengths}, but must hold different lengths in [0.01, 0.28], to three decimals",
         )
         unknown = sorted(set(self.trackers) - set(TRACKERS))
-        _require(not unknown, f"training.trackers has {unknown}, but can hold {', '.join(TRACKERS)}")
-        _require(
+        require(not unknown, f"training.trackers has {unknown}, but can hold {', '.join(TRACKERS)}")
+        require(
             self.batch_size % self.gradient_accumulation_steps == 0,
             f"training.batch_size {self.batch_size} is not divisible by "
             f"training.gradient_accumulation_steps {self.gradient_accumulation_steps}",
@@ -364,7 +357,7 @@ class SamplingConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "per_class", "max_classes"):
-            _require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}, but must be at least 1")
+            require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}, but must be at least 1")
         check_guidance(
             self.guidance_scale,
             self.guidance_interval,
@@ -389,19 +382,20 @@ class Config(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     text: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
+    classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(bool(self.output_dir), "output_dir is empty, but must name a directory")
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
+        require(bool(self.output_dir), "output_dir is empty, but must name a directory")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
         pixels, encoded = self.latent.name == "identity", self.data.name == "latents"
-        _require(
+        require(
             pixels or encoded or bool(self.latent.vae),
             f"latent.name is {self.latent.name}, but latent.vae names no autoencoder",
         )
-        _require(
+        require(
             self.latent.vae is None or not pixels or encoded,
             f"latent.vae is {self.latent.vae}, but latent.name is identity; set latent.name kl",
         )

@@ -14,6 +14,7 @@ __all__ = ["TASKS", "GenerativeTask", "Plan", "Task", "create_task", "task_class
 
 TASKS: dict[str, type[Task] | str] = {
     "class-conditional": ClassConditional,
+    "classification": "gspn_dit.tasks.classification:Classification",  # torchvision's transforms are no other task's
     "text-to-image": "gspn_dit.tasks.text_to_image:TextToImage",  # diffusers' UNets take seconds to import
 }
 """The class of each task, or where to find it, by the name that the config key `task` gives."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
@@ -71,11 +70,23 @@ def resize_label_table(table: Tensor, names: list[str], fresh: Tensor, new_names
         fresh: a table of the new size, from which classes without a namesake take their rows.
         new_names: of the new classes, by id.
     """
-    old_ids: Mapping[str, int] = {name: number for number, name in enumerate(names)}
+    resized = rows_by_name(table, names, fresh, new_names)
+    resized[-1] = table[-1]
+    return resized
+
+
+def rows_by_name(table: Tensor, names: Sequence[str], fresh: Tensor, new_names: Sequence[str]) -> Tensor:
+    """Return a copy of `fresh` in which each class of a name that `names` has, too, takes its row of `table`.
+
+    Args:
+        table: a row for each of the old classes, [len(names), …].
+        names: of the old classes, by id.
+        fresh: a row for each of the new classes, [len(new_names), …].
+        new_names: of the new classes, by id.
+    """
+    old_ids = {name: number for number, name in enumerate(names)}
     resized = fresh.detach().clone()
-    with torch.no_grad():
-        for number, name in enumerate(new_names):
-            if name in old_ids:
-                resized[number] = table[old_ids[name]]
-        resized[-1] = table[-1]
+    for number, name in enumerate(new_names):
+        if name in old_ids:
+            resized[number] = table[old_ids[name]]
     return resized

@@ -27,7 +27,7 @@ def _local_weights(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 class EMA(Generic[Model]):
-    """Keeps a copy of a model whose weights follow it: ema += (1 - d) · (weights - ema).
+    """Keeps a copy of a model whose weights follow it: ema += (1 - d) · (weights - ema); buffers are the model's own.
 
     The decay d is min(decay, (1 + updates) / (10 + updates)), so that an average of a short run forgets its start.
     """
@@ -47,6 +47,8 @@ class EMA(Generic[Model]):
         difference = list(torch._foreach_sub(weights, averages))
         torch._foreach_mul_(difference, (1 - decay) * took_step)
         torch._foreach_add_(averages, difference)
+        for buffer, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(value)  # such as running statistics, which are averages already
 
 
 class PowerEMA:

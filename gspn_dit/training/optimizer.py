@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,16 @@ from torch import Tensor, nn
 from gspn_dit.config import TrainingConfig
 
 
-def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return fused AdamW, which can skip a step on the device."""
+def create_optimizer(model: nn.Module, config: TrainingConfig, blocks: Sequence[nn.Module] = ()) -> torch.optim.AdamW:
+    """Return fused AdamW, which can skip a step on the device.
+
+    Args:
+        model: whose parameters it moves.
+        config: `weight_decay`, `decay_vectors`, `layer_decay` and others.
+        blocks: parts of the model, from its input on, by which `layer_decay` counts.
+    """
     return torch.optim.AdamW(
-        model.parameters(),
+        parameter_groups(model, config, blocks),
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
@@ -22,14 +29,49 @@ def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ad
     )
 
 
+def parameter_groups(
+    model: nn.Module, config: TrainingConfig, blocks: Sequence[nn.Module] = ()
+) -> list[dict[str, Any]]:
+    """Return groups of parameters that share a learning rate and a weight decay: one group by the defaults.
+
+    A group's "rate_scale" is layer_decay^(n + 1 - l), where n blocks there are and l is the number of blocks that begin
+    at or before the parameter, in the order in which the model registers them; what follows the last one is layer n + 1
+    (arXiv 2106.08254, appendix). Without `decay_vectors` no weight decay is for what has at most one dimension, nor for
+    what the model's `no_weight_decay()` names.
+    """
+    named = dict(model.named_parameters())
+    kept: set[str] = getattr(model, "no_weight_decay", set)()  # timm's convention
+    layers = _layers(model, blocks)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        scale = config.layer_decay ** (len(blocks) + 1 - layers[name]) if config.layer_decay < 1 else 1.0
+        decayed = config.decay_vectors or (parameter.ndim > 1 and name not in kept)
+        groups.setdefault((scale, config.weight_decay if decayed else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "rate_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def _layers(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
+    """Return the layer of each parameter by name; see `parameter_groups`."""
+    of_block = {id(parameter): number for number, block in enumerate(blocks, 1) for parameter in block.parameters()}
+    layers, begun = {}, 0
+    for name, parameter in model.named_parameters():
+        begun = of_block.get(id(parameter), len(blocks) + 1 if begun >= len(blocks) else begun)
+        layers[name] = begun
+    return layers
+
+
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Return the learning rate of a step (0 is the first): linear warm-up, then constant or half a cosine to 0."""
+    """Return the learning rate of a step (0 is the first): linear warm-up, then constant or half a cosine down."""
+    first, full, last = config.initial_learning_rate, config.learning_rate, config.final_learning_rate
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return first + (full - first) * (step + 1) / config.warmup_steps
     if config.learning_rate_schedule == "constant":
-        return config.learning_rate
+        return full
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return last + (full - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def clip_gradients(model: nn.Module, max_grad_norm: float | None) -> Tensor:
@@ -45,7 +87,7 @@ def took_step(norm: Tensor) -> Tensor:
 def step_where(took: Tensor, optimizer: torch.optim.AdamW, rate: float) -> None:
     """Step if `took` is 1, and clear the gradients, without waiting for the device."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
     optimizer.found_inf = 1 - took  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -65,10 +107,15 @@ def optimizer_step(
     return norm, took
 
 
+def _ordered_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Return the parameters' names in the order by which the optimiser's state dict counts them: group by group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Return the optimiser's state as "<parameter>.<state>" tensors."""
-    names = [name for name, _ in model.named_parameters()]
-    state = optimizer.state_dict()["state"]
+    names, state = _ordered_names(optimizer, model), optimizer.state_dict()["state"]
     return {f"{names[index]}.{key}": value for index, values in state.items() for key, value in values.items()}
 
 
@@ -83,7 +130,7 @@ def empty_optimizer_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` gave."""
-    indices = {name: index for index, (name, _) in enumerate(model.named_parameters())}
+    indices = {name: index for index, name in enumerate(_ordered_names(optimizer, model))}
     state: dict[int, dict[str, Any]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")

@@ -34,6 +34,7 @@ MAX_PICTURE_PIXELS = 1_200
 """Height and width to which larger grids are reduced."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 240, 58, 30, 14, 26
 
+VALIDATION = "Validation loss by time t"
 QUARTILES = {
     "val_loss": "all times",
     "val_loss_q1": "t < ¼ (nearly clean)",
@@ -43,7 +44,8 @@ QUARTILES = {
 }
 PANELS = {
     "Training loss": {"loss": "loss"},
-    "Validation loss by time t": QUARTILES,
+    VALIDATION: QUARTILES,
+    "Validation accuracy": {"val_top1": "top-1", "val_top5": "top-5"},
     "Learning rate": {"learning_rate": "learning rate"},
     "Gradient norm before clipping": {"grad_norm": "gradient norm"},
     "Images per second": {"images_per_second": "images/s"},
@@ -168,6 +170,8 @@ def _panels(metrics: Mapping[str, Curve]) -> list[str]:
     sections = []
     for title, keys in {**PANELS, **others}.items():
         curves = {name: metrics[key] for key, name in keys.items() if metrics.get(key)}
+        if title == VALIDATION and len(curves) == 1:  # of a task that knows no times
+            title, curves = "Validation loss", {"validation loss": metrics["val_loss"]}
         if curves and not (title.startswith("Skipped") and not any(y for _, y in metrics["nonfinite_steps"])):
             sections.append(_panel(title, curves))
     return sections
@@ -195,7 +199,7 @@ def _grids(folder: Path) -> str:
             f'<figure><img alt="samples at step {step}" src="{_embed(path)}">'
             f"<figcaption>step {step:,}</figcaption></figure>"
         )
-    return f'<section class="wide"><h2>Samples</h2><div class="grids">{"".join(figures)}</div></section>'
+    return f'<section class="wide"><h2>Previews</h2><div class="grids">{"".join(figures)}</div></section>'
 
 
 def render(run_directory: Path, max_steps: int | None = None, running: bool = False) -> str:

@@ -47,7 +47,7 @@ class TrainingState:
         for model in (self.model, self.ema.model):
             self.strategy.split(task, model)
         self.power_emas = [PowerEMA(self.model.named_parameters(), length) for length in settings.ema_sigma_rel]
-        self.strategy.prepare(self.model)
+        self.strategy.prepare(self.model, task.blocks(self.model))
         self.companions = {name: Companion(module, settings, accelerator) for name, module in task.companions.items()}
         self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
             torch.zeros((), device=accelerator.device) for _ in range(3)

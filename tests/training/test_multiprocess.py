@@ -118,3 +118,25 @@ def test_mistake_is_told_once(tmp_path: Path) -> None:
     done = train(tmp_path, 2, "--training.max_steps", "1", "--model.name", "GSPN-N/3")
     assert done.returncode != 0
     assert done.stderr.count("is not divisible by the patch size 3") == 1
+
+
+def test_a_classifier_is_the_same_over_two_processes(tmp_path: Path) -> None:
+    """Through augmentation and mixing, whose partners may be another process's samples."""
+    options = ("task=classification", "model.name=gspn_nano", "classification.crop_padding=1", "training.max_steps=20")
+    options += ("classification.mixup=0.8", "classification.cutmix=1.0", "classification.erasing_probability=0.25")
+    options += ("classification.randaugment_magnitude=9.0", "training.batch_size=6", "training.trackers=[]")
+    options += ("training.decay_vectors=false", "training.layer_decay=0.8", "model.drop_path_rate=0.2")
+    words = [f"--{option}" for option in options]
+    words.append('--model.backbone_options={"widths": [8, 16], "depths": [1, 1], "global_stages": [1]}')
+    for processes in (1, 2):
+        launcher = command(tmp_path, processes)[: 1 if processes == 1 else 5]
+        script = ["tests/training/train_in_float64.py", f"--output_dir={tmp_path / str(processes)}"]
+        done = subprocess.run(
+            [*launcher, *script, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (tensors_of(tmp_path / processes, 20) for processes in ("1", "2"))
+    for name, tensor in two.items():
+        if name.startswith(("model/", "ema/")):
+            difference = (tensor - one[name]).double().norm() / one[name].double().norm().clamp_min(1e-12)
+            assert difference <= 1e-9, (name, difference)

@@ -36,6 +36,9 @@ def choose_strategy(config: Config, accelerator: Accelerator) -> str:
     if accelerator.num_processes == 1:
         return "none"
     if chosen in STAGES:
+        if not settings.decay_vectors or settings.layer_decay < 1:
+            key = "layer_decay" if settings.decay_vectors else "decay_vectors"
+            raise UserError(f"training.{key} does not go with sharding ({chosen}); use fsdp, or leave it out")
         check_installed()
     return chosen
 

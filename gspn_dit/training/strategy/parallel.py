@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -42,9 +42,9 @@ class Strategy:
     def split(self, task: Task, model: nn.Module) -> None:
         """Split the weights of the task's model, or of its average, in place."""
 
-    def prepare(self, model: nn.Module) -> None:
-        """Make the optimiser and what the loss calls."""
-        self.model, self.optimizer = model, create_optimizer(model, self.settings)
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
+        """Make the optimiser and what the loss calls; `blocks` are those by which training.layer_decay counts."""
+        self.model, self.optimizer = model, create_optimizer(model, self.settings, blocks)
         self.forward_model = self._under_autocast(model, replicate=self.accelerator.num_processes > 1)
 
     def _under_autocast(self, model: nn.Module, replicate: bool = False) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,8 +27,8 @@ class FullySharded(Strategy):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
-    def prepare(self, model: nn.Module) -> None:
-        self.model, self.optimizer = model, create_optimizer(model, self.settings)
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
+        self.model, self.optimizer = model, create_optimizer(model, self.settings, blocks)
         self.forward_model = self._under_autocast(model)
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,11 @@ def check_installed() -> None:
 class Zero(Strategy):
     """The weights of the model become views of one buffer, whole in every process; DeepSpeed's engine steps AdamW."""
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, blocks: Sequence[nn.Module] = ()) -> None:
         import deepspeed
 
         model = self._under_autocast(model)
-        self.model, self.optimizer = model, create_optimizer(model, self.settings)
+        self.model, self.optimizer = model, create_optimizer(model, self.settings, blocks)
         shares = self.accelerator.num_processes * self.settings.gradient_accumulation_steps
         self.engine: Any = deepspeed.initialize(
             model=model,
