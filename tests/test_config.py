@@ -423,7 +423,7 @@ def no_default() -> Config:
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
         latent=LatentConfig("kl", "some/vae"),
         objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0),
-        text=TextConfig("some/encoder", 77, ["a cat"]),
+        text=TextConfig("some/encoder", 77, table="some/texts", prompts=["a cat"]),
         unet=UNetConfig([32], 2, 16, 4, "gspn", "qkv", 4, 16, False, 8, "some/teacher", True),
         classification=ClassificationConfig(
             *((0.1, 0.9), (0.5, 2.0), 3, "bilinear", 0.4, 9.0, 0.5, 3, 0.25, 0.8, 1.0, 0.3, 0.1),
