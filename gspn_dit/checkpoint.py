@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +255,11 @@ def give_weights(model: nn.Module, tensors: Mapping[str, Tensor], directory: Pat
     model.load_state_dict(tensors)
 
 
-def remove_old_checkpoints(run_directory: str | os.PathLike[str], keep_last: int, keep_every: int | None) -> None:
-    """Delete all complete checkpoints but the newest `keep_last` and those at multiples of `keep_every` steps."""
+def remove_old_checkpoints(
+    run_directory: str | os.PathLike[str], keep_last: int, keep_every: int | None, needed: Collection[int] = ()
+) -> None:
+    """Delete all complete checkpoints but the newest `keep_last`, multiples of `keep_every` steps, and needed ones."""
     complete = find_checkpoints(run_directory)
     for step in list(complete)[:-keep_last]:
-        if keep_every is None or step % keep_every:
+        if (keep_every is None or step % keep_every) and step not in needed:
             shutil.rmtree(complete[step])

@@ -148,6 +148,9 @@ def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int],
     labels = [label for label in classes for _ in range(options.per_class)]
     if options.order == "interleaved":
         labels = classes * options.per_class
+    if pipeline.objective.second_time and options.guidance_scale != 1:
+        print(f"guidance is part of what this model has learnt: --guidance-scale {options.guidance_scale:g} is ignored")
+        options.guidance_scale = 1.0
     with tqdm(total=len(labels), unit="image", disable=None) as bar:
 
         def show(done: int) -> None:

@@ -63,7 +63,7 @@ def add_sampling_options(
     add("--vae", type=path_argument, metavar="NAME_OR_DIR",
         help="where the autoencoder of the latents lies now, if moved")  # fmt: skip
     add("--steps", type=int, default=steps, help=f"of the sampler (default: {otherwise}50)")
-    add("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc "
+    add("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc; flow_map and mean_flow: euler "
         f"(default: {otherwise}the first of the checkpoint's objective)")  # fmt: skip
     add("--guidance-scale", type=float, default=guidance_scale,
         help=f"1 is no guidance (default: {guidance_scale:g})")  # fmt: skip

@@ -143,11 +143,22 @@ class ObjectiveConfig(Section):
     logit_normal_std: float = 1.0
     timestep_shift: float = 1.0
     """t becomes s·t / (1 + (s-1)·t); above 1 favours noise (Esser et al., 2403.03206, eq. 23)."""
+    guidance_scale: float | None = None
+    """Guidance that flow_map and mean_flow learn; null: as published, 3 and 2."""
+    guidance_mix: float | None = None
+    """Share of the data in their guided target, the rest is the model's own prediction; null: 0.25 and 0.5."""
+    derivative: Literal["differences", "jvp"] = "differences"
+    """How mean_flow derives the model along the path: two more calls, or exactly (on CPUs alone)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.logit_normal_std > 0, f"objective.logit_normal_std is {self.logit_normal_std}, but must be > 0")
         require(self.timestep_shift > 0, f"objective.timestep_shift is {self.timestep_shift}, but must be > 0")
+        scale, mix = self.guidance_scale, self.guidance_mix
+        require(
+            scale is None or scale >= 1, f"objective.guidance_scale is {scale}, but must be null or at least 1 (none)"
+        )
+        require(mix is None or 0 < mix <= 1, f"objective.guidance_mix is {mix}, but must be null or lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -272,6 +283,12 @@ class TrainingConfig(Section):
     state alone, by DeepSpeed; zero2: the gradients, too."""
     max_nonfinite_steps: int = 10
     """Stop after this many non-finite steps in a row; each one is skipped."""
+    spike_ratio: float | None = None
+    """Skip steps whose loss, or error where the objective has one, is above this many times the median of the last 50
+    steps; null: take them."""
+    max_spikes: int = 10
+    """After this many skipped steps in a row, weights, averages and optimiser go back to the last checkpoint that was
+    followed by good ones; data and noise go on."""
     log_every: int = 50
     checkpoint_every: int = 5_000
     keep_last: int = 2
@@ -298,6 +315,7 @@ class TrainingConfig(Section):
                 "validate_every",
                 "validation_images",
                 "max_nonfinite_steps",
+                "max_spikes",
                 "ema_snapshot_every",
                 "repa_depth",
             ),
@@ -315,6 +333,8 @@ class TrainingConfig(Section):
         require(0 < self.layer_decay <= 1, f"training.layer_decay is {self.layer_decay}, but must lie in (0, 1]")
         bound = self.max_grad_norm
         require(bound is None or bound > 0, f"training.max_grad_norm is {bound}, but must be null or above 0")
+        ratio = self.spike_ratio
+        require(ratio is None or ratio > 1, f"training.spike_ratio is {ratio}, but must be null or above 1")
         for name in ("num_processes", "cpu_threads", "keep_every", "fd_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"training.{name} is {value}, but must be null or at least 1")

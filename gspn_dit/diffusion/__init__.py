@@ -5,8 +5,10 @@ from typing import Any
 
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.diffusion.epsilon import EpsilonObjective
+from gspn_dit.diffusion.flow_map import FlowMapObjective
 from gspn_dit.diffusion.guidance import Guidance
-from gspn_dit.diffusion.objective import Denoiser, Objective
+from gspn_dit.diffusion.mean_flow import MeanFlowObjective
+from gspn_dit.diffusion.objective import Conditioned, Denoiser, Objective
 from gspn_dit.diffusion.sampling import (
     CHUNK,
     SAMPLERS,
@@ -24,6 +26,7 @@ __all__ = [
     "OBJECTIVES",
     "SAMPLERS",
     "STEP_NOISE",
+    "Conditioned",
     "Denoiser",
     "Guidance",
     "Objective",
@@ -34,7 +37,12 @@ __all__ = [
     "sample_latents",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {"velocity": VelocityObjective, "epsilon": EpsilonObjective}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "velocity": VelocityObjective,
+    "epsilon": EpsilonObjective,
+    "flow_map": FlowMapObjective,
+    "mean_flow": MeanFlowObjective,
+}
 """By the name that the config key `objective.name` gives."""
 
 

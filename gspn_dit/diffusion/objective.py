@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,42 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """`denoise(latents [B, C, H, W], timesteps [B]) -> [B, out_channels, H, W]`: a model that knows its conditioning."""
 
 
+@dataclass(frozen=True)
+class Conditioned:
+    """A `Denoiser` of a batch's classes that can also be asked for some of its rows, without a class, or for a step.
+
+    Args:
+        model: called as `model(latents, timesteps, class_labels, keep_mask)`, and by `spans` where they are given.
+        class_labels: int64 [B]; `null_label` means "no class".
+        null_label: the id that means "no class".
+        keep_mask: of stochastic depth, bool [blocks, B], or None.
+    """
+
+    model: Model
+    class_labels: Tensor
+    null_label: int
+    keep_mask: Tensor | None = None
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, spans: Tensor | None = None) -> Tensor:
+        """Predict from noisy latents [B, C, H, W] and timesteps [B]; spans [B] are timesteps minus those led to."""
+        told = {} if spans is None else {"spans": spans}
+        return self.model(latents, timesteps, self.class_labels, self.keep_mask, **told)
+
+    def __getitem__(self, rows: Tensor) -> Conditioned:
+        """Return the denoiser of some rows, int64 [n]."""
+        keep_mask = None if self.keep_mask is None else self.keep_mask[:, rows]
+        return replace(self, class_labels=self.class_labels[rows], keep_mask=keep_mask)
+
+    def without_class(self) -> Conditioned:
+        """Return the denoiser that is told no class."""
+        return replace(self, class_labels=torch.full_like(self.class_labels, self.null_label))
+
+    @property
+    def has_class(self) -> Tensor:
+        """Which rows have a class, bool [B]."""
+        return self.class_labels != self.null_label
+
+
 class Objective(ABC):
     """A loss with its time distribution, and the schedulers that sample from a model trained with it."""
 
@@ -28,6 +65,11 @@ class Objective(ABC):
     """Names of the samplers that `make_scheduler` takes, the default first."""
     stochastic_samplers: tuple[str, ...] = ()
     """Those whose every step draws noise."""
+    second_time: bool = False
+    """Whether the model is told how far a step goes. It predicts the mean velocity over the step then, and guidance is
+    part of what it learns: sampling adds none."""
+    uniforms: int = 1
+    """Uniform draws from which the times of a training sample are made."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
@@ -65,9 +107,26 @@ class Objective(ABC):
     def timesteps(self, uniforms: Tensor) -> Tensor:
         """Map uniform draws [B] in [0, 1) to training timesteps [B] in [0, 1000]."""
 
+    def training_timesteps(self, uniforms: Tensor, progress: Tensor) -> Tensor:
+        """Return what `training_loss` takes: [B], or [B, n] of an objective with several times, in [0, 1000].
+
+        uniforms are [B, self.uniforms] in [0, 1), progress [B] in [0, 1) is the place of a sample in its run.
+        """
+        return self.timesteps(uniforms[:, 0])
+
+    def training_loss(
+        self, denoise: Conditioned, latents: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the "loss" of each sample that is minimised, [B], and what else is logged.
+
+        latents and noise are [B, C, H, W]; timesteps are what `training_timesteps` gave, still on the CPU. An "error"
+        is a mean square without the weights of the loss, by which explosions are noticed.
+        """
+        return {"loss": self.loss(denoise, latents, noise, timesteps.to(latents.device))}
+
     @abstractmethod
     def loss(self, denoise: Denoiser, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the loss of each sample, [B], in float32 or better.
+        """Return the loss of each sample at one time, [B], in float32 or better; validation is by this one.
 
         latents and noise are [B, C, H, W], timesteps [B] in [0, 1000].
         """

@@ -13,12 +13,13 @@ from gspn_dit import rng
 from gspn_dit.diffusion.guidance import Guidance
 from gspn_dit.diffusion.objective import Model, Objective
 from gspn_dit.diffusion.schedulers import LEARNED, step_noise_options
+from gspn_dit.errors import UserError
 
 OnStepEnd = Callable[[int, Tensor, Tensor], Tensor]
 """`on_step_end(step, timestep, latents) -> latents`, the step counted from 0."""
 
 SAMPLERS = ("euler", "heun", "ddpm", "ddim", "dpm++", "unipc")
-"""The samplers of all objectives: the first two of velocity, the others of epsilon."""
+"""The samplers of all objectives: the first two of velocity, the first of the few-step ones, the others of epsilon."""
 
 CHUNK = 64
 """Images generated at a time. Fixed, and the last chunk is padded: the size of a batch can change its rounding."""
@@ -76,7 +77,7 @@ def sample_latents(
     """Integrate from noise to latents.
 
     Args:
-        model: predicts from (latents, timesteps, class_labels).
+        model: predicts from (latents, timesteps, class_labels), and from `spans` where the objective has a second time.
         objective: the one the model was trained with.
         noise: [B, C, H, W].
         class_labels: int64 [B].
@@ -95,10 +96,11 @@ def sample_latents(
         Latents [B, C, H, W].
 
     Raises:
-        UserError: a sampler that the objective does not have, or that cannot take so many steps.
+        UserError: a sampler that the objective does not have, or that cannot take so many steps; guidance of a model
+            that has learnt its own.
         ValueError: a stochastic sampler without `seed` and `indices`, or guidance of more channels than there are.
     """
-    guidance = _checked(guidance, noise.shape[1])
+    guidance = _checked(guidance, objective, noise.shape[1])
     if scheduler is None:
         sampler = objective.resolve_sampler(sampler, num_inference_steps)
         scheduler = objective.make_scheduler(sampler, num_inference_steps)
@@ -107,9 +109,10 @@ def sample_latents(
         random = _noise_of_scheduler(scheduler, noise, seed, indices)
     predict = _prediction(model, objective, class_labels, null_label, guidance, guide, scheduler)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    ends = torch.cat([scheduler.timesteps[1:], scheduler.timesteps.new_zeros(1)])
     for step, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        output = predict(scaled, timestep)
+        output = predict(scaled, timestep, ends[step])
         latents = scheduler.step(output.to(noise), timestep, latents, return_dict=False, **random(step))[0]
         if on_step is not None:
             on_step()
@@ -118,9 +121,14 @@ def sample_latents(
     return latents
 
 
-def _checked(guidance: Guidance | None, channels: int) -> Guidance:
-    """Return the guidance; raises ValueError if it is of more channels than there are."""
+def _checked(guidance: Guidance | None, objective: Objective, channels: int) -> Guidance:
+    """Return the guidance; raises UserError if none can be had, ValueError if it is of more channels than there are."""
     guidance = guidance or Guidance()
+    if objective.second_time and guidance.scale != 1:
+        raise UserError(
+            f"guidance of scale {guidance.scale:g} does not go with objective {objective.config.name}, whose guidance "
+            "the model has learnt (objective.guidance_scale); leave it at 1"
+        )
     if guidance.channels is not None and guidance.channels > channels:
         raise ValueError(f"guidance of {guidance.channels} channels, but the latent has {channels}")
     return guidance
@@ -160,8 +168,8 @@ def _prediction(
     guidance: Guidance,
     guide: Model | None,
     scheduler: Any,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what maps (latents, timestep) to what the scheduler takes.
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return what maps (latents, timestep, timestep where the step ends) to what the scheduler takes.
 
     That is the prediction, guided, and, if the scheduler reads it, the variance, which guidance must not touch.
     """
@@ -171,8 +179,10 @@ def _prediction(
     def joined(prediction: Tensor, variance: Tensor | None) -> Tensor:
         return torch.cat([prediction, variance], dim=1) if reads_variance and variance is not None else prediction
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict(latents: Tensor, timestep: Tensor, end: Tensor) -> Tensor:
         times = timestep.to(latents).expand(len(latents))
+        if objective.second_time:
+            return model(latents, times, class_labels, spans=times - end.to(latents))
         if not guidance.acts(float(timestep) / scheduler.config.num_train_timesteps):
             return joined(*objective.split_output(model(latents, times, class_labels)))
         if guide is None:

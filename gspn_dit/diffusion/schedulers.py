@@ -15,6 +15,8 @@ from gspn_dit.diffusion.objective import Objective
 from gspn_dit.diffusion.velocity import uniform_times
 
 LEARNED = ("learned", "learned_range")
+MEAN_VELOCITY = "FlowMatchEulerDiscreteScheduler"
+"""The scheduler that adds the length of a step times the prediction, and nothing else."""
 
 
 def default_scheduler(objective: Objective) -> Any:
@@ -44,7 +46,7 @@ def prepare_scheduler(scheduler: Any, objective: Objective, num_inference_steps:
     Flow-matching schedulers get the times 1, 1 - 1/steps, …, 1/steps, which they shift as their config says. A
     variance is kept for DDPM alone: every other scheduler would take it for more channels, or cut it off at the third.
 
-    Raises ValueError for a scheduler of another kind of prediction.
+    Raises ValueError for a scheduler of another kind of prediction, or one that does not step by mean velocities.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -53,6 +55,10 @@ def prepare_scheduler(scheduler: Any, objective: Objective, num_inference_steps:
         raise ValueError(
             f"scheduler {name} takes a prediction of type '{predicts}', but the model predicts "
             f"'{objective.prediction_type}'"
+        )
+    if objective.second_time and (name != MEAN_VELOCITY or scheduler.config.get("stochastic_sampling")):
+        raise ValueError(
+            f"the model predicts mean velocities, by which a deterministic {MEAN_VELOCITY} alone steps, not this {name}"
         )
     scheduler = copy.deepcopy(scheduler)
     if scheduler.config.get("variance_type") in LEARNED and not isinstance(scheduler, DDPMScheduler):

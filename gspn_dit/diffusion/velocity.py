@@ -22,7 +22,7 @@ class VelocityObjective(Objective):
     """Mean squared error of the velocity; t is 0 for data and 1 for noise."""
 
     prediction_type = "flow_prediction"
-    samplers = ("euler", "heun")
+    samplers: tuple[str, ...] = ("euler", "heun")
 
     def out_channels(self, latent_channels: int) -> int:
         return latent_channels

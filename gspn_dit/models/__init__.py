@@ -1,4 +1,4 @@
-"""Denoising models behind one signature: `model(latents, timesteps, class_labels, keep_mask=None)`.
+"""Denoising models behind one signature: `model(latents, timesteps, class_labels, keep_mask=None, spans=None)`.
 
 The classes are imported on first use, so that command lines answer --help before torch is loaded.
 """
@@ -22,7 +22,7 @@ _HOMES = {
     "DiffusionModel": "gspn_dit.models.base",
     "GSPNTransformer": "gspn_dit.models.gspn",
 }
-_OF_BOTH = ("depth", "drop_path_rate", "hidden_size")
+_OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "second_time")
 _OPTIONS = {
     "GSPN": (*_OF_BOTH, "long_skips", "conditioning"),
     "DiT": (
@@ -69,9 +69,10 @@ def create_model(
         latent_channels: channels of the latent.
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
-        overrides: `hidden_size`, `depth`, `drop_path_rate`; for GSPN also `long_skips`, `conditioning` ("additive", the
-            default, or "adaln-zero") and those of `ScanOptions`; for DiT also `mixer` (of `MIXERS`; "attention" is the
-            default), its options, `num_heads`, `lpu` and the rest of `DiT`'s. None keeps the preset's.
+        overrides: `hidden_size`, `depth`, `drop_path_rate`, `second_time`; for GSPN also `long_skips`, `conditioning`
+            ("additive", the default, or "adaln-zero") and those of `ScanOptions`; for DiT also `mixer` (of `MIXERS`;
+            "attention" is the default), its options, `num_heads`, `lpu` and the rest of `DiT`'s. None keeps the
+            preset's.
 
     Raises:
         ValueError: an unknown name or override, a size that the patch does not divide, or a value out of range.

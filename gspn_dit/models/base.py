@@ -21,7 +21,7 @@ from gspn_dit.ops.contract import autocast_dtype
 
 
 class DiffusionModel(nn.Module, ABC):
-    """A class-conditional denoiser: `model(latents, timesteps, class_labels, keep_mask=None)`.
+    """A class-conditional denoiser: `model(latents, timesteps, class_labels, keep_mask=None, spans=None)`.
 
     Args:
         num_classes: class ids are 0 … num_classes-1; `num_classes` itself means "no class".
@@ -30,6 +30,7 @@ class DiffusionModel(nn.Module, ABC):
         hidden_size: width C.
         patch_size: side of a patch in latent pixels.
         timestep_endpoint: see `TimestepEmbedding`.
+        second_time: be told as well how far a step goes, as few-step objectives ask; starts without effect.
     """
 
     blocks: nn.ModuleList
@@ -47,9 +48,10 @@ class DiffusionModel(nn.Module, ABC):
         hidden_size: int,
         patch_size: int,
         timestep_endpoint: bool = False,
+        second_time: bool = False,
     ) -> None:
         super().__init__()
-        self.num_classes, self.patch_size = num_classes, patch_size
+        self.num_classes, self.patch_size, self.second_time = num_classes, patch_size, second_time
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         self.gradient_checkpointing = False
         """Keep the inputs of blocks alone, and recompute each block in the backward pass."""
@@ -63,6 +65,10 @@ class DiffusionModel(nn.Module, ABC):
         last = max(1, len(self.blocks) - 1)
         self.drop_path_rates = [drop_path_rate * layer / last for layer in range(len(self.blocks))]
         self._initialise()
+        if self.second_time:  # last, so that every other weight is that of a model without it
+            self.span_embed = TimestepEmbedding(self.patch_embed.out_features)
+            for weight in self.span_embed.mix.parameters():
+                nn.init.zeros_(weight)
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +86,12 @@ class DiffusionModel(nn.Module, ABC):
         return self.num_classes
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, keep_mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        class_labels: Tensor,
+        keep_mask: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents.
 
@@ -89,21 +100,29 @@ class DiffusionModel(nn.Module, ABC):
             timesteps: [B], in [0, 1000].
             class_labels: int64 [B]; `num_classes` means "no class".
             keep_mask: bool [blocks, B], False where stochastic depth drops a sample's branch; None keeps all.
+            spans: [B], timesteps minus those that the step leads to, for a model with `second_time`; None for 0.
 
         Returns:
             [B, out_channels, H, W].
         """
         conditioning = self.timestep_embed(timesteps) + self.class_embed(class_labels)  # [B, C]
+        if self.second_time:
+            conditioning = conditioning + self.span_embed(torch.zeros_like(timesteps) if spans is None else spans)
+        elif spans is not None:
+            raise ValueError("spans are given, but the model has no second time; create it with second_time=True")
         tokens = self.patch_embed(patchify(latents, self.patch_size))  # [B, h, w, C]
         tokens = self.transform(tokens, conditioning, self._branch_scales(keep_mask))
         return unpatchify(self.output(tokens, conditioning), self.patch_size)
 
-    def in_float32(self, latents: Tensor, timesteps: Tensor, class_labels: Tensor) -> Tensor:
+    def in_float32(
+        self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, spans: Tensor | None = None
+    ) -> Tensor:
         """Predict float32 from float32, whatever the dtype of the weights; float16 and bfloat16 run under autocast."""
         if self.dtype not in (torch.float16, torch.bfloat16):
-            return self(latents.to(self.dtype), timesteps.to(self.dtype), class_labels).float()
+            latents, timesteps = latents.to(self.dtype), timesteps.to(self.dtype)
+            return self(latents, timesteps, class_labels, spans=spans).float()
         with torch.autocast(latents.device.type, self.dtype):
-            return self(latents, timesteps, class_labels).float()
+            return self(latents, timesteps, class_labels, spans=spans).float()
 
     @abstractmethod
     def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:

@@ -65,6 +65,7 @@ class DiT(DiffusionModel):
         mlp_norm_epsilon: added to the variance in the norm before the MLP (diffusers' default there is 1e-5).
         timestep_endpoint: see `TimestepEmbedding`.
         lpu: see `DiTBlock`.
+        second_time: as in `DiffusionModel`.
         mixer_options: the mixer's own, by name.
 
     Raises:
@@ -88,9 +89,12 @@ class DiT(DiffusionModel):
         timestep_endpoint: bool = False,
         positions: bool | None = None,
         lpu: bool = False,
+        second_time: bool = False,
         **mixer_options: Any,
     ) -> None:
-        super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size, timestep_endpoint)
+        super().__init__(
+            num_classes, in_channels, out_channels, hidden_size, patch_size, timestep_endpoint, second_time
+        )
         if "num_heads" in option_names(mixer):
             mixer_options["num_heads"] = num_heads
         new_mixer, options = MIXERS[mixer][0], read_options(mixer, mixer_options)

@@ -42,7 +42,9 @@ def forward_multiply_adds(model: DiffusionModel, latent_height: int, latent_widt
     patch = model.patch_size
     if latent_height % patch or latent_width % patch:
         raise ValueError(f"a latent of {latent_height}×{latent_width} is not divisible by the patch size {patch}")
-    grid, once_per_image = (latent_height // patch, latent_width // patch), {*model.timestep_embed.modules()}
+    grid = (latent_height // patch, latent_width // patch)
+    of_times = [model.timestep_embed, model.span_embed] if model.second_time else [model.timestep_embed]
+    once_per_image = {module for embedding in of_times for module in embedding.modules()}
     return grid_multiply_adds(model, *grid, once=lambda part: isinstance(part, Modulation) or part in once_per_image)
 
 

@@ -61,7 +61,7 @@ class GSPNTransformer(DiffusionModel):
     No positional embedding: any height and width that the patch size divides will do.
 
     Args:
-        num_classes, in_channels, out_channels, patch_size: as in `DiffusionModel`.
+        num_classes, in_channels, out_channels, patch_size, second_time: as in `DiffusionModel`.
         hidden_size: width C; at least 16.
         depth: even number of blocks, without the one in the middle.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
@@ -84,9 +84,10 @@ class GSPNTransformer(DiffusionModel):
         drop_path_rate: float = 0.1,
         long_skips: bool = True,
         conditioning: str = "additive",
+        second_time: bool = False,
         **scan_options: Any,
     ) -> None:
-        super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size)
+        super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size, second_time=second_time)
         if depth < 2 or depth % 2:
             raise ValueError(f"depth is {depth}, but must be an even number of at least 2")
         if conditioning not in CONDITIONINGS:

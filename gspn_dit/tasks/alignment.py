@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gspn_dit import rng
 from gspn_dit.config import Config
+from gspn_dit.diffusion import create_objective
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
 
@@ -101,6 +102,8 @@ def check_alignment(config: Config, model: DiffusionModel, images: int, latent_s
         ("training.compile", settings.compile),
         ("data.horizontal_flip", config.data.horizontal_flip),  # the features are of images as they are
         ("data.streaming", config.data.streaming),
+        # Several passes a step, of which one alone could be read.
+        (f"objective.name {config.objective.name}", create_objective(config.objective).second_time),
     ):
         if excluded:
             raise UserError(f"training.repa_features does not go with {key}; leave one of them out")

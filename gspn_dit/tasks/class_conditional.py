@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gspn_dit.data.build import build_data
 from gspn_dit.data.facts import data_facts
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.data.self_check import check_latents
-from gspn_dit.diffusion import Guidance, Objective, create_objective, draw_latents
+from gspn_dit.diffusion import Conditioned, Guidance, Objective, create_objective, draw_latents
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
@@ -37,6 +38,7 @@ class ClassConditional(GenerativeTask):
         super().__init__(config)
         self.objective = create_objective(config.objective)
         self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
+        _check_derivative(config)
         data = build_data(config)
         self.train_data, self.validation_data, self.latent = data.training, data.validation, data.latent
         self.image_size, self.image_channels = self.latent.size * self.latent.factor, self.latent.image_channels
@@ -65,6 +67,7 @@ class ClassConditional(GenerativeTask):
     @classmethod
     def plan(cls, config: Config) -> Plan:
         sampling, objective, facts = config.sampling, create_objective(config.objective), data_facts(config)
+        _check_derivative(config)
         sampler = objective.resolve_sampler(sampling.sampler, sampling.steps)
         check_guided_channels(sampling.guidance_channels, facts.channels, "sampling.guidance_channels")
         with torch.device("meta"):
@@ -102,6 +105,11 @@ class ClassConditional(GenerativeTask):
         return None if config.training.repa_features is None else "training.repa_features"
 
     def to(self, device: torch.device) -> None:
+        if self.config.objective.derivative == "jvp" and device.type != "cpu":
+            raise UserError(
+                f"objective.derivative jvp runs on CPUs alone, and this is {device.type}, where scans have no forward "
+                "mode; set objective.derivative differences"
+            )
         super().to(device)
         self.latent.to(device)
         if self._reference is not None:
@@ -124,25 +132,23 @@ class ClassConditional(GenerativeTask):
             settings.class_dropout,
             self.model.null_label,
             self.model.drop_path_rates,
+            settings.max_steps * settings.batch_size,
         )
-        if self.alignment is None:
-            return {"loss": self._losses(model, latents, draws).mean()}
-        with self.alignment.reading(self.model):
-            loss = self._losses(model, latents, draws).mean()
-        with self.autocast():
-            return {"loss": loss + self.alignment.loss(numbers)}
+        with self.alignment.reading(self.model) if self.alignment else nullcontext():
+            losses = self.objective.training_loss(*self._inputs(model, latents, draws), draws.timesteps)
+        means = {name: loss.mean() for name, loss in losses.items()}
+        if self.alignment is not None:
+            with self.autocast():
+                means["loss"] = means["loss"] + self.alignment.loss(numbers)
+        return means
 
-    def _losses(self, model: nn.Module, latents: Tensor, draws: Draws) -> Tensor:
-        """Return the loss of each sample, [B]."""
+    def _inputs(self, model: nn.Module, latents: Tensor, draws: Draws) -> tuple[Conditioned, Tensor, Tensor]:
+        """Return what an objective's losses take before the timesteps: the denoiser, latents and noise."""
         weight = next(self.model.parameters())
-        labels, device = draws.class_labels.to(weight.device), weight.device
-        keep_mask = None if draws.keep_mask is None else draws.keep_mask.to(device)
-
-        def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return model(noisy, timesteps, labels, keep_mask)
-
-        latents, noise = (tensor.to(device, weight.dtype) for tensor in (latents, draws.noise))
-        return self.objective.loss(denoise, latents, noise, draws.timesteps.to(device))
+        keep_mask = None if draws.keep_mask is None else draws.keep_mask.to(weight.device)
+        denoise = Conditioned(model, draws.class_labels.to(weight.device), self.model.null_label, keep_mask)
+        latents, noise = (tensor.to(weight.device, weight.dtype) for tensor in (latents, draws.noise))
+        return denoise, latents, noise
 
     @property
     def validation_count(self) -> int:
@@ -154,7 +160,8 @@ class ClassConditional(GenerativeTask):
         assert self.validation_data is not None
         latents, labels = self.validation_data.at(indices)
         draws = validation_draws(self.config.seed, indices, self.validation_count, latents, labels, self.objective)
-        return by_quartile(self._losses(model, latents, draws), draws.timesteps)
+        losses = self.objective.loss(*self._inputs(model, latents, draws), draws.timesteps.to(self.device))
+        return by_quartile(losses, draws.timesteps)
 
     # -- images --------------------------------------------------------------------------------------------------
 
@@ -171,6 +178,8 @@ class ClassConditional(GenerativeTask):
 
     def _sample(self, model: nn.Module, labels: Tensor, indices: range, guidance: Guidance | None) -> np.ndarray:
         sampling = self.config.sampling
+        if self.objective.second_time:
+            guidance = None  # which the model has learnt
         latents = draw_latents(
             model,
             self.objective,
@@ -234,6 +243,16 @@ class ClassConditional(GenerativeTask):
         self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))
 
 
+def _check_derivative(config: Config) -> None:
+    """Raise UserError where derivatives in forward mode cannot be had, or nothing asks for them."""
+    if config.objective.derivative != "jvp":
+        return
+    if config.objective.name != "mean_flow":
+        raise UserError(f"objective.derivative jvp is for mean_flow, but objective.name is {config.objective.name}")
+    if config.training.compile:
+        raise UserError("objective.derivative jvp does not go with training.compile; leave one of them out")
+
+
 def _model_arguments(
     config: Config, num_classes: int, channels: int, latent_size: int, objective: Objective
 ) -> dict[str, Any]:
@@ -244,6 +263,7 @@ def _model_arguments(
         "latent_channels": channels,
         "latent_size": latent_size,
         "out_channels": objective.out_channels(channels),
+        **({"second_time": True} if objective.second_time else {}),
         **config.model.overrides(),
     }
 

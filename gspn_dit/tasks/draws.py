@@ -17,7 +17,10 @@ QUARTILES = 4
 
 @dataclass(frozen=True)
 class Draws:
-    """Noise [B, C, H, W], timesteps [B] in [0, 1000], labels [B] after dropout, keep_mask [layers, B] or None."""
+    """Noise [B, C, H, W], timesteps [B] in [0, 1000], labels [B] after dropout, keep_mask [layers, B] or None.
+
+    Timesteps of training are what the objective makes of them: [B, n] where it has several times.
+    """
 
     noise: Tensor
     timesteps: Tensor
@@ -34,8 +37,11 @@ def training_draws(
     class_dropout: float,
     null_label: int,
     drop_path_rates: Sequence[float],
+    samples: int = 1,
 ) -> Draws:
-    """Draw for sample numbers; row i is a function of (seed, numbers[i]) and of the options alone."""
+    """Draw for sample numbers of a run of so many samples; row i is a function of (seed, numbers[i]) and the rest."""
+    uniforms = rng.uniform(seed, rng.Stream.TIMESTEP, numbers, (objective.uniforms,))
+    progress = torch.tensor(list(numbers), dtype=torch.float64) / samples
     dropped = rng.uniform(seed, rng.Stream.LABEL_DROPOUT, numbers) < class_dropout
     rates = torch.tensor(drop_path_rates)
     keep_mask = None
@@ -43,7 +49,7 @@ def training_draws(
         keep_mask = (rng.uniform(seed, rng.Stream.STOCHASTIC_DEPTH, numbers, rates.shape) >= rates).T
     return Draws(
         noise=rng.normal(seed, rng.Stream.NOISE, numbers, latents.shape[1:]),
-        timesteps=objective.timesteps(rng.uniform(seed, rng.Stream.TIMESTEP, numbers)),
+        timesteps=objective.training_timesteps(uniforms, progress),
         class_labels=torch.where(dropped, null_label, class_labels),
         keep_mask=keep_mask,
     )

@@ -15,13 +15,15 @@ from gspn_dit.models.mixers import unseen_options
 from gspn_dit.models.presets import PRESETS, parse_name
 
 LABEL_TABLE = "class_embed.weight"
+SECOND_TIME = "span_embed."
 
 
 def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the EMA weights of a run directory or checkpoint, for a model that a checkpoint describes so.
 
     The label table [classes + 1, C] is resized: a class of the same name keeps its row, the last row stays that of "no
-    class", and a new class keeps the row that the model has.
+    class", and a new class keeps the row that the model has. The embedding of a second time stays as it starts, without
+    effect, where the checkpoint has none: a velocity model learns on as a few-step one.
 
     Raises UserError if there is no such checkpoint, or it is of another model or of latents of another autoencoder.
     """
@@ -39,6 +41,7 @@ def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapp
                 f"training.initialize_from {checkpoint} belongs to another model: {key} is {value} there "
                 f"and {unseen_now[key]} here"
             )
+    tensors = {**{name: value for name, value in own.items() if name.startswith(SECOND_TIME)}, **tensors}
     for name in sorted({*tensors, *own}):
         given, needed = tensors.get(name), own.get(name)
         rows = 1 if name == LABEL_TABLE else 0

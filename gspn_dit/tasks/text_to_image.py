@@ -56,6 +56,11 @@ class TextToImage(GenerativeTask):
         schedule = _schedule(config)
         self.objective = objective_of(config.objective, schedule)
         self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
+        if self.objective.second_time:
+            raise UserError(
+                f"objective.name {config.objective.name} does not go with task text-to-image, whose UNet is told one "
+                "time alone; set velocity"
+            )
         training, validation = open_captioned(config)
         self.train_data, self.captions = training.images, training.captions
         self.validation_data = None if validation is None else validation.images

@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gspn_dit.checkpoint import read_manifest, remove_old_checkpoints
+from gspn_dit.checkpoint import find_checkpoints, read_manifest, remove_old_checkpoints
 from gspn_dit.config import Config, TrainArguments
 from gspn_dit.errors import LocalUserError, UserError, advise_on_memory
 from gspn_dit.locks import sole_job
 from gspn_dit.tasks import Task, create_task
 from gspn_dit.training.accelerator import choose_threads, create_accelerator, peak_memory_bytes
+from gspn_dit.training.guard import MAX_RETURNS, SpikeGuard
 from gspn_dit.training.optimizer import learning_rate
 from gspn_dit.training.progress import Progress
 from gspn_dit.training.quick_fd import QuickFD, ScorerLoader, create_quick_fd
@@ -172,15 +173,19 @@ class Trainer:
         state, parts = self.state, self.config.training.gradient_accumulation_steps
         totals: dict[str, Tensor] = {}
         for micro_step in range(parts):
-            with contextlib.nullcontext() if micro_step == parts - 1 else state.strategy.no_sync():
+            last = micro_step == parts - 1
+            with contextlib.nullcontext() if last else state.strategy.no_sync():
                 losses = self.micro_losses(self.sample_numbers(state.step, micro_step))
+                for name, value in losses.items():
+                    share = value.detach() / parts
+                    totals[name] = totals[name] + share if name in totals else share
                 loss = losses["loss"]
-                # A loss that is not finite makes every gradient so, in all processes: the step will be skipped.
-                poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+                refused = ~torch.isfinite(loss.detach())
+                if last:
+                    refused = refused | (state.judge(totals) > 0)
+                # What is refused makes every gradient NaN, in all processes: the step will be skipped.
+                poison = torch.where(refused, math.nan, 1.0)
                 state.strategy.backward(loss * poison / parts)
-            for name, value in losses.items():
-                share = value.detach() / parts
-                totals[name] = totals[name] + share if name in totals else share
         return state.advance(totals, learning_rate(self.config.training, state.step))
 
     def save(self, progress: Progress) -> None:
@@ -188,12 +193,15 @@ class Trainer:
         if self.saved_step == self.step:
             return
         self._check_finite()
-        settings, run = self.config.training, self.directory.path
+        settings, run, guard = self.config.training, self.directory.path, self.state.guard
+        if guard is not None and self.step % settings.checkpoint_every == 0:
+            guard.saved(self.step)
         target, seconds = self.state.save(run, {**self.task.describe(), "config": self.config.to_dict()})
         if self.accelerator.is_main_process:
             size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e9
             progress.write(f"saved {target}: {size:.3g} GB in {seconds:.2g} s ({seconds / size:.2g} s/GB)")
-            remove_old_checkpoints(run, settings.keep_last, settings.keep_every)
+            needed = guard.needed if guard is not None else ()
+            remove_old_checkpoints(run, settings.keep_last, settings.keep_every, needed)
         self.accelerator.wait_for_everyone()
         self.saved_step = self.step
 
@@ -215,6 +223,8 @@ class Trainer:
             while self.step < settings.max_steps and asked is None:
                 norm = self.train_step()
                 progress.advance()
+                if self.state.guard is not None and self.state.guard.must_go_back(self.step):
+                    self._go_back(self.state.guard, progress)
                 if self._due(settings.log_every):
                     seconds = time.perf_counter() - started
                     self._log(norm, (self.step - first_step) * settings.batch_size / seconds, progress)
@@ -253,6 +263,7 @@ class Trainer:
             "model_flops_per_second": images_per_second * self.flops_per_image,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "nonfinite_steps": int(self.state.nonfinite_steps),
+            **({"spikes": int(self.state.guard.spikes)} if self.state.guard is not None else {}),
         }
         self._record(values)
         progress.show(values)
@@ -268,6 +279,23 @@ class Trainer:
                 "the last checkpoint is untouched: look at the data, or start again in another output_dir with a lower "
                 "training.learning_rate"
             )
+
+    def _go_back(self, guard: SpikeGuard, progress: Progress) -> None:
+        """Go back to the last good checkpoint; raises UserError where there is none, or it did not help."""
+        checkpoints = find_checkpoints(self.directory.path)
+        if guard.good not in checkpoints or guard.returns == MAX_RETURNS:
+            tried = f"{MAX_RETURNS} returns to step {guard.good} did not help" if guard.returns else "none is good yet"
+            self._show(running=False)
+            raise UserError(
+                f"the loss exploded in {guard.patience} steps in a row up to step {self.step}, and there is no "
+                f"checkpoint to go back to ({tried}): start again in another output_dir with a lower "
+                "training.learning_rate, or with a higher training.spike_ratio if the loss only rose"
+            )
+        self.state.go_back(checkpoints[guard.good])
+        progress.write(
+            f"step {self.step}: {guard.patience} steps in a row were skipped as the loss exploded; weights, averages "
+            f"and optimiser are those of step {guard.good} again"
+        )
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -53,6 +53,7 @@ PANELS = {
     "Peak memory in bytes": {"peak_memory_bytes": "bytes"},
     "Quick FD (comparable within this run alone)": {"quick_fd": "FD"},
     "Skipped non-finite steps": {"nonfinite_steps": "steps"},
+    "Skipped steps of an exploded loss": {"spikes": "steps"},
 }
 CONSTANTS = ("quick_fd_samples",)
 """Numbers that say how others were measured, and need no curve."""
@@ -172,7 +173,7 @@ def _panels(metrics: Mapping[str, Curve]) -> list[str]:
         curves = {name: metrics[key] for key, name in keys.items() if metrics.get(key)}
         if title == VALIDATION and len(curves) == 1:  # of a task that knows no times
             title, curves = "Validation loss", {"validation loss": metrics["val_loss"]}
-        if curves and not (title.startswith("Skipped") and not any(y for _, y in metrics["nonfinite_steps"])):
+        if curves and not (title.startswith("Skipped") and not any(y for curve in curves.values() for _, y in curve)):
             sections.append(_panel(title, curves))
     return sections
 

@@ -25,6 +25,7 @@ from gspn_dit.config import TrainingConfig
 from gspn_dit.tasks import Task
 from gspn_dit.training.companions import Companion
 from gspn_dit.training.ema import EMA, PowerEMA
+from gspn_dit.training.guard import SpikeGuard
 from gspn_dit.training.strategy import create_strategy
 
 
@@ -52,22 +53,36 @@ class TrainingState:
         self.nonfinite_steps, self.nonfinite_in_a_row, self.longest_failure = (
             torch.zeros((), device=accelerator.device) for _ in range(3)
         )
+        self.guard: SpikeGuard | None = None
+        if settings.spike_ratio is not None:
+            self.guard = SpikeGuard(settings.spike_ratio, settings.max_spikes, accelerator.device)
         self.losses: dict[str, list[Tensor]] = {}
         """This process's losses since the last line of metrics, by the task's names, 0-d."""
 
     # -- a step --------------------------------------------------------------------------------------------------
 
+    def judge(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return 1.0 where the means of a step's losses are a spike to the guard, else 0.0, 0-d, in all processes."""
+        if self.guard is None:
+            return torch.zeros((), device=self.accelerator.device)
+        watched = losses.get("error", losses["loss"]).float().clone()
+        return self.guard.judge(self.accelerator.reduce(watched, reduction="mean"))
+
     def advance(self, losses: Mapping[str, Tensor], rate: float) -> Tensor:
         """Take the step whose gradients were added up, or skip it; return the gradients' norm, 0-d, on the device."""
         norm, took_step = self.strategy.step(rate)
+        nonfinite = 1 - took_step
+        if self.guard is not None:
+            self.guard.follow(took_step)
+            nonfinite = nonfinite * (1 - self.guard.spike)
         for companion in self.companions.values():
             companion.step(rate, took_step)
         self.ema.update(self.model, took_step)
         for average in self.power_emas:
             average.update(self.model, self.step + 1)
-        self.nonfinite_steps += 1 - took_step
+        self.nonfinite_steps += nonfinite
         self.nonfinite_in_a_row += 1
-        self.nonfinite_in_a_row *= 1 - took_step
+        self.nonfinite_in_a_row *= nonfinite
         torch.maximum(self.longest_failure, self.nonfinite_in_a_row, out=self.longest_failure)
         for name, loss in losses.items():
             self.losses.setdefault(name, []).append(loss)
@@ -124,6 +139,7 @@ class TrainingState:
             "ema": {"decay": self.ema.decay, "updates": self.ema.updates},
             "nonfinite_steps": int(self.nonfinite_steps),
             "nonfinite_in_a_row": int(self.nonfinite_in_a_row),
+            **({} if self.guard is None else {"spike_guard": self.guard.state()}),
             "losses_since_log": since_log.pop("loss", []),
             **({"metrics_since_log": since_log} if since_log else {}),
         }
@@ -135,8 +151,8 @@ class TrainingState:
 
     def restore(self, checkpoint: Path) -> None:
         """Load what `save` wrote, under any strategy and by any number of processes."""
-        manifest, strategy = read_manifest(checkpoint), self.strategy
-        self.step, self.ema.updates = manifest["step"], manifest["ema"]["updates"]
+        manifest = read_manifest(checkpoint)
+        self.step = manifest["step"]
         self.nonfinite_steps.fill_(manifest["nonfinite_steps"])
         self.nonfinite_in_a_row.fill_(manifest["nonfinite_in_a_row"])
         self.longest_failure.fill_(manifest["nonfinite_in_a_row"])
@@ -145,6 +161,20 @@ class TrainingState:
             numbers = [math.nan if value is None else value for value in values]
             if numbers:
                 self.losses[name] = [torch.tensor(number, device=self.accelerator.device) for number in numbers]
+        if self.guard is not None:
+            self.guard.restore(manifest["spike_guard"])
+        self._restore_tensors(checkpoint, manifest["ema"]["updates"])
+
+    def go_back(self, checkpoint: Path) -> None:
+        """Take weights, averages and optimiser of an earlier step; the count of steps goes on, and with it the data."""
+        self._restore_tensors(checkpoint, read_manifest(checkpoint)["ema"]["updates"])
+        self.nonfinite_in_a_row.zero_()
+        self.longest_failure.zero_()
+        if self.guard is not None:
+            self.guard.went_back()
+
+    def _restore_tensors(self, checkpoint: Path, ema_updates: int) -> None:
+        strategy, self.ema.updates = self.strategy, ema_updates
         for stem, module in (("model", self.model), ("ema", self.ema.model)):
             module.load_state_dict(strategy.placed_like(load_tensors(checkpoint, stem), module.state_dict()))
         with torch.no_grad():
