@@ -330,6 +330,8 @@ OUT_OF_RANGE = [
     (TrainingConfig, "max_spikes", 0),
     (ObjectiveConfig, "guidance_scale", 0.5),
     (ObjectiveConfig, "guidance_mix", 0.0),
+    (ObjectiveConfig, "pair_share", 1.0),
+    (ObjectiveConfig, "final_step", 0.2),
     (TrainingConfig, "trackers", ["mlflow"]),
     (TrainingConfig, "ema_sigma_rel", [0.05, 0.3]),
     (TrainingConfig, "ema_snapshot_every", 0),
@@ -426,7 +428,7 @@ def no_default() -> Config:
         ),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
         latent=LatentConfig("kl", "some/vae"),
-        objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0, 1.5, 0.3, "jvp"),
+        objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0, 1.5, 0.3, 0.5, "uniform", 0.01, "jvp"),
         text=TextConfig("some/encoder", 77, table="some/texts", prompts=["a cat"]),
         unet=UNetConfig([32], 2, 16, 4, "gspn", "qkv", 4, 16, False, 8, "some/teacher", True),
         classification=ClassificationConfig(

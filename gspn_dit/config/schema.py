@@ -147,6 +147,12 @@ class ObjectiveConfig(Section):
     """Guidance that flow_map and mean_flow learn; null: as published, 3 and 2."""
     guidance_mix: float | None = None
     """Share of the data in their guided target, the rest is the model's own prediction; null: 0.25 and 0.5."""
+    pair_share: float = 0.25
+    """Share of the samples from which flow_map and mean_flow learn a step; the others learn the velocity."""
+    pair_times: Literal["published", "uniform"] = "published"
+    """Distribution of the steps' times; uniform ones reach t = 1 and s = 0 more often, as short trainings need."""
+    final_step: float = 0.002
+    """How long the part of a step is by which flow_map learns it at the end of a training; at the start it is 0.1."""
     derivative: Literal["differences", "jvp"] = "differences"
     """How mean_flow derives the model along the path: two more calls, or exactly (on CPUs alone)."""
 
@@ -159,6 +165,9 @@ class ObjectiveConfig(Section):
             scale is None or scale >= 1, f"objective.guidance_scale is {scale}, but must be null or at least 1 (none)"
         )
         require(mix is None or 0 < mix <= 1, f"objective.guidance_mix is {mix}, but must be null or lie in (0, 1]")
+        share, final = self.pair_share, self.final_step
+        require(0 < final <= 0.1, f"objective.final_step is {final}, but must lie in (0, 0.1]")
+        require(0 < share < 1, f"objective.pair_share is {share}, but must lie in (0, 1)")
 
 
 @dataclass(frozen=True)

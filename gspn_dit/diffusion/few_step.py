@@ -16,8 +16,6 @@ from gspn_dit.diffusion.objective import Conditioned
 from gspn_dit.diffusion.velocity import TIMESTEP_SCALE, VelocityObjective
 from gspn_dit.errors import UserError
 
-PAIRS = 0.25
-"""Share of the samples that learn a step from t to an earlier s; the others learn the velocity, s = t."""
 LEAST_SPAN = 1e-4
 """The shortest step that is learnt."""
 WEIGHT_FLOOR = 0.01
@@ -53,9 +51,30 @@ class FewStepObjective(VelocityObjective):
         if config.guidance_mix is not None:
             self.guidance_mix = config.guidance_mix
 
-    @abstractmethod
     def training_timesteps(self, uniforms: Tensor, progress: Tensor) -> Tensor:
-        """Return 1000·(t, s, …), float64 [B, n], with s = t for all but a quarter of the samples."""
+        """Return 1000·(t, s, …), float64 [B, n]; a share of the samples learns a step, the others, s = t, the velocity.
+
+        Steps are of `LEAST_SPAN` at least.
+        """
+        which, first, second = uniforms.double().unbind(dim=1)
+        draw_pair = self.published_pair if self.config.pair_times == "published" else uniform_pair
+        t, s = draw_pair(first, second)
+        t = t.clamp(min=LEAST_SPAN)
+        pairs = self.learnt_times(t, torch.minimum(s, t - LEAST_SPAN), progress.double())
+        alone = self.velocity_time(first, second)[:, None].expand_as(pairs)
+        return TIMESTEP_SCALE * torch.where(which[:, None] < self.config.pair_share, pairs, alone)
+
+    @abstractmethod
+    def velocity_time(self, first: Tensor, second: Tensor) -> Tensor:
+        """Map two uniform draws [B] to the time of a velocity, [B]."""
+
+    @abstractmethod
+    def published_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Map two uniform draws [B] to t and s, [B], of a step."""
+
+    def learnt_times(self, t: Tensor, s: Tensor, progress: Tensor) -> Tensor:
+        """Return the times that a step is learnt by, [B, n]: t, s, and perhaps more."""
+        return torch.stack([t, s], dim=1)
 
     def guidance_strength(self, t: Tensor) -> Tensor:
         """Return by how much of it guidance acts at times t, in [0, 1]."""
@@ -91,6 +110,11 @@ def mean_velocity(denoise: Conditioned, latents: Tensor, t: Tensor, s: Tensor) -
 def pair_rows(timesteps: Tensor, device: torch.device) -> Tensor:
     """Return which rows have s < t, int64 [n]; found on the CPU, so that no device is waited for."""
     return torch.nonzero(timesteps[:, 0] > timesteps[:, 1]).flatten().to(device)
+
+
+def uniform_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Map uniform draws [B] to t, uniform in [0, 1), and s, uniform in [0, t)."""
+    return first, second * first
 
 
 def logit_normal(uniforms: Tensor, mean: float, std: float) -> Tensor:

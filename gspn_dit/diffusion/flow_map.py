@@ -7,7 +7,6 @@ from torch import Tensor
 
 from gspn_dit.diffusion.few_step import (
     LEAST_SPAN,
-    PAIRS,
     WEIGHT_FLOOR,
     FewStepObjective,
     logit_normal,
@@ -17,8 +16,8 @@ from gspn_dit.diffusion.few_step import (
 from gspn_dit.diffusion.objective import Conditioned
 from gspn_dit.diffusion.velocity import TIMESTEP_SCALE
 
-FIRST_STEP, LAST_STEP = 0.1, 0.002
-"""How far l lies from t towards s, relative to their distance, at the start and the end of a training."""
+FIRST_STEP = 0.1
+"""How far l lies from t towards s, relative to their distance, at the start of a training."""
 GUIDED_BELOW = 0.8
 """Guidance fades out above this time, where v says little of the class."""
 
@@ -32,16 +31,16 @@ class FlowMapObjective(FewStepObjective):
     guidance_scale = 3.0
     guidance_mix = 0.25
 
-    def training_timesteps(self, uniforms: Tensor, progress: Tensor) -> Tensor:
-        """Return 1000·(t, s, l), float64 [B, 3]; l falls from t towards s by less and less as training goes on."""
-        which, first, second = uniforms.double().unbind(dim=1)
-        alone = logit_normal(first, -0.2, 1.0)
-        t = logit_normal(first, 0.2, 0.8).clamp(min=LEAST_SPAN)
-        s = torch.minimum(logit_normal(second, -1.0, 0.8), t - LEAST_SPAN)
-        step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** progress.double()
-        middle = torch.minimum(t + step * (s - t), t - LEAST_SPAN)
-        pairs, alone = torch.stack([t, s, middle], dim=1), alone[:, None].expand(-1, 3)
-        return TIMESTEP_SCALE * torch.where(which[:, None] < PAIRS, pairs, alone)
+    def velocity_time(self, first: Tensor, second: Tensor) -> Tensor:
+        return logit_normal(first, -0.2, 1.0)
+
+    def published_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return logit_normal(first, 0.2, 0.8), logit_normal(second, -1.0, 0.8)
+
+    def learnt_times(self, t: Tensor, s: Tensor, progress: Tensor) -> Tensor:
+        """Return t, s and l, [B, 3]; l falls from t towards s by less and less as training goes on."""
+        step = FIRST_STEP * (self.config.final_step / FIRST_STEP) ** progress
+        return torch.stack([t, s, torch.minimum(t + step * (s - t), t - LEAST_SPAN)], dim=1)
 
     def guidance_strength(self, t: Tensor) -> Tensor:
         """Return 1 up to t = 0.8, then 1 - exp(-0.025·a / (1 - a)) with a = (1 - t) / 0.2, which is 0 for noise."""

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from gspn_dit.diffusion.few_step import (
-    LEAST_SPAN,
-    PAIRS,
     WEIGHT_FLOOR,
     FewStepObjective,
     logit_normal,
@@ -27,15 +25,13 @@ class MeanFlowObjective(FewStepObjective):
     guidance_scale = 2.0
     guidance_mix = 0.5
 
-    def training_timesteps(self, uniforms: Tensor, progress: Tensor) -> Tensor:
-        """Return 1000·(t, s), float64 [B, 2], the larger and the smaller of two draws, or twice the larger."""
-        which, first, second = uniforms.double().unbind(dim=1)
-        draws = logit_normal(torch.stack([first, second], dim=1), -0.4, 1.0)
-        alone = draws.amax(dim=1)
-        t = alone.clamp(min=LEAST_SPAN)
-        s = torch.minimum(draws.amin(dim=1), t - LEAST_SPAN)
-        pairs, alone = torch.stack([t, s], dim=1), alone[:, None].expand(-1, 2)
-        return TIMESTEP_SCALE * torch.where(which[:, None] < PAIRS, pairs, alone)
+    def velocity_time(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.published_pair(first, second)[0]
+
+    def published_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The larger and the smaller of two draws."""
+        draws = logit_normal(torch.stack([first, second]), -0.4, 1.0)
+        return draws.amax(dim=0), draws.amin(dim=0)
 
     def training_loss(
         self, denoise: Conditioned, latents: Tensor, noise: Tensor, timesteps: Tensor

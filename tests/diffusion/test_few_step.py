@@ -255,6 +255,16 @@ def test_times_by_hand() -> None:
 
 
 @BOTH
+def test_uniform_pairs_and_their_share(name: str) -> None:
+    """t is uniform, s uniform below it; 0.4 is the place of s between 0 and t."""
+    few = objective(name, pair_times="uniform", pair_share=0.5)
+    draws = torch.tensor([[0.49, 0.9, 0.4], [0.51, 0.9, 0.4], [0.1, 0.0, 0.4]], dtype=torch.float64)
+    pair, velocity, least = few.training_timesteps(draws, torch.zeros(3))[:, :2].tolist()
+    assert pair == pytest.approx([900, 360]) and least == pytest.approx([0.1, 0])
+    assert velocity == objective(name).training_timesteps(draws, torch.zeros(3))[1, :2].tolist()
+
+
+@BOTH
 @pytest.mark.parametrize("key", ["timestep_shift", "timestep_sampling"])
 def test_other_times_are_refused(name: str, key: str) -> None:
     value = {"timestep_shift": 3.0, "timestep_sampling": "logit_normal"}[key]
