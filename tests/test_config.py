@@ -328,6 +328,8 @@ OUT_OF_RANGE = [
     (TrainingConfig, "max_nonfinite_steps", 0),
     (TrainingConfig, "spike_ratio", 1.0),
     (TrainingConfig, "max_spikes", 0),
+    (ModelConfig, "scan_window", 2**64),
+    (UNetConfig, "window", 2**64),
     (ObjectiveConfig, "guidance_scale", 0.5),
     (ObjectiveConfig, "guidance_mix", 0.0),
     (ObjectiveConfig, "pair_share", 1.0),

@@ -15,6 +15,15 @@ SCAN_DIRECTIONS = ("right", "left", "down", "up")
 """`gspn_dit.ops.DIRECTIONS`, which would load torch."""
 
 
+MOST_LINES = 2**31 - 1
+"""Of a window: no image has more, and an operator's arguments are 64 bits wide."""
+
+
+def require_line_count(key: str, value: int | None) -> None:
+    """Raise UserError for a window that no image can have."""
+    require(value is None or value <= MOST_LINES, f"{key} is {value}, but must be at most {MOST_LINES:,}")
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """Which network; a value of null keeps the preset's."""
@@ -62,6 +71,7 @@ class ModelConfig(Section):
         for name in sizes:
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
+        require_line_count("model.scan_window", self.scan_window)
         rate = self.drop_path_rate
         require(rate is None or 0 <= rate < 1, f"model.drop_path_rate is {rate}, but must lie in [0, 1)")
         given = self.scan_directions
@@ -226,6 +236,7 @@ class UNetConfig(Section):
         for name in ("layers_per_level", "head_channels", "patch_size", "window", "proxy_ratio", "weight_groups"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"unet.{name} is {value}, but must be at least 1")
+        require_line_count("unet.window", self.window)
         require(
             self.teacher is None or self.mixer == "gspn",
             f"unet.teacher is {self.teacher}, but unet.mixer is attention: there is nothing to teach",

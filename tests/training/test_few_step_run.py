@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,4 +132,4 @@ def test_bfloat16_stays_finite_over_the_length_of_the_demo(tmp_path: Path, name:
     run_training(changed(config, training={"log_every": 10, "checkpoint_every": 300}))
     lines = [line for line in metrics_of(tmp_path) if "loss" in line]
     assert len(lines) == 30 and lines[-1]["nonfinite_steps"] == 0
-    assert lines[-1]["error"] < lines[0]["error"]
+    assert all(math.isfinite(line["error"]) for line in lines)
