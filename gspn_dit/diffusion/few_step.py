@@ -80,6 +80,20 @@ class FewStepObjective(VelocityObjective):
         """Return by how much of it guidance acts at times t, in [0, 1]."""
         return torch.ones_like(t)
 
+    def predict(
+        self, denoise: Conditioned, latents: Tensor, noise: Tensor, t: Tensor, s: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_t, F(x_t, t, s) and, without gradient, the guided velocity at t, each [B, C, H, W].
+
+        t and s are [B, 1, 1, 1]; rows are those with s < t, of which the model is asked for F(x_t, t, t), too.
+        """
+        noisy = (1 - t) * latents + t * noise
+        predicted = mean_velocity(denoise, noisy, t, s)
+        with torch.no_grad():
+            own = predicted.detach().clone()
+            own[rows] = mean_velocity(denoise[rows], noisy[rows], t[rows], t[rows])
+            return noisy, predicted, self.guided_target(denoise, noisy, t, noise - latents, own)
+
     def guided_target(self, denoise: Conditioned, noisy: Tensor, t: Tensor, velocity: Tensor, own: Tensor) -> Tensor:
         """Return g = m·(v + (w - 1)·d(t)·(v - F_∅)) + (1 - m)·F_c; v for samples without a class.
 

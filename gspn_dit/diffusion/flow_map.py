@@ -57,12 +57,8 @@ class FlowMapObjective(FewStepObjective):
         """
         rows = pair_rows(timesteps, latents.device)
         t, s, middle = (timesteps.to(latents) / TIMESTEP_SCALE)[:, :, None, None, None].unbind(dim=1)
-        noisy = (1 - t) * latents + t * noise
-        predicted = mean_velocity(denoise, noisy, t, s)
+        noisy, predicted, target = self.predict(denoise, latents, noise, t, s, rows)
         with torch.no_grad():
-            own = predicted.detach().clone()
-            own[rows] = mean_velocity(denoise[rows], noisy[rows], t[rows], t[rows])
-            target = self.guided_target(denoise, noisy, t, noise - latents, own)
             drift = map_drift(
                 denoise[rows], noisy[rows], target[rows], t[rows], s[rows], middle[rows], predicted.detach()[rows]
             )

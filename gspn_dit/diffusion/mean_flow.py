@@ -42,12 +42,8 @@ class MeanFlowObjective(FewStepObjective):
         """
         rows = pair_rows(timesteps, latents.device)
         t, s = (timesteps.to(latents) / TIMESTEP_SCALE)[:, :, None, None, None].unbind(dim=1)
-        noisy = (1 - t) * latents + t * noise
-        predicted = mean_velocity(denoise, noisy, t, s)
+        noisy, predicted, target = self.predict(denoise, latents, noise, t, s, rows)
         with torch.no_grad():
-            own = predicted.detach().clone()
-            own[rows] = mean_velocity(denoise[rows], noisy[rows], t[rows], t[rows])
-            target = self.guided_target(denoise, noisy, t, noise - latents, own)
             derive = exact_derivative if self.config.derivative == "jvp" else central_difference
             change = derive(denoise[rows], noisy[rows], target[rows], t[rows], s[rows])
             target[rows] -= (t[rows] - s[rows]) * change
