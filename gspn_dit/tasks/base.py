@@ -32,6 +32,9 @@ class Task(ABC):
     """Modules that are trained with the model, by an optimiser of their own, and left behind after training; each is
     saved in a checkpoint's file of its name. What is frozen (a teacher) is no companion: `to` moves it."""
 
+    validation_data: Any = None
+    """Batches of held-out data, whose set is their `images`; None where there are none."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = torch.device("cpu")
@@ -84,7 +87,8 @@ class Task(ABC):
     @property
     def validation_count(self) -> int:
         """How many samples `validate` has; 0 for none."""
-        return 0
+        data = self.validation_data
+        return 0 if data is None else min(self.config.training.validation_images, len(data.images))
 
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return sum and count of each figure over the samples of these indices, of `validation_count`, 0-d.

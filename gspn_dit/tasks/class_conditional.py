@@ -150,11 +150,6 @@ class ClassConditional(GenerativeTask):
         latents, noise = (tensor.to(weight.device, weight.dtype) for tensor in (latents, draws.noise))
         return denoise, latents, noise
 
-    @property
-    def validation_count(self) -> int:
-        data = self.validation_data
-        return 0 if data is None else min(self.config.training.validation_images, len(data.images))
-
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the loss of fixed images, times and noise, and the same by quartile of t."""
         assert self.validation_data is not None

@@ -105,11 +105,6 @@ class Classification(Task):
         draws = rng.uniform(self.config.seed, rng.Stream.STOCHASTIC_DEPTH, numbers, rates.shape)
         return (draws >= rates).T.to(self.device)
 
-    @property
-    def validation_count(self) -> int:
-        data = self.validation_data
-        return 0 if data is None else min(self.config.training.validation_images, len(data.images))
-
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return cross-entropy, and which images have their class among the first one or five, without augmentation."""
         assert self.validation_data is not None

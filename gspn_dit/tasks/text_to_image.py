@@ -207,11 +207,6 @@ class TextToImage(GenerativeTask):
         with self.autocast():
             return teacher(noisy, timesteps, texts)
 
-    @property
-    def validation_count(self) -> int:
-        data = self.validation_data
-        return 0 if data is None else min(self.config.training.validation_images, len(data.images))
-
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the loss of fixed images, captions, times and noise, and the same by quartile of t."""
         assert self.validation_data is not None
