@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -23,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import calibration
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEARCH_SEED = 100
 CALIBRATION_STEPS = 12
-"""Timed steps of each model, in turn; the first two are warm-up."""
+"""Timed steps of each model, in turn."""
 BASELINE = "gspn"
 MODELS: dict[str, dict[str, Any]] = {
     "gspn": {"name": "gspn_nano", "options": {"widths": [32, 64, 128], "depths": [1, 2, 2], "expansion": 1.0}},
@@ -120,28 +120,10 @@ def cpu_seconds_per_step(data: str, root: str, work: Path) -> dict[str, float]:
     file = work / data / "calibration.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    import torch
-
-    from gspn_dit.config import parse_train_arguments
-    from gspn_dit.tasks import create_task
-    from gspn_dit.training import loop
-    from gspn_dit.training.run_directory import RunDirectory
-
-    torch.set_num_threads(1)
-    trainers = {}
-    for model in MODELS:
-        folder = work / data / "calibration" / model
-        folder.mkdir(parents=True, exist_ok=True)
-        config = parse_train_arguments(arguments(Cell(data, model, 1e-3, 0, 100, "judge"), root, folder)).config
-        accelerator = loop.create_accelerator(config)
-        trainers[model] = loop.Trainer(config, create_task(config), accelerator, RunDirectory(folder, None))
-    rounds: dict[str, list[float]] = {model: [] for model in MODELS}
-    for _ in range(CALIBRATION_STEPS):
-        for model, trainer in trainers.items():
-            began = time.process_time()
-            trainer.train_step()
-            rounds[model].append(time.process_time() - began)
-    found = {model: statistics.median(times[2:]) for model, times in rounds.items()}
+    words = {model: arguments(Cell(data, model, 1e-3, 0, 100, "judge"), root, work / "unused") for model in MODELS}
+    folder = work / data / "calibration"
+    taken = calibration.milliseconds_per_step(words, folder, CALIBRATION_STEPS, time.process_time)
+    found = {model: milliseconds / 1e3 for model, milliseconds in taken.items()}
     file.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
 
