@@ -257,7 +257,7 @@ def main() -> None:
     options = parser.parse_args()
     options.root = options.root or {"fashion": "runs/fashion/data", "emoji": "data/emoji32"}[options.data]
     if not Path(options.root).exists():
-        raise UserError(f"--root {options.root} is not there; see docs/classification.md for how to make it")
+        raise UserError(f"--root {options.root} is not there; gspn_dit.prepare.{options.data} makes it")
     text = json.dumps(study(options), indent=2)
     print(text)
     if options.out:
