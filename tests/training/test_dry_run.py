@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.memory import saved_bytes
-from gspn_dit.config import Config, DataConfig, LatentConfig, ModelConfig, TrainingConfig, load_config
+from gspn_dit.config import Config, DataConfig, LatentConfig, ModelConfig, TrainingConfig, flatten, load_config
 from gspn_dit.data.facts import data_facts
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
@@ -23,7 +23,8 @@ from gspn_dit.tasks.class_conditional import ClassConditional
 from gspn_dit.training.dry_run import Estimate, dry_run, estimate, estimate_memory, kept_checkpoints
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").glob("imagenet*.yaml"))
+CLASSIFIERS = sorted((ROOT / "configs").glob("imagenet1k_*.yaml"))
+RECIPES = sorted({*(ROOT / "configs").glob("imagenet*.yaml")} - {*CLASSIFIERS})
 
 
 def small(**training: Any) -> Config:
@@ -142,6 +143,47 @@ def test_parameters_are_the_published_ones(path: Path, monkeypatch: pytest.Monke
     figures = figures_of(path, monkeypatch)
     published = PUBLISHED_PARAMETERS[load_config(path).model.name]
     assert figures.parameters == pytest.approx(published, rel=0.008 if "gspn" in path.stem else 0.005)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "base_rate", "drop_path", "parameters", "multiply_adds"),
+    [
+        ("tiny", 2048, 5e-4, 0.2, 31_337_468, 5.30e9),
+        ("small", 2048, 3e-4, 0.4, 50_221_250, 12.0e9),
+        ("base", 1024, 5e-4, 0.5, 92_611_828, 15.85e9),
+    ],
+)
+def test_recipes_of_classification_hold_the_published_values(
+    size: str,
+    batch: int,
+    base_rate: float,
+    drop_path: float,
+    parameters: int,
+    multiply_adds: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (path,) = (path for path in CLASSIFIERS if path.stem == f"imagenet1k_gspn_{size}")
+    config, figures = load_config(path), figures_of(path, monkeypatch)
+    settings, epoch = config.training, 1_281_167 / batch
+    assert figures.parameters == parameters
+    assert figures.plan.multiply_adds == pytest.approx(multiply_adds, rel=0.03)
+    assert (settings.max_steps, settings.warmup_steps) == (round(300 * epoch), round(20 * epoch))
+    assert settings.batch_size == batch and settings.learning_rate == pytest.approx(base_rate * batch / 512)
+    assert config.model.drop_path_rate == drop_path
+    assert (settings.weight_decay, settings.decay_vectors, settings.max_grad_norm) == (0.05, False, 5.0)
+    assert config.output_dir == f"runs/{path.stem}"
+
+
+def test_classifiers_differ_in_what_depends_on_their_size_alone() -> None:
+    """The augmentation and all the rest is one recipe."""
+    of_size = {"output_dir", "model.name", "model.drop_path_rate"}
+    of_size |= {f"training.{key}" for key in ("max_steps", "batch_size", "learning_rate", "warmup_steps")}
+    of_size |= {f"training.{key}_every" for key in ("checkpoint", "validate", "sample")}
+    common = [
+        {key: value for key, value in flatten(load_config(path).to_dict()) if key not in of_size}
+        for path in CLASSIFIERS
+    ]
+    assert len(common) == 3 and common[0] == common[1] == common[2]
 
 
 def test_flops_of_dit_xl_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
