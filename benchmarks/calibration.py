@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,3 +48,21 @@ def milliseconds_per_step(
             trainer.train_step()
             taken[variant].append(1e3 * (clock() - began))
     return {variant: statistics.median(times[2:]) for variant, times in taken.items()}
+
+
+def calibrated(
+    file: Path,
+    arguments: Mapping[str, Sequence[str]],
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Return milliseconds per step, kept in a JSON file so that resumed studies keep their budgets.
+
+    Only variants that the file lacks are timed; the runs that it takes are written beside it.
+    """
+    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if missing := {variant: words for variant, words in arguments.items() if variant not in known}:
+        known |= milliseconds_per_step(missing, file.with_suffix(""), rounds, clock)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(known, indent=2), encoding="utf-8")
+    return {variant: known[variant] for variant in arguments}

@@ -14,15 +14,13 @@ was interrupted resumes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import calibration
+from benchmarks.study import interval, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -87,13 +85,12 @@ class Cell:
         return work / self.data / self.model / name
 
 
-def arguments(cell: Cell, root: str, run: Path) -> list[str]:
-    """Return the command line of `train.py` for a cell."""
+def arguments(cell: Cell, root: str) -> list[str]:
+    """Return the command line of `train.py` for a cell, but for its directory."""
     model = MODELS[cell.model]
     values: dict[str, Any] = {
         **RECIPE,
         **DATA_SETS[cell.data][cell.part],
-        "output_dir": str(run),
         "seed": cell.seed,
         "model.name": model["name"],
         "model.backbone_options": model["options"],
@@ -117,51 +114,21 @@ def prepare_search(data: str, root: str) -> None:
 
 def cpu_seconds_per_step(data: str, root: str, work: Path) -> dict[str, float]:
     """Return the processor's time of a training step of every model on one thread, measured once for a directory."""
+    words = {model: arguments(Cell(data, model, 1e-3, 0, 100, "judge"), root) for model in MODELS}
     file = work / data / "calibration.json"
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
-    words = {model: arguments(Cell(data, model, 1e-3, 0, 100, "judge"), root, work / "unused") for model in MODELS}
-    folder = work / data / "calibration"
-    taken = calibration.milliseconds_per_step(words, folder, CALIBRATION_STEPS, time.process_time)
-    found = {model: milliseconds / 1e3 for model, milliseconds in taken.items()}
-    file.write_text(json.dumps(found, indent=2), encoding="utf-8")
-    return found
+    taken = calibration.calibrated(file, words, CALIBRATION_STEPS, time.process_time)
+    return {model: milliseconds / 1e3 for model, milliseconds in taken.items()}
 
 
 def run_cell(cell: Cell, root: str, work: Path) -> dict[str, Any]:
     """Train a cell in a process of its own, unless that is done, and return its figures."""
-    from gspn_dit.config import load_config, parse_train_arguments
-
     run = cell.directory(work)
-    given = arguments(cell, root, run)
-    if (run / "config.yaml").exists() and load_config(run / "config.yaml") != parse_train_arguments(given).config:
-        raise UserError(f"{run} was trained with other settings; delete it to make it again")
-    run.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    log, command = run.with_suffix(".log"), [sys.executable, "train.py", *given, "--resume", "auto"]
-    if final_metrics(run, cell.steps) is None:
-        with open(log, "a", encoding="utf-8") as file:
-            if subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode:
-                raise UserError(f"training {run} failed; see {log}")
-    found = final_metrics(run, cell.steps)
-    assert found is not None
+    found = train(arguments(cell, root), run)
     print(f"{run}: top-1 {100 * found['val_top1']:.2f}%", flush=True)
-    ran = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     return {
         **{key: getattr(cell, key) for key in ("model", "rate", "seed", "steps")},
-        **found,
-        "commit": (ran["git_commit"] or "unknown")[:7] + ("-dirty" if ran["git_changes"] else ""),
+        **{key: found[key] for key in ("val_top1", "val_top5", "val_loss", "commit")},
     }
-
-
-def final_metrics(run: Path, steps: int) -> dict[str, float] | None:
-    """Return the validation figures of the last step from a run's metrics, None before it is there."""
-    file = run / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        values = json.loads(line)
-        if values["step"] == steps and "val_top1" in values:
-            return {name: values[name] for name in ("val_top1", "val_top5", "val_loss")}
-    return None
 
 
 def best_rate(cells: list[dict[str, Any]]) -> float:
@@ -171,7 +138,6 @@ def best_rate(cells: list[dict[str, Any]]) -> float:
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Return each model's means with 95% intervals (Student's t over seeds), and paired differences to the baseline."""
-    from benchmarks.quality import interval
 
     def values(model: str, key: str) -> dict[int, float]:
         return {cell["seed"]: cell[key] for cell in cells if cell["model"] == model}

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import METRICS, paired_ratio
+from benchmarks.quality import METRICS
+from benchmarks.study import paired_ratio
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent

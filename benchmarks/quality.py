@@ -14,16 +14,12 @@ from its last checkpoint; one that was trained or scored with other settings tha
 from __future__ import annotations
 
 import json
-import math
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.study import call, interval, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -111,11 +107,10 @@ class Cell:
         return work / self.data / f"{self.variant}-{self.size}" / f"{self.steps}-steps" / f"seed-{self.seed}"
 
 
-def train_arguments(data: str, variant: str, size: str, seed: int, steps: int, run: Path) -> list[str]:
-    """Return the command line of `train.py` for a cell."""
+def train_arguments(data: str, variant: str, size: str, seed: int, steps: int) -> list[str]:
+    """Return the command line of `train.py` for a cell, but for its directory."""
     source = DATA_SETS[data]
     values: dict[str, Any] = {
-        "output_dir": run,
         "seed": seed,
         "training.max_steps": steps,
         "training.learning_rate": LEARNING_RATE,
@@ -130,62 +125,28 @@ def train_arguments(data: str, variant: str, size: str, seed: int, steps: int, r
     return ["--config", source.config, *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
 
 
-def milliseconds_per_step(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:
-    """Time a training step of every variant in turn, on one thread; the median of the rounds of each."""
-    from benchmarks import calibration
-
-    folder = work / "calibration"
-    arguments = {variant: train_arguments(data, variant, size, 0, 100, folder) for variant in variants}
-    return calibration.milliseconds_per_step(arguments, folder)
-
-
-def calibrated(data: str, variants: list[str], size: str, work: Path) -> dict[str, float]:
-    """Return milliseconds per step, measured once for a work directory so that resumed studies keep their budgets."""
-    file = work / data / f"calibration-{size}.json"
-    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if missing := [name for name in variants if name not in known]:
-        known |= milliseconds_per_step(data, missing, size, work)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(known, indent=2), encoding="utf-8")
-    return known
-
-
 def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     """Train and score a cell in processes of their own, unless its result is there already."""
     directory = cell.directory(work)
     result = directory / "result.json"
-    train = train_arguments(cell.data, cell.variant, cell.size, cell.seed, cell.steps, directory / "run")
-    refuse_other_settings(directory, train)
+    refuse_other_scores(result)
+    words = train_arguments(cell.data, cell.variant, cell.size, cell.seed, cell.steps)
+    trained = train(words, directory / "run")
     if not result.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        _call(["train.py", *train, "--resume", "auto"], directory / "log.txt")
-        _call(["-m", "benchmarks.quality", "--score", str(directory), "--data", cell.data], directory / "log.txt")
+        call(
+            ["-m", "benchmarks.quality", "--score", str(directory.absolute()), "--data", cell.data],
+            directory / "log.txt",
+        )
         print(f"{directory}: {json.loads(result.read_text(encoding='utf-8'))}", flush=True)
     figures = json.loads(result.read_text(encoding="utf-8"))
-    environment = json.loads((directory / "run" / "environment.json").read_text(encoding="utf-8"))
-    commit = f"{environment['git_commit'] or 'unknown'}"[:7] + ("-dirty" if environment["git_changes"] else "")
     del figures["setting"]
-    return {**figures, "variant": cell.variant, "seed": cell.seed, "steps": cell.steps, "commit": commit}
+    return {**figures, "variant": cell.variant, "seed": cell.seed, "steps": cell.steps, "commit": trained["commit"]}
 
 
-def refuse_other_settings(directory: Path, train: list[str]) -> None:
-    """Raise UserError if what lies in a cell's directory was not trained by these arguments, or scored otherwise."""
-    from gspn_dit.config import load_config, parse_train_arguments
-
-    config, result = directory / "run" / "config.yaml", directory / "result.json"
-    same = not config.exists() or load_config(config) == parse_train_arguments(train).config
-    if result.exists():
-        same = same and json.loads(result.read_text(encoding="utf-8")).get("setting") == SETTING
-    if not same:
-        raise UserError(f"{directory} was trained or scored with other settings; delete it to make it again")
-
-
-def _call(arguments: list[str], log: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with open(log, "a", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, *arguments], env=environment, stdout=file, stderr=file, check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(arguments[:3])} … failed with exit code {done.returncode}; see {log}")
+def refuse_other_scores(result: Path) -> None:
+    """Raise UserError if what lies in a cell's directory was scored otherwise."""
+    if result.exists() and json.loads(result.read_text(encoding="utf-8")).get("setting") != SETTING:
+        raise UserError(f"{result.parent} was scored with other settings; delete it to score it anew")
 
 
 def score_cell(directory: Path, data: str) -> None:
@@ -232,26 +193,6 @@ def score_cell(directory: Path, data: str) -> None:
     partial.replace(directory / "result.json")
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Return mean and 95% interval of a handful of values (Student's t)."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    half = math.nan
-    if len(values) > 1:
-        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def paired_ratio(rows: list[dict[str, Any]], metric: str, variant: str, baseline: str) -> dict[str, float]:
-    """Return the geometric mean of variant / baseline over the seeds both have, with its 95% interval."""
-    tried, known = (
-        {row["seed"]: row[metric] for row in rows if row["variant"] == name} for name in (variant, baseline)
-    )
-    logs = interval([math.log(tried[seed] / known[seed]) for seed in sorted(set(tried) & set(known))])
-    return {key: math.exp(value) for key, value in logs.items()} | {"pairs": len(set(tried) & set(known))}
-
-
 def summary(rows: list[dict[str, Any]], baseline: str) -> dict[str, Any]:
     """Return each variant's means with intervals, and its paired ratios to the baseline."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
@@ -283,10 +224,13 @@ def budgets_of(options: Any, milliseconds: dict[str, float]) -> dict[str, dict[s
 
 def study(options: Any) -> dict[str, Any]:
     """Run every cell that is not there yet, seed by seed, and return figures and intervals."""
+    from benchmarks import calibration
     from benchmarks.measure import CpuDevice, software
 
     work = Path(options.work)
-    times = calibrated(options.data, options.variants, options.size, work) if options.seconds else {}
+    words = {variant: train_arguments(options.data, variant, options.size, 0, 100) for variant in options.variants}
+    file = work / options.data / f"calibration-{options.size}.json"
+    times = calibration.calibrated(file, words) if options.seconds else {}
     budgets = budgets_of(options, times)
     cells = [
         (budget, Cell(options.data, variant, options.size, seed, steps[variant]))

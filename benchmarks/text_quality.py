@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,15 +24,14 @@ import numpy as np
 
 from benchmarks import calibration
 from benchmarks.measure import CpuDevice, software
-from benchmarks.quality import interval, paired_ratio
+from benchmarks.study import ROOT, interval, paired_ratio, train
 from benchmarks.text_judge import METRICS, SETS, Judge
 from gspn_dit.diffusion import Guidance
-from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.errors import ArgumentParser, run_cli
 from gspn_dit.grid import class_grid, save_png
 from gspn_dit.text import load_encoder
 from gspn_dit.text_sampler import TextSampler
 
-ROOT = Path(__file__).resolve().parents[1]
 MIXERS = ("gspn", "attention")
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 SEARCH_SEED, MAX_TOKENS = 1000, 16
@@ -75,34 +71,13 @@ def arguments(options: Any, steps: int, seed: int, rate: float, **unet: Any) -> 
     return ["--config", str(ROOT / "configs" / "demo_text.yaml"), *words]
 
 
-def train(run: Path, words: list[str]) -> dict[str, Any]:
-    """Train a run to its end, or go on with it, and return its facts; a run that is done is not made again.
-
-    Raises UserError where it was trained with other arguments, or training fails.
-    """
-    facts = run / "study.json"
-    if facts.is_file():
-        done = json.loads(facts.read_text(encoding="utf-8"))
-        if done.pop("arguments") != words:
-            raise UserError(f"{run} was trained with other settings; delete it to make it again")
-        return done
-    began = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(run), "--resume", "auto"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    if subprocess.run(command, env=environment, check=False).returncode:
-        raise UserError(f"training {run} failed")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    logged = [line for line in lines if "loss" in line]
-    result: dict[str, Any] = {
-        "steps": logged[-1]["step"],
-        "wall_seconds": round(time.perf_counter() - began, 1),  # of the last start alone, where it was interrupted
-        "val_loss": [line["val_loss"] for line in lines if "val_loss" in line][-1],
-        "nonfinite_steps": logged[-1]["nonfinite_steps"],
-    }
-    if "loss_layers" in logged[0]:
-        result["loss_layers"] = {str(line["step"]): line["loss_layers"] for line in logged}
-    facts.write_text(json.dumps({**result, "arguments": words}), encoding="utf-8")
-    return result
+def trained(run: Path, words: list[str]) -> dict[str, Any]:
+    """Train a run to its end, unless that is done, and return its facts."""
+    found = train(words, run)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = {key: found[key] for key in ("val_loss", "nonfinite_steps", "commit")}
+    layers = {str(line["step"]): line["loss_layers"] for line in logged if "loss_layers" in line}
+    return {"steps": found["step"], **facts, **({"loss_layers": layers} if layers else {})}
 
 
 def evaluate(run: Path, judge: Judge, options: Any) -> dict[str, float]:
@@ -121,11 +96,7 @@ def evaluate(run: Path, judge: Judge, options: Any) -> dict[str, float]:
 def calibrated(options: Any, name: str, variants: dict[str, list[str]]) -> dict[str, float]:
     """Return milliseconds of the processor per step, measured once for a directory of runs."""
     file = options.runs / f"calibration-{name}.json"
-    if not file.is_file():
-        folder = options.runs / "calibration"
-        found = calibration.milliseconds_per_step(variants, folder, options.calibration_rounds, time.process_time)
-        file.write_text(json.dumps(found), encoding="utf-8")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return calibration.calibrated(file, variants, options.calibration_rounds, time.process_time)
 
 
 def best_rates(options: Any) -> dict[str, Any]:
@@ -135,7 +106,7 @@ def best_rates(options: Any) -> dict[str, Any]:
         losses = {}
         for rate in options.rates:
             words = arguments(options, options.search_steps, SEARCH_SEED, rate, mixer=mixer)
-            losses[rate] = train(options.runs / f"rate-{mixer}-{rate:g}", words)["val_loss"]
+            losses[rate] = trained(options.runs / f"rate-{mixer}-{rate:g}", words)["val_loss"]
         found[mixer] = {"losses": losses, "best": min(losses, key=lambda rate: losses[rate])}
     return found
 
@@ -178,7 +149,7 @@ def compare(options: Any, judge: Judge) -> dict[str, Any]:
         for budget, of_mixers in steps.items():
             for mixer, count in of_mixers.items():
                 run = options.runs / f"{mixer}-{count}-steps" / f"seed-{seed}"
-                facts = train(run, arguments(options, count, seed, rates[mixer]["best"], mixer=mixer))
+                facts = trained(run, arguments(options, count, seed, rates[mixer]["best"], mixer=mixer))
                 scores = evaluate(run, judge, options)
                 seconds = round(count * milliseconds[mixer] / 1e3, 1)
                 cell = {"budget": budget, "variant": mixer, "seed": seed, "processor_seconds": seconds}
@@ -203,9 +174,9 @@ def distil(options: Any, judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
     make = functools.partial(arguments, options, seed=options.seeds[0], rate=rate, mixer="gspn", teacher=teacher)
     milliseconds = calibrated(options, "student", {"student": make(100)})["student"]
     steps = max(1, int(SHARE_OF_TEACHER * 1e3 * taught["processor_seconds"] / milliseconds))
-    facts = train(options.runs / "student", make(steps))
+    facts = trained(options.runs / "student", make(steps))
     scores = evaluate(options.runs / "student", judge, options)
-    bf16 = train(options.runs / "student-bf16", [*make(steps), "--training.mixed_precision", "bf16"])
+    bf16 = trained(options.runs / "student-bf16", [*make(steps), "--training.mixed_precision", "bf16"])
     ratios = {name: scores[f"fd_{name}"] / taught[f"fd_{name}"] for name in SETS}
     layers = list(facts["loss_layers"].values())
     return {

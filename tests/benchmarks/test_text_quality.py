@@ -1,19 +1,16 @@
-"""The study of text-to-image: budgets, figures from cells, and runs that are done or of other settings."""
+"""The study of text-to-image: budgets and figures from cells."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import text_quality
-from benchmarks.text_quality import SCORES, arguments, budgets, summary, train
+from benchmarks.text_quality import SCORES, arguments, budgets, summary
 from gspn_dit.config import parse_train_arguments
-from gspn_dit.errors import UserError
 
 
 def test_seconds_become_steps_of_each_mixer_and_the_first_ones_for_all() -> None:
@@ -54,13 +51,3 @@ def test_ratios_and_differences_are_of_pairs() -> None:
     assert difference["mean"] == pytest.approx(0.2)
     assert difference["high"] - 0.2 == pytest.approx(12.7062 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
     assert found["means"]["attention"]["fd_train"]["mean"] == 1
-
-
-def test_a_run_that_is_done_is_not_made_again_and_one_of_other_settings_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "study.json").write_text(json.dumps({"steps": 7, "arguments": ["--seed", "1"]}))
-    monkeypatch.setattr(text_quality.subprocess, "run", lambda *_, **__: pytest.fail("it ran"))
-    assert train(tmp_path, ["--seed", "1"]) == {"steps": 7}
-    with pytest.raises(UserError, match=f"{tmp_path} was trained with other settings; delete it"):
-        train(tmp_path, ["--seed", "2"])
