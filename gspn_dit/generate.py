@@ -195,6 +195,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         preferred = preferred_samplers(options.protocol)
         options.sampler = next((name for name in preferred if name in objective.samplers), None)
     options.sampler = objective.resolve_sampler(options.sampler, options.steps)
+    shift = objective.with_sampling_shift(options.sampling_shift).sampling_shift
     environment = describe_run()
     return {
         "format_version": FORMAT_VERSION,
@@ -209,6 +210,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "sampler": options.sampler,
         **({"step_noise": STEP_NOISE} if options.sampler in objective.stochastic_samplers else {}),
         "num_inference_steps": options.steps,
+        **({"sampling_shift": shift} if objective.flows else {}),
         "guidance_scale": options.guidance_scale,
         "guidance_interval": list(options.guidance_interval),
         "guidance_channels": "all" if options.guidance_channels is None else options.guidance_channels,
@@ -319,6 +321,7 @@ def _make(options: argparse.Namespace, pipeline: GSPNPipeline, output: SampleSet
             guidance_interval=tuple(options.guidance_interval),
             guidance_channels=options.guidance_channels,
             sampler=options.sampler,
+            sampling_shift=options.sampling_shift,
             seed=options.seed,
             first_index=indices.start,
             output_type="latent",

@@ -29,6 +29,7 @@ from gspn_dit.grid import to_pil
 from gspn_dit.hub import CARD, download
 from gspn_dit.model_card import CODE_LICENSE, LIBRARY, model_card
 from gspn_dit.models import DiffusionModel, create_model
+from gspn_dit.sampling_options import check_sampling_shift
 from gspn_dit.saved_pipeline import Parts, load_scheduler, origin
 
 DEFAULT_STEPS = 50
@@ -124,8 +125,8 @@ class GSPNPipeline(DiffusionPipeline):
         manifest = read_manifest(directory)
         try:
             model = create_model(**manifest["model"]).requires_grad_(False)
-            objective = create_objective(config_from_dict(manifest["config"]).objective)
             latent = latent_from_spec(manifest["latent"], vae, directory)
+            objective = create_objective(config_from_dict(manifest["config"]).objective, latent.natural_shift)
             class_names = list(manifest["class_names"])
             scheduler = load_scheduler(directory, manifest)
         except KeyError as error:
@@ -254,6 +255,7 @@ class GSPNPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        sampling_shift: float | None = None,
     ) -> GSPNPipelineOutput:
         """Generate one image per label, CHUNK at a time.
 
@@ -273,6 +275,7 @@ class GSPNPipeline(DiffusionPipeline):
             return_dict: False for a tuple.
             callback_on_step_end, callback_on_step_end_tensor_inputs: called as (pipeline, step, timestep, {"latents":
                 [n, C, h, w]}) after each step of each chunk; may return other latents in the same form.
+            sampling_shift: by how much the sampler's times are shifted towards noise; None for the objective's.
 
         Raises:
             UserError: an unknown class or sampler, or samples that are not finite.
@@ -280,10 +283,11 @@ class GSPNPipeline(DiffusionPipeline):
         """
         ids = self.class_ids([class_labels] if isinstance(class_labels, (int, str, Integral)) else class_labels)
         _check_call(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        check_sampling_shift(sampling_shift, "sampling_shift")
         request = _Request(
             self._latent_shape(height, width),
             Guidance(guidance_scale, guidance_interval, guidance_channels),
-            ready_scheduler(self.scheduler, self.objective, sampler, num_inference_steps),
+            ready_scheduler(self.scheduler, self.objective, sampler, num_inference_steps, sampling_shift),
             choose_seed(seed, generator),
             callback_on_step_end,
             tuple(callback_on_step_end_tensor_inputs),

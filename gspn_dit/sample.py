@@ -164,6 +164,7 @@ def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int],
                 guidance_interval=tuple(options.guidance_interval),
                 guidance_channels=options.guidance_channels,
                 sampler=options.sampler,
+                sampling_shift=options.sampling_shift,
                 seed=options.seed,
                 output_type="np",
                 on_chunk=show,
@@ -193,6 +194,7 @@ def _generate_by_prompt(options: argparse.Namespace, device: str) -> tuple[Any, 
             options.sampler,
             options.seed,
             on_chunk=lambda done: bar.update(done - bar.n),
+            sampling_shift=options.sampling_shift,
         )
     return images, numbers, options.prompt
 

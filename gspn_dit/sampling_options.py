@@ -37,6 +37,12 @@ def check_guidance(
         raise ValueError(f"{prefix}channels is {channels}, but must be {every}")
 
 
+def check_sampling_shift(shift: float | None, name: str) -> None:
+    """Raise ValueError for a shift of times that is not a finite number above 0; None leaves it to the objective."""
+    if shift is not None and not 0 < shift < float("inf"):
+        raise ValueError(f"{name} is {shift}, but must be finite and above 0 (1: times are not shifted)")
+
+
 def check_guided_channels(channels: int | None, latent_channels: int, name: str) -> None:
     """Raise UserError where more channels shall be guided than a latent has; `name` is the key or option."""
     if channels is not None and channels > latent_channels:
@@ -63,8 +69,10 @@ def add_sampling_options(
     add("--vae", type=path_argument, metavar="NAME_OR_DIR",
         help="where the autoencoder of the latents lies now, if moved")  # fmt: skip
     add("--steps", type=int, default=steps, help=f"of the sampler (default: {otherwise}50)")
-    add("--sampler", help="velocity: euler or heun; epsilon: ddpm, ddim, dpm++ or unipc; flow_map and mean_flow: euler "
-        f"(default: {otherwise}the first of the checkpoint's objective)")  # fmt: skip
+    add("--sampler", help="velocity: euler, heun, dpm++ or sde; epsilon: ddpm, ddim, dpm++ or unipc; flow_map "
+        f"and mean_flow: euler (default: {otherwise}the first of the checkpoint's objective)")  # fmt: skip
+    add("--sampling-shift", type=float, metavar="S",
+        help="times t become S·t / (1 + (S-1)·t); not of epsilon (default: the checkpoint's)")  # fmt: skip
     add("--guidance-scale", type=float, default=guidance_scale,
         help=f"1 is no guidance (default: {guidance_scale:g})")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
@@ -93,6 +101,7 @@ def check_sampling_options(options: argparse.Namespace, *counts: str) -> None:
     options.guidance_channels = None if text == "all" else int(text)
     try:
         check_guidance(options.guidance_scale, options.guidance_interval, options.guidance_channels)
+        check_sampling_shift(options.sampling_shift, "--sampling-shift")
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -58,7 +58,7 @@ class Parts:
                 "a pipeline built from parts does not know the config of its model; load that with from_checkpoint"
             )
         _refuse_changed_model(self.model, manifest["model"])
-        trained = create_objective(config_from_dict(manifest["config"]).objective)
+        trained = create_objective(config_from_dict(manifest["config"]).objective, self.latent.natural_shift)
         if (type(self.objective), self.objective.config) != (type(trained), trained.config):
             raise ValueError("the objective is not the one that the model was trained with; put that back to save it")
         if self.guide is not None:

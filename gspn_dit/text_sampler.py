@@ -55,8 +55,10 @@ class TextSampler:
             raise UserError(f"{directory} was trained with another text encoder than {text['encoder']} is now")
         unet = rebuild_unet(manifest["model"])
         unet.load_state_dict(load_tensors(directory, weights))
-        objective = objective_of(config_from_dict(manifest["config"]).objective, manifest.get("schedule"))
         latent = latent_from_spec(manifest["latent"], vae, directory).to(device)
+        objective = objective_of(
+            config_from_dict(manifest["config"]).objective, manifest.get("schedule"), latent.natural_shift
+        )
         encoder.to(device)
         torch.nn.Module.to(unet.eval().requires_grad_(False), device)
         return cls(unet, encoder, objective, latent, manifest["model"]["patch_size"])
@@ -70,11 +72,14 @@ class TextSampler:
         seed: int = 0,
         first: int = 0,
         on_chunk: Callable[[int], object] | None = None,
+        sampling_shift: float | None = None,
     ) -> np.ndarray:
         """Return an image of each prompt, uint8 [n, H, W, C]; image i depends on (seed, first + i) and its prompt.
 
-        `on_chunk` is called with the number of images done. Raises UserError as `sample_latents`.
+        `on_chunk` is called with the number of images done; `sampling_shift` is in place of the objective's. Raises
+        UserError as `sample_latents`.
         """
+        objective = self.objective.with_sampling_shift(sampling_shift)
         table = encode_all(self.encoder, sorted(set(prompts)))
         numbers = torch.tensor([table.numbers[prompt] for prompt in prompts], dtype=torch.int64)
         parts: list[np.ndarray] = []
@@ -83,7 +88,7 @@ class TextSampler:
             count = len(chunk)
             latents = draw_latents(
                 Captioned(self.unet, table, self.latent.image_size, self.patch_size),
-                self.objective,
+                objective,
                 (self.latent.channels, self.latent.size, self.latent.size),
                 torch.nn.functional.pad(chunk, (0, CHUNK - count), value=table.null),  # chunks of one size: same bits
                 table.null,

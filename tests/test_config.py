@@ -303,6 +303,7 @@ OUT_OF_RANGE = [
     (DataConfig, "image_size", 0),
     (ObjectiveConfig, "logit_normal_std", 0.0),
     (ObjectiveConfig, "timestep_shift", 0.0),
+    (ObjectiveConfig, "sampling_shift", 0.0),
     (TrainingConfig, "max_steps", 0),
     (TrainingConfig, "batch_size", 0),
     (TrainingConfig, "gradient_accumulation_steps", 0),
@@ -430,7 +431,9 @@ def no_default() -> Config:
         ),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
         latent=LatentConfig("kl", "some/vae"),
-        objective=ObjectiveConfig("epsilon", "logit_normal", -0.3, 1.7, 3.0, 1.5, 0.3, 0.5, "uniform", 0.01, "jvp"),
+        objective=ObjectiveConfig(
+            "epsilon", "logit_normal", -0.3, 1.7, 3.0, 2.0, 1.5, 0.3, 0.5, "uniform", 0.01, "jvp"
+        ),
         text=TextConfig("some/encoder", 77, table="some/texts", prompts=["a cat"]),
         unet=UNetConfig([32], 2, 16, 4, "gspn", "qkv", 4, 16, False, 8, "some/teacher", True),
         classification=ClassificationConfig(

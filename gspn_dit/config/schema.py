@@ -151,8 +151,11 @@ class ObjectiveConfig(Section):
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     logit_normal_mean: float = 0.0
     logit_normal_std: float = 1.0
-    timestep_shift: float = 1.0
-    """t becomes s·t / (1 + (s-1)·t); above 1 favours noise (Esser et al., 2403.03206, eq. 23)."""
+    timestep_shift: float | None = None
+    """t becomes s·t / (1 + (s-1)·t); above 1 favours noise (Esser et al., 2403.03206, eq. 23). null: of velocity in the
+    latents of an autoencoder √(C·H·W / 4096) where that is above 1 (RAE, 2510.11690); else 1."""
+    sampling_shift: float | None = None
+    """The same of the times that a sampler visits; null: as in training. All objectives but epsilon."""
     guidance_scale: float | None = None
     """Guidance that flow_map and mean_flow learn; null: as published, 3 and 2."""
     guidance_mix: float | None = None
@@ -169,7 +172,9 @@ class ObjectiveConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.logit_normal_std > 0, f"objective.logit_normal_std is {self.logit_normal_std}, but must be > 0")
-        require(self.timestep_shift > 0, f"objective.timestep_shift is {self.timestep_shift}, but must be > 0")
+        for name in ("timestep_shift", "sampling_shift"):
+            shift = getattr(self, name)
+            require(shift is None or shift > 0, f"objective.{name} is {shift}, but must be null or > 0")
         scale, mix = self.guidance_scale, self.guidance_mix
         require(
             scale is None or scale >= 1, f"objective.guidance_scale is {scale}, but must be null or at least 1 (none)"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gspn_dit.config import Config
+from gspn_dit.data.latents import shift_of_size
 from gspn_dit.data.sources import find_source
 from gspn_dit.errors import UserError
 
@@ -28,6 +29,13 @@ class DataFacts:
     """On disk for latents, decoded for images."""
     source: str
     """Where these figures come from."""
+    encoded: bool = False
+    """Whether the model learns an autoencoder's latents, on disk or not."""
+
+    @property
+    def natural_shift(self) -> float:
+        """As `Latent.natural_shift`."""
+        return shift_of_size(self.channels * self.size**2) if self.encoded else 1.0
 
 
 def data_facts(config: Config) -> DataFacts:
@@ -42,14 +50,16 @@ def data_facts(config: Config) -> DataFacts:
     if source.latents is not None:  # opened without the autoencoder, which may have to be downloaded
         latents = source.latents(data.path, "train", data.validation_fraction)
         spec, size_bytes = latents.manifest["latent"], sum(shard["bytes"] for shard in latents.manifest["shards"])
-        return DataFacts(len(latents), latents.num_classes, spec["channels"], spec["size"], size_bytes, str(data.path))
+        shape = spec["channels"], spec["size"]
+        return DataFacts(len(latents), latents.num_classes, *shape, size_bytes, str(data.path), encoded=True)
     from gspn_dit.data.build import build_data
 
     built = build_data(config)
     images, latent = built.training.images, built.latent
     size_bytes = len(images) * latent.image_size**2 * latent.image_channels
     where = data.path or f"the {data.name} that are bundled"
-    return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where)
+    encoded = config.latent.name != "identity"
+    return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where, encoded)
 
 
 def unseen_facts(config: Config, images: int, whose: str) -> DataFacts:
@@ -68,4 +78,4 @@ def unseen_facts(config: Config, images: int, whose: str) -> DataFacts:
     size = data.image_size // KL_FACTOR
     # Mean and log-variance of each image and its mirror image, float16.
     size_bytes = images * 2 * 2 * KL_CHANNELS * size**2 * 2
-    return DataFacts(images, IMAGENET_CLASSES, KL_CHANNELS, size, size_bytes, source)
+    return DataFacts(images, IMAGENET_CLASSES, KL_CHANNELS, size, size_bytes, source, encoded=True)

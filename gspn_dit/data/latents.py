@@ -19,6 +19,8 @@ from gspn_dit.errors import UserError
 
 SAVED_VAE = "vae"
 """Folder of an autoencoder beside the weights that go with it."""
+UNSHIFTED_VALUES = 4096
+"""Of a latent, such as [4, 32, 32], whose times are as they are drawn; those of larger ones are shifted to noise."""
 VAE_BATCH = 8
 """Latents decoded, or images encoded, at a time: what lies between them is large."""
 
@@ -38,6 +40,11 @@ class Latent(ABC):
     """Channels of an image."""
     has_posterior: bool = False
     """Whether an image is encoded to a distribution, of which `encode` draws one latent."""
+
+    @property
+    def natural_shift(self) -> float:
+        """Shift of times that suits the latents' size, where a config leaves it open; 1 for pixels."""
+        return 1.0
 
     @abstractmethod
     def encode(self, images: np.ndarray, noise: Tensor | None = None) -> Tensor:
@@ -123,6 +130,10 @@ class AutoencoderLatent(Latent):
         self.shift = adapter.shift if shift is None else shift
 
     @property
+    def natural_shift(self) -> float:
+        return shift_of_size(self.channels * self.size**2)
+
+    @property
     def vae(self) -> Any:
         """The autoencoder itself, a model of diffusers."""
         return self.autoencoder.module
@@ -188,6 +199,11 @@ class AutoencoderLatent(Latent):
     def to(self, device: torch.device | str) -> AutoencoderLatent:
         self.vae.to(device)
         return self
+
+
+def shift_of_size(values: int) -> float:
+    """Return √(values / 4096), at least 1: more values say more of an image at the same noise (arXiv 2510.11690)."""
+    return max(1.0, (values / UNSHIFTED_VALUES) ** 0.5)
 
 
 def _per_channel(value: PER_CHANNEL, like: Tensor) -> Tensor:

@@ -46,21 +46,27 @@ OBJECTIVES: dict[str, type[Objective]] = {
 """By the name that the config key `objective.name` gives."""
 
 
-def create_objective(config: ObjectiveConfig) -> Objective:
-    """Build the objective a config names; raises UserError for an unknown one."""
+def create_objective(config: ObjectiveConfig, natural_shift: float = 1.0) -> Objective:
+    """Build the objective a config names; raises UserError for an unknown one.
+
+    `natural_shift` is that of the latents, for an objective that takes it where the config leaves its shifts open.
+    """
     if config.name not in OBJECTIVES:
         known = f"{', '.join(OBJECTIVES)}{nearest(config.name, OBJECTIVES)}"
         raise UserError(f"unknown objective.name '{config.name}'; allowed are {known}")
-    return OBJECTIVES[config.name](config)
+    objective = OBJECTIVES[config.name](config)
+    objective.natural_shift = natural_shift
+    return objective
 
 
-def objective_of(config: ObjectiveConfig, schedule: Mapping[str, Any] | None) -> Objective:
+def objective_of(config: ObjectiveConfig, schedule: Mapping[str, Any] | None, natural_shift: float = 1.0) -> Objective:
     """Return the objective that a pipeline's scheduler stands for, or, without one, the config's.
 
-    `schedule` is the config of a diffusers scheduler: of flow matching, or of betas. Raises UserError as both do.
+    `natural_shift` is as in `create_objective`; `schedule` is the config of a diffusers scheduler: of flow matching, or
+    of betas. Raises UserError as both do.
     """
     if schedule is None:
-        return create_objective(config)
+        return create_objective(config, natural_shift)
     if str(schedule.get("_class_name", "")).startswith("FlowMatch"):
         return VelocityObjective(config)
     return ScheduledObjective(config, schedule)

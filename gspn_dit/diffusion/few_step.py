@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gspn_dit.config import ObjectiveConfig
-from gspn_dit.diffusion.objective import Conditioned
-from gspn_dit.diffusion.velocity import TIMESTEP_SCALE, VelocityObjective
+from gspn_dit.diffusion.objective import TIMESTEP_SCALE, Conditioned
+from gspn_dit.diffusion.velocity import VelocityObjective
 from gspn_dit.errors import UserError
 
 LEAST_SPAN = 1e-4
@@ -21,7 +21,7 @@ LEAST_SPAN = 1e-4
 WEIGHT_FLOOR = 0.01
 """Added to the square by which a loss is divided (adaptive weights)."""
 
-_OWN_TIMES = ("timestep_sampling", "timestep_shift")
+_OWN_TIMES = {"timestep_sampling": ("uniform",), "timestep_shift": (None, 1.0)}
 
 
 class FewStepObjective(VelocityObjective):
@@ -31,7 +31,9 @@ class FewStepObjective(VelocityObjective):
     """
 
     samplers = ("euler",)
+    stochastic_samplers: tuple[str, ...] = ()
     second_time = True
+    shifts_by_size = False
     uniforms = 3
     guidance_scale: float
     """As published; the config can say another."""
@@ -39,9 +41,8 @@ class FewStepObjective(VelocityObjective):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
-        default = ObjectiveConfig()
-        for key in _OWN_TIMES:
-            if getattr(config, key) != getattr(default, key):
+        for key, allowed in _OWN_TIMES.items():
+            if getattr(config, key) not in allowed:
                 raise UserError(
                     f"objective.{key} is {getattr(config, key)}, but {config.name} draws its times as published; "
                     "leave it out"

@@ -13,8 +13,7 @@ from gspn_dit.diffusion.few_step import (
     mean_velocity,
     pair_rows,
 )
-from gspn_dit.diffusion.objective import Conditioned
-from gspn_dit.diffusion.velocity import TIMESTEP_SCALE
+from gspn_dit.diffusion.objective import TIMESTEP_SCALE, Conditioned
 
 FIRST_STEP = 0.1
 """How far l lies from t towards s, relative to their distance, at the start of a training."""

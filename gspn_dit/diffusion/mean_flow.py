@@ -12,8 +12,7 @@ from gspn_dit.diffusion.few_step import (
     mean_velocity,
     pair_rows,
 )
-from gspn_dit.diffusion.objective import Conditioned
-from gspn_dit.diffusion.velocity import TIMESTEP_SCALE
+from gspn_dit.diffusion.objective import TIMESTEP_SCALE, Conditioned
 
 HALF_WIDTH = 0.005
 """Of the interval of times over which a central difference is taken."""

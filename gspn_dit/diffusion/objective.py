@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,16 @@ class Conditioned:
         return self.class_labels != self.null_label
 
 
+TIMESTEP_SCALE = 1000
+"""A model of flow matching receives 1000·t."""
+Times = TypeVar("Times", float, Tensor, "np.ndarray")
+
+
+def shifted(t: Times, shift: float) -> Times:
+    """Return s·t / (1 + (s-1)·t): times t in [0, 1], moved towards noise where s > 1 (arXiv 2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 class Objective(ABC):
     """A loss with its time distribution, and the schedulers that sample from a model trained with it."""
 
@@ -70,9 +82,44 @@ class Objective(ABC):
     part of what it learns: sampling adds none."""
     uniforms: int = 1
     """Uniform draws from which the times of a training sample are made."""
+    flows: bool = False
+    """Whether its samplers go from t = 1 to t = 0 along times that can be shifted."""
+    shifts_by_size: bool = False
+    """Whether a shift that the config leaves open is `natural_shift`; else it is 1."""
+    natural_shift: float = 1.0
+    """What suits the size of the latents, see `gspn_dit.data.latents.Latent.natural_shift`."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
+        self._check_sampling_shift(config.sampling_shift)
+
+    def _check_sampling_shift(self, shift: float | None) -> None:
+        if shift is not None and not self.flows:
+            raise UserError(
+                f"a sampling shift of {shift:g} does not go with objective {self.config.name}, whose samplers visit "
+                "the timesteps of its schedule; leave it out"
+            )
+
+    @property
+    def training_shift(self) -> float:
+        """By how much training times are shifted towards noise; 1 is not at all."""
+        given = self.config.timestep_shift
+        return given if given is not None else self.natural_shift if self.shifts_by_size else 1.0
+
+    @property
+    def sampling_shift(self) -> float:
+        """By how much a sampler's times are shifted towards noise: as in training, unless the config says otherwise."""
+        given = self.config.sampling_shift
+        return given if given is not None else self.training_shift if self.flows else 1.0
+
+    def with_sampling_shift(self, shift: float | None) -> Objective:
+        """Return this objective with another shift in sampling, itself for None; UserError where it has none."""
+        if shift is None:
+            return self
+        self._check_sampling_shift(shift)
+        other = copy.copy(self)
+        other.config = replace(self.config, sampling_shift=shift)
+        return other
 
     def times(self, uniforms: Tensor) -> Tensor:
         """Map uniform draws [B] in [0, 1) to times t [B] in [0, 1], 1 for noise.
@@ -82,8 +129,7 @@ class Objective(ABC):
         t = uniforms
         if self.config.timestep_sampling == "logit_normal":
             t = torch.sigmoid(self.config.logit_normal_mean + self.config.logit_normal_std * torch.special.ndtri(t))
-        shift = self.config.timestep_shift
-        return shift * t / (1 + (shift - 1) * t)
+        return shifted(t, self.training_shift)
 
     def resolve_sampler(self, sampler: str | None, num_inference_steps: int) -> str:
         """Return a sampler's name, the default for None; raises UserError if there is none, or not of so many steps."""

@@ -18,8 +18,9 @@ from gspn_dit.errors import UserError
 OnStepEnd = Callable[[int, Tensor, Tensor], Tensor]
 """`on_step_end(step, timestep, latents) -> latents`, the step counted from 0."""
 
-SAMPLERS = ("euler", "heun", "ddpm", "ddim", "dpm++", "unipc")
-"""The samplers of all objectives: the first two of velocity, the first of the few-step ones, the others of epsilon."""
+SAMPLERS = ("euler", "heun", "dpm++", "sde", "ddpm", "ddim", "unipc")
+"""The samplers of all objectives: the first four of velocity, the first of the few-step ones, dpm++ and the last three
+of epsilon."""
 
 CHUNK = 64
 """Images generated at a time. Fixed, and the last chunk is padded: the size of a batch can change its rounding."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gspn_dit.diffusion.objective import Objective
-from gspn_dit.diffusion.velocity import uniform_times
 
 LEARNED = ("learned", "learned_range")
 MEAN_VELOCITY = "FlowMatchEulerDiscreteScheduler"
@@ -30,13 +29,26 @@ def is_default(scheduler: Any, objective: Objective) -> bool:
     return (type(scheduler), scheduler.config) == (type(own), own.config)
 
 
-def ready_scheduler(scheduler: Any, objective: Objective, sampler: str | None, num_inference_steps: int) -> Any:
+def ready_scheduler(
+    scheduler: Any,
+    objective: Objective,
+    sampler: str | None,
+    num_inference_steps: int,
+    sampling_shift: float | None = None,
+) -> Any:
     """Return the scheduler of one call, its timesteps set: the named sampler's, or `scheduler` as a copy.
 
-    Raises UserError for a sampler that the objective does not have, ValueError as `prepare_scheduler`.
+    `sampling_shift` is in place of the objective's. Raises UserError for a sampler or a shift that does not go with the
+    objective, ValueError as `prepare_scheduler`, or for a shift of a scheduler that has its own.
     """
     if sampler is not None or is_default(scheduler, objective):
+        objective = objective.with_sampling_shift(sampling_shift)
         return objective.make_scheduler(objective.resolve_sampler(sampler, num_inference_steps), num_inference_steps)
+    if sampling_shift is not None:
+        raise ValueError(
+            f"sampling_shift is {sampling_shift:g}, but {type(scheduler).__name__} took the place of the sampler and "
+            "shifts times by its own config; set that, or name a sampler"
+        )
     return prepare_scheduler(scheduler, objective, num_inference_steps)
 
 
@@ -49,6 +61,8 @@ def prepare_scheduler(scheduler: Any, objective: Objective, num_inference_steps:
     Raises ValueError for a scheduler of another kind of prediction, or one that does not step by mean velocities.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    from gspn_dit.diffusion.flow_schedulers import uniform_times
 
     name, predicts = type(scheduler).__name__, prediction_type(scheduler)
     if predicts != objective.prediction_type:

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from gspn_dit.diffusion.objective import Denoiser, Objective
-
-TIMESTEP_SCALE = 1000
-"""The model receives 1000·t."""
-
-
-def uniform_times(count: int) -> list[float]:
-    """Return the times 1, 1 - 1/count, …, 1/count of flow matching's steps."""
-    return np.linspace(1.0, 0.0, count + 1)[:-1].tolist()
+from gspn_dit.diffusion.objective import TIMESTEP_SCALE, Denoiser, Objective
 
 
 class VelocityObjective(Objective):
     """Mean squared error of the velocity; t is 0 for data and 1 for noise."""
 
     prediction_type = "flow_prediction"
-    samplers: tuple[str, ...] = ("euler", "heun")
+    samplers: tuple[str, ...] = ("euler", "heun", "dpm++", "sde")
+    stochastic_samplers: tuple[str, ...] = ("sde",)
+    flows = True
+    shifts_by_size = True
 
     def out_channels(self, latent_channels: int) -> int:
         return latent_channels
@@ -40,21 +34,13 @@ class VelocityObjective(Objective):
         return error.square().flatten(1).mean(dim=1)
 
     def make_scheduler(self, sampler: str, num_inference_steps: int) -> Any:
-        """Return diffusers' flow-matching scheduler, "euler" or "heun", on the times 1, 1 - 1/steps, …, 1/steps, 0.
+        """Return a flow-matching scheduler of diffusers, see `gspn_dit.diffusion.flow_schedulers`.
 
-        Heun's last step is one of Euler's, since the velocity is not asked for at t = 0: 2·steps - 1 model calls.
+        All samplers visit the times 1, 1 - 1/steps, …, 1/steps, shifted by `sampling_shift`, and end at 0.
         """
-        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+        from gspn_dit.diffusion.flow_schedulers import make_flow_scheduler
 
-        # The schedulers' own grids are not uniform: they go down to .001 in steps - 1 parts, and then to 0.
-        if sampler == "heun":
-            heun: Any = FlowMatchHeunDiscreteScheduler(num_train_timesteps=TIMESTEP_SCALE)
-            heun.sigma_min = 1 / num_inference_steps
-            heun.set_timesteps(num_inference_steps)
-            return heun
-        euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEP_SCALE)
-        euler.set_timesteps(sigmas=uniform_times(num_inference_steps))
-        return euler
+        return make_flow_scheduler(sampler, num_inference_steps, self.sampling_shift)
 
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         return output, None

@@ -26,7 +26,7 @@ from gspn_dit.tasks.alignment import Alignment, check_alignment
 from gspn_dit.tasks.base import GenerativeTask
 from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
 from gspn_dit.tasks.finetune import pretrained_weights
-from gspn_dit.tasks.plan import Plan, gigabytes
+from gspn_dit.tasks.plan import Plan, gigabytes, shift_rows
 
 
 class ClassConditional(GenerativeTask):
@@ -36,11 +36,11 @@ class ClassConditional(GenerativeTask):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.objective = create_objective(config.objective)
-        self.objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
+        create_objective(config.objective).resolve_sampler(config.sampling.sampler, config.sampling.steps)
         _check_derivative(config)
         data = build_data(config)
         self.train_data, self.validation_data, self.latent = data.training, data.validation, data.latent
+        self.objective = create_objective(config.objective, self.latent.natural_shift)
         self.image_size, self.image_channels = self.latent.size * self.latent.factor, self.latent.image_channels
         check_guided_channels(config.sampling.guidance_channels, self.latent.channels, "sampling.guidance_channels")
         self.class_names = self.train_data.images.class_names
@@ -66,7 +66,8 @@ class ClassConditional(GenerativeTask):
 
     @classmethod
     def plan(cls, config: Config) -> Plan:
-        sampling, objective, facts = config.sampling, create_objective(config.objective), data_facts(config)
+        sampling, facts = config.sampling, data_facts(config)
+        objective = create_objective(config.objective, facts.natural_shift)
         _check_derivative(config)
         sampler = objective.resolve_sampler(sampling.sampler, sampling.steps)
         check_guided_channels(sampling.guidance_channels, facts.channels, "sampling.guidance_channels")
@@ -84,6 +85,7 @@ class ClassConditional(GenerativeTask):
         if scans:
             rows.append(("", f"{scans / 1e9:.3g} G of them in scans, 6 for each token, channel and direction"))
         rows.append(("objective", f"{config.objective.name}; previews by {sampler} in {sampling.steps} steps"))
+        rows += shift_rows(objective)
         size_text = f"{gigabytes(facts.bytes)} ({facts.source})"
         return Plan(
             model=model,
@@ -215,6 +217,7 @@ class ClassConditional(GenerativeTask):
             ("data", self._data_summary()),
             *(("", remark) for remark in self.train_data.images.remarks),
             *(("latents", line) for line in self.latents_found),
+            *shift_rows(self.objective),
             ("model", f"{self.config.model.name}, {parameters:,} parameters"),
         ]
 

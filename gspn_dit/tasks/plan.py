@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from gspn_dit.diffusion import Objective
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,6 +32,14 @@ class Plan:
     """Weights that are kept beside the model and not trained, such as what a teacher has of its own."""
     working_elements: int = 0
     """Elements for each sample that a backward pass recomputes and holds at its height, with their gradients."""
+
+
+def shift_rows(objective: Objective) -> list[tuple[str, str]]:
+    """Return what a person is told of shifted times: a row, or none where they are as they were drawn."""
+    training, sampling = objective.training_shift, objective.sampling_shift
+    if training == sampling == 1:
+        return []
+    return [("times", f"shifted by {training:.4g} in training, {sampling:.4g} in sampling")]
 
 
 def gigabytes(count: int) -> str:

@@ -24,7 +24,7 @@ from gspn_dit.models.text_unet import (
     unet_cost,
 )
 from gspn_dit.tasks.distillation import describe_teacher
-from gspn_dit.tasks.plan import Plan, gigabytes
+from gspn_dit.tasks.plan import Plan, gigabytes, shift_rows
 from gspn_dit.text import Encoded
 
 COCO_IMAGES = 82_783
@@ -56,6 +56,7 @@ def plan_unet(config: Config, objective: Objective, text_width: int) -> Plan:
     """Return what a run of this config would take; raises UserError for what training would refuse."""
     options, facts = config.unet, _facts(config)
     channels, size, length = facts.channels, facts.size, config.text.max_tokens
+    objective.natural_shift = facts.natural_shift
     sampler = objective.resolve_sampler(config.sampling.sampler, config.sampling.steps)
     frozen = 0
     try:
@@ -98,6 +99,7 @@ def plan_unet(config: Config, objective: Objective, text_width: int) -> Plan:
             ("text", f"{config.text.encoder}, at most {length} tokens of {text_width} channels"),
             ("forward", f"{cost.multiply_adds / 1e9:.4g} G multiply-adds for an image of {channels}×{size}×{size}"),
             ("objective", f"{name}; previews by {sampler} in {config.sampling.steps} steps"),
+            *shift_rows(objective),
         ],
         blocks=4 * options.layers_per_level + 2,  # residual and transformer blocks of the first, largest level
         working_elements=cost.working_elements,
@@ -116,4 +118,5 @@ def _facts(config: Config) -> DataFacts:
     images = load_captioned(data, "train").images
     latent = create_latent(config.latent, images.image_size, images.channels)
     size_bytes = len(images) * latent.image_size**2 * latent.image_channels
-    return DataFacts(len(images), 0, latent.channels, latent.size, size_bytes, str(data.path))
+    encoded = config.latent.name != "identity"
+    return DataFacts(len(images), 0, latent.channels, latent.size, size_bytes, str(data.path), encoded)

@@ -37,7 +37,7 @@ from gspn_dit.tasks.base import GenerativeTask
 from gspn_dit.tasks.captioned import encode_texts, open_captioned, text_width
 from gspn_dit.tasks.distillation import Distillation, frozen_copy, load_teacher
 from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
-from gspn_dit.tasks.plan import Plan
+from gspn_dit.tasks.plan import Plan, shift_rows
 from gspn_dit.tasks.text_plan import plan_unet
 from gspn_dit.text import is_pipeline
 
@@ -66,6 +66,7 @@ class TextToImage(GenerativeTask):
         self.validation_data = None if validation is None else validation.images
         self.validation_captions = [] if validation is None else validation.captions
         self.latent = self.train_data.latent
+        self.objective.natural_shift = self.latent.natural_shift
         self.image_size, self.image_channels = self.latent.image_size, self.latent.image_channels
         self.latents_found: tuple[str, ...] = ()
         """What a look at a few of them said, once they are on the device."""
@@ -268,6 +269,7 @@ class TextToImage(GenerativeTask):
         if self.distillation is not None:
             model += f", of which {trained:,} are trained to do as {self.config.unet.teacher} does"
         told = [("", remark) for remark in images.remarks] + [("latents", line) for line in self.latents_found]
+        told += shift_rows(self.objective)
         return [("data", data), *told, ("text", f"{self.config.text.encoder}"), ("model", model)]
 
     def check_resumed(self, checkpoint: Path, manifest: Mapping[str, Any]) -> None:

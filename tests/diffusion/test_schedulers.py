@@ -326,7 +326,7 @@ def test_guidance_of_more_channels_than_there_are() -> None:
     ("name", "sampler", "steps", "message"),
     [
         ("epsilon", "euler", 5, "unknown sampler 'euler'; allowed are ddpm, ddim, dpm++, unipc"),
-        ("velocity", "ddpm", 5, "unknown sampler 'ddpm'; allowed are euler, heun"),
+        ("velocity", "ddpm", 5, "unknown sampler 'ddpm'; allowed are euler, heun, dpm++, sde"),
         ("epsilon", "ddpm", 1001, "sampler 'ddpm' takes at most 1000 steps, not 1001"),
         ("epsilon", "unipc", 1000, "sampler 'unipc' takes at most 999 steps, not 1000"),
     ],
