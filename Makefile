@@ -20,7 +20,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard gspn_dit/ops/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,text]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,text]'
 	touch $@
 
 # Matrices this small are computed faster by one thread than by several.

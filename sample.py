@@ -3,11 +3,10 @@
     python sample.py --checkpoint runs/demo --classes 0-9 --per-class 8 --out grid.png
     python sample.py --checkpoint RUN --prompt "a red circle" --out grid.png
 
-`python sample.py --help` describes every flag.
+`python sample.py --help` describes every flag. An installation has it as `gspn-sample`.
 """
 
-from gspn_dit.errors import run_cli
-from gspn_dit.sample import parse_arguments, run
+from gspn_dit.sample import cli
 
 if __name__ == "__main__":
-    run_cli(lambda: run(parse_arguments()), "what was written is whole")
+    cli()

@@ -1,4 +1,4 @@
-"""Build steps that setup.cfg cannot express; all metadata lives there.
+"""Build steps that pyproject.toml cannot express; all metadata lives there.
 
 The CPU kernels are a plain shared library, built where a C++ compiler is found and left out where none is. The CUDA
 sources travel in a wheel as `gspn_dit/ops/cuda_src`.

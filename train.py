@@ -1,22 +1,6 @@
-"""Train a diffusion model, by class or by text: `accelerate launch train.py --config configs/NAME.yaml`."""
+"""Train a model: `accelerate launch train.py --config configs/NAME.yaml`. An installation has it as `gspn-train`."""
 
-from gspn_dit.config import parse_train_arguments
-from gspn_dit.errors import run_cli
-
-
-def main() -> None:
-    """Parse, then import what training needs, so that --help and mistakes answer at once."""
-    arguments = parse_train_arguments()
-    if arguments.dry_run:
-        from gspn_dit.training.dry_run import dry_run
-
-        dry_run(arguments.config)
-        return
-    from fid.quick import load_scorer
-    from gspn_dit.training.loop import train
-
-    train(arguments, load_scorer)
-
+from gspn_dit.train import cli
 
 if __name__ == "__main__":
-    run_cli(main, "--resume auto resumes from the last checkpoint")
+    cli()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory
+from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory, run_cli
 from gspn_dit.paths import path_argument
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ INCEPTION_BATCH_SIZE = 64
 def build_parser() -> ArgumentParser:
     """The arguments of `python -m fid`."""
     parser = ArgumentParser(
-        prog="python -m fid",
         formatter_class=argparse.HelpFormatter,  # the defaults are in the words below
         description="Score generated images against real ones and write a report; `python -m fid compare REPORT …` "
         "puts reports side by side.",
@@ -126,3 +125,8 @@ def _summary(report: dict[str, Any]) -> str:
     from fid.page import score_rows
 
     return "\n".join(f"{name:<46}{'  '.join(cells)}" for name, *cells in score_rows(report))
+
+
+def cli() -> None:
+    """The command `gspn-fid`."""
+    run_cli(main, "no report was written")

@@ -168,7 +168,7 @@ def _fix_for_cupy() -> str | None:
 def _requirement(extra: str = "") -> str:
     """Return how pip names this project: the checkout where it runs from one, the distribution elsewhere."""
     suffix = f"[{extra}]" if extra else ""
-    if (Path(__file__).parents[1] / "setup.cfg").is_file():
+    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
         return f"-e '.{suffix}'"
     return f"'gspn-dit{suffix}'"
 
@@ -228,7 +228,6 @@ def _format_toolchain(tools: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the diagnosis; exit code 0 if the CPU path works, else 1."""
     parser = ArgumentParser(
-        prog="python -m gspn_dit.doctor",
         description="Say what is installed, which scan backends work here, and what would fix the others.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
@@ -238,5 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(0 if diagnosis["ok"] else 1)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `gspn-doctor`."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

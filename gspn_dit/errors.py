@@ -55,9 +55,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("prog", command_name())
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        offer_completion(self)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options = [option for option in self._option_string_actions if option.startswith("--")]
@@ -69,10 +71,27 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def offer_completion(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks, through argcomplete, how the command line may go on; return at once otherwise.
+
+    Install argcomplete and put `eval "$(register-python-argcomplete gspn-sample)"` into ~/.bashrc, a line per command.
+    """
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
 def _program_name() -> str:
     """Return how the program was started: the script's name, or the module's under `python -m`."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return module.name.removesuffix(".__main__") if module else os.path.basename(sys.argv[0])
+
+
+def command_name() -> str:
+    """Return what to type to start this program again: `gspn-fid`, `sample.py` or `python -m fid`."""
+    started_as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return f"python -m {_program_name()}" if started_as_module else _program_name()
 
 
 def _errors_of_the_scan() -> tuple[type[Exception], ...]:

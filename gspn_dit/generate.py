@@ -61,7 +61,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Raises UserError.
     """
     parser = ArgumentParser(
-        prog="python -m gspn_dit.generate",
         description="Generate an evaluation set: a folder of PNG files, or an .npz file (arr_0 uint8 NHWC, arr_1).",
         formatter_class=argparse.HelpFormatter,
     )
@@ -391,5 +390,10 @@ def main() -> None:
     run(parse_arguments())
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `gspn-generate`."""
     run_cli(main, "what is there is kept; continue with --resume")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,4 @@
-"""The command line of `sample.py`: grids, PNG files and .npz sets by class or by prompt from a checkpoint."""
+"""The command line of `sample.py` and `gspn-sample`: grids, PNG files and .npz sets by class or prompt from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gspn_dit.class_names import resolve_class
-from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory
+from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory, run_cli
 from gspn_dit.files import cannot_hold, is_npz
 from gspn_dit.paths import path_argument
 from gspn_dit.sampling_options import add_sampling_options, check_sampling_options, choose_device, memory_advice
@@ -19,7 +19,6 @@ from gspn_dit.sampling_options import add_sampling_options, check_sampling_optio
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without the checkpoint; raises UserError."""
     parser = ArgumentParser(
-        prog="sample.py",
         description="Draw images by class, or by prompt, from a checkpoint.",
         formatter_class=argparse.HelpFormatter,
     )
@@ -227,3 +226,8 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
         )
         write_atomically(options.save_npz, lambda file: np.savez(file, arr_0=images, arr_1=ids, **captions))
         print(f"{len(images)} images: {options.save_npz}")
+
+
+def cli() -> None:
+    """The command `gspn-sample`."""
+    run_cli(lambda: run(parse_arguments()), "what was written is whole")

@@ -20,7 +20,7 @@ import yaml
 
 from gspn_dit.config.schema import Config, TrainArguments
 from gspn_dit.config.yaml_files import read_mapping
-from gspn_dit.errors import UserError, nearest
+from gspn_dit.errors import UserError, command_name, nearest
 from gspn_dit.paths import user_path
 
 PATHS = (
@@ -142,13 +142,14 @@ def _check_nulls(parsed: Mapping[str, Any]) -> None:
             raise UserError(f"config key {key} is null, but needs a value; leave the key out for {defaults[key]!r}")
 
 
-def parse_train_arguments(arguments: Sequence[str] | None = None, program: str = "train.py") -> TrainArguments:
+def parse_train_arguments(arguments: Sequence[str] | None = None) -> TrainArguments:
     """Parse `--config FILE --section.key value … --resume auto|DIR --overwrite --dry-run`; the command line beats
     the file.
 
     Raises UserError for an unknown, abbreviated or ill-typed key, or a value out of range.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    program = command_name()
     if "-h" in given or "--help" in given:
         _build_parser(program).print_help()
         sys.exit(0)

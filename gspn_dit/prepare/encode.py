@@ -56,7 +56,7 @@ GRACE_SECONDS = 5
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check what can be checked without the images; raises UserError."""
-    parser = ArgumentParser(prog="gspn_dit.prepare.encode", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--source", type=source_argument, metavar="KIND:PLACE", help="imagefolder:DIR, hf:NAME_OR_DIR or digits"
     )
@@ -450,5 +450,10 @@ def main() -> None:
         run(options)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `gspn-encode`."""
     run_cli(main, "what is there is kept; continue with --resume")
+
+
+if __name__ == "__main__":
+    cli()
