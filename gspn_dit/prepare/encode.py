@@ -10,22 +10,16 @@ the manifest is written last. `--resume` continues, `--verify` checks what was w
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.data.latent_shards import (
     CAPTIONS,
-    FORMAT_VERSION,
     MANIFEST,
     PLAN,
     Shard,
@@ -39,17 +33,14 @@ from gspn_dit.files import is_temporary, write_atomically
 from gspn_dit.locks import NAME as LOCK
 from gspn_dit.locks import Lock, refuse_if_held, sole_job
 from gspn_dit.paths import path_argument, source_argument
+from gspn_dit.prepare.encode_check import verify
+from gspn_dit.prepare.encode_plan import check_same_plan, make_plan, open_captioned, open_images, read_plan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gspn_dit.data.captions import CaptionedImages
-    from gspn_dit.data.latents import AutoencoderLatent
     from gspn_dit.prepare.encoder import Encoder
 
-FINGERPRINT_IMAGES = 64
-"""Evenly spaced images whose bytes enter the fingerprint of a source."""
-VERIFIED_IMAGES = 8
 GRACE_SECONDS = 5
 """How long a process that lost another one waits before it ends, so that the launcher finds the dead one first."""
 
@@ -99,93 +90,6 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out} is not empty and holds no latents; give another directory")
     if not resume:
         raise UserError(f"--out {out} holds an unfinished encoding; continue with --resume, or give another directory")
-
-
-# -- what is encoded -------------------------------------------------------------------------------------------------
-
-
-def open_captioned(source: str, split: str, image_size: int, channels: int, column: str) -> CaptionedImages:
-    """Open the images of a source with their captions, of which none is decoded yet; raises UserError."""
-    from gspn_dit.config import DataConfig
-    from gspn_dit.data.captions import load_captioned
-
-    kind, _, place = source.partition(":")
-    data = DataConfig(kind, place, image_size, validation_fraction=0, caption_column=column)
-    found = load_captioned(data, split)
-    return dataclasses.replace(found, images=dataclasses.replace(found.images, channels=channels))
-
-
-def open_images(source: str, split: str, image_size: int, channels: int) -> ImageSet:
-    """Open the images of a source, of which none is decoded yet; raises UserError."""
-    from gspn_dit.data.images import open_source
-
-    return open_source(source, split, image_size, channels, validation_fraction=0)
-
-
-def source_fingerprint(images: ImageSet) -> str:
-    """Return a hash of class names, labels, and the files of some of the images, as they lie in the source."""
-    digest = hashlib.sha256(json.dumps([images.class_names, len(images)]).encode())
-    digest.update(images.labels.astype("<i8").data)
-    some = evenly_spaced(len(images), FINGERPRINT_IMAGES)
-    for cell in images.cells(some):
-        content = (cell or {}).get("bytes")
-        path = (cell or {}).get("path")
-        if content is None and path and Path(path).is_file():
-            content = Path(path).read_bytes()
-        digest.update(hashlib.sha256(content or b"").digest())
-    return digest.hexdigest()
-
-
-def make_plan(options: argparse.Namespace, images: ImageSet, latent: AutoencoderLatent) -> dict[str, Any]:
-    """Return everything that the shards are a function of, as plain JSON values."""
-    from gspn_dit.data.latents import where
-
-    kind, _, place = options.source.partition(":")
-    return {
-        "format_version": FORMAT_VERSION,
-        "source": {
-            "name": f"{kind}:{where(place)}" if place else kind,
-            "split": options.split,
-            "images": len(images),
-            "fingerprint": source_fingerprint(images),
-        },
-        "latent": latent.spec(),
-        "vae_config": {key: value for key, value in dict(latent.vae.config).items() if not key.startswith("_")},
-        "transform": {
-            "crop": "ADM centre crop",
-            "image_size": options.image_size,
-            "flips": [False, True],
-            "precision": options.precision,
-            "batch_size": options.batch_size,
-        },
-        "shard_images": options.shard_images,
-        "class_names": images.class_names,
-    }
-
-
-def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    """Raise UserError, by name, if an encoding cannot go on with other images, another autoencoder or other options."""
-    from gspn_dit.config import flatten
-    from gspn_dit.data.latents import refuse_other_vae
-
-    now = json.loads(json.dumps(now))
-    if {**(before.get("captions") or {}), "sha256": None} != {**(now.get("captions") or {}), "sha256": None}:
-        raise UserError(f"--out {out} was begun with other captions; give what it was begun with, or another directory")
-    try:
-        refuse_other_vae(before.get("latent", {}), now["latent"])
-    except UserError as error:
-        raise UserError(f"--out {out} was begun with another VAE: {error}") from None
-    places = ("source.name", "latent.vae")
-    old, new = dict(flatten(before)), dict(flatten(now))
-    for key in new:
-        if key not in places and old.get(key) != new[key]:
-            raise UserError(
-                f"--out {out} was begun with {key} = {old.get(key)}, now it is {new[key]}; "
-                "give what it was begun with, or another directory"
-            )
-
-
-# -- encoding --------------------------------------------------------------------------------------------------------
 
 
 def share_of_shards(out: Path, count: int, accelerator: Accelerator) -> list[int]:
@@ -377,68 +281,6 @@ def begin(options: argparse.Namespace, plan: dict[str, Any], accelerator: Accele
             raise UserError(f"--out {out} cannot be written: {error}") from None
     accelerator.wait_for_everyone()
     return None if complete else plan
-
-
-def read_plan(out: Path) -> dict[str, Any]:
-    """Return what an unfinished encoding was begun with; raises UserError if it cannot be read."""
-    try:
-        return json.loads((out / PLAN).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / PLAN} cannot be read: {error}; encode into another directory") from None
-
-
-# -- verification ----------------------------------------------------------------------------------------------------
-
-
-def verify(options: argparse.Namespace) -> None:
-    """Re-hash all shards, and draw a few decoded images below their originals in `verify.png`; raises UserError."""
-    import os
-
-    if int(os.environ.get("RANK", "0")):
-        return
-    out = Path(options.out)
-    manifest = read_manifest(out)
-    with ThreadPoolExecutor(options.workers) as pool:
-        found = list(pool.map(lambda entry: find_damage(out, entry, thorough=True), manifest["shards"]))
-    damages = [damage for damage in found if damage]
-    if damages:
-        more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""
-        raise UserError(f"{damages[0]}{more}; delete it and encode it again with --resume")
-    print(f"{out}: {len(manifest['shards'])} shards with {manifest['images']:,} images are as they were written")
-    ratio = decode_a_few(out, manifest, options.source or manifest["source"]["name"], options.vae)
-    print(f"{out / 'verify.png'}: {VERIFIED_IMAGES} images above what their latents decode to, PSNR {ratio:.2f} dB")
-
-
-def decode_a_few(out: Path, manifest: dict[str, Any], source: str, vae: str | None) -> float:
-    """Write `verify.png` and return the PSNR in decibels; raises UserError if the source or the VAE is another one."""
-    import torch
-
-    from gspn_dit.data.latent_shards import open_latents
-    from gspn_dit.data.latents import AutoencoderLatent, latent_from_spec
-    from gspn_dit.data.self_check import psnr
-    from gspn_dit.grid import save_png, to_pil
-
-    latents = open_latents(out, validation_fraction=0)
-    latent = latent_from_spec(manifest["latent"], vae)
-    assert isinstance(latent, AutoencoderLatent)
-    wanted = source, manifest["source"]["split"], latent.image_size, latent.image_channels
-    if "captions" in manifest:
-        from gspn_dit.data.captions import captions_of
-
-        captions_of(latents)  # their checksum
-        images = open_captioned(*wanted, manifest["captions"]["column"]).images
-    else:
-        images = open_images(*wanted)
-    if source_fingerprint(images) != manifest["source"]["fingerprint"]:
-        raise UserError(f"--source {source} does not hold the images that {out} was encoded from")
-    items = evenly_spaced(len(latents), VERIFIED_IMAGES)
-    originals = images.pixels(np.concatenate([shard.indices for shard in latents.shards])[items])
-    moments = latents.moments(items, np.zeros(len(items), dtype=bool))
-    decoded = latent.decode(latent.draw(torch.from_numpy(moments)))
-    rows = [np.concatenate(list(row), axis=1) for row in (originals, decoded)]
-    picture = np.concatenate(rows, axis=0)
-    save_png(to_pil(picture), out / "verify.png")
-    return psnr(originals, decoded)
 
 
 def main() -> None:

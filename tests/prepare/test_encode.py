@@ -28,7 +28,7 @@ from gspn_dit.data.latent_shards import MANIFEST, PLAN, Shard, open_latents, rea
 from gspn_dit.data.latents import AutoencoderLatent
 from gspn_dit.data.vae import load_vae
 from gspn_dit.errors import LocalUserError, UserError
-from gspn_dit.prepare import encode
+from gspn_dit.prepare import encode, encode_check, encode_plan
 from gspn_dit.prepare.encode import parse_arguments
 from gspn_dit.prepare.encoder import Encoder
 from tests.data.tiny_vae import SIZE, image_of, write_folder, write_vae
@@ -280,8 +280,8 @@ def test_no_image_is_decoded_before_its_shard(place: Path, monkeypatch: pytest.M
     opened: list[Any] = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda file, *rest: opened.append(file) or original(file, *rest))
-    images = encode.open_images(f"imagefolder:{place / 'images'}", "train", SIZE, 1)
-    encode.source_fingerprint(images)
+    images = encode_plan.open_images(f"imagefolder:{place / 'images'}", "train", SIZE, 1)
+    encode_plan.source_fingerprint(images)
     assert len(images) == COUNT and not opened
 
 
@@ -315,7 +315,7 @@ def test_full_disk_is_told_in_one_line_and_leaves_whole_files(
 
 def test_verify_hashes_and_shows_a_few_images(place: Path, capsys: Any) -> None:
     out = run(place, "checked")
-    encode.verify(parse_arguments(["--out", str(out), "--verify"]))
+    encode_check.verify(parse_arguments(["--out", str(out), "--verify"]))
     told = capsys.readouterr().out
     assert "4 shards with 13 images are as they were written" in told and "PSNR" in told
     picture = np.asarray(Image.open(out / "verify.png"))
@@ -328,17 +328,17 @@ def test_verify_hashes_and_shows_a_few_images(place: Path, capsys: Any) -> None:
 def test_verify_names_a_damaged_shard_and_another_vae_or_source(place: Path) -> None:
     out = run(place, "flipped")
     with pytest.raises(UserError, match="but given is the VAE"):
-        encode.verify(parse_arguments(["--out", str(out), "--verify", "--vae", str(place / "other")]))
+        encode_check.verify(parse_arguments(["--out", str(out), "--verify", "--vae", str(place / "other")]))
     write_folder(place / "others", COUNT, ("ant", "bee"), mode="1")
     with pytest.raises(UserError, match="does not hold the images that"):
         source = f"imagefolder:{place / 'others'}"
-        encode.verify(parse_arguments(["--out", str(out), "--verify", "--source", source]))
+        encode_check.verify(parse_arguments(["--out", str(out), "--verify", "--source", source]))
     shard = out / shard_name(2)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 16
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00002\.safetensors is damaged \(checksum\); delete it and encode it a"):
-        encode.verify(parse_arguments(["--out", str(out), "--verify"]))
+        encode_check.verify(parse_arguments(["--out", str(out), "--verify"]))
 
 
 def test_bfloat16_is_recorded_and_near(place: Path) -> None:

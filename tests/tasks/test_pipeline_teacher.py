@@ -46,6 +46,7 @@ def config_of(run: Path, data: Path, pipeline: str, sections: Any = None, **trai
     return text_config(run, data, pipeline, wanted, **training)
 
 
+@pytest.mark.slow
 def test_a_student_of_a_pipeline_is_trained_and_drawn_with(tmp_path: Path, data: Path, pipeline: str) -> None:
     run_training(config_of(tmp_path, data, pipeline, max_steps=30, checkpoint_every=30))
     lines = [line["loss_layers"] for line in metrics_of(tmp_path) if "loss_layers" in line]
