@@ -51,6 +51,10 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks/results/quality_fashion_block.json", "--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
+    "text_quality": [
+        *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts", "--jobs", "2"),
+        *("--grid", "docs/text_quality.png", "--out"),
+    ],
     "text_to_image": ["benchmarks.text_to_image", "--out"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],
 }

@@ -1,9 +1,9 @@
 """Scores of images drawn by caption, at hand without a hub: features of EfficientNet-lite0, text vectors of MiniLM.
 
-- FD-lite0-pca64: Fréchet distance of 64 principal components of the features; it is no FID.
+- FD-lite0-pca16: Fréchet distance of 16 principal components of the features; it is no FID.
 - precision, recall: of the same components (arXiv 1904.06991).
-- retrieval R@1: how often the caption an image was drawn for is found among all captions of its set, see
-  `fid/retrieval.py`; fitted on the real training images. It is no CLIP score.
+- retrieval R@1, R@10: how often the caption an image was drawn for is the nearest, or among the ten nearest, of all
+  captions of its set, see `fid/retrieval.py`; fitted on the real training images. It is no CLIP score.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gspn_dit.text import Encoder, encode_all
 
 SETS = ("train", "pairs", "validation")
 """Captions that were seen; (caption, design) pairs that were not; captions that were not."""
-METRICS = {"fd": "FD", "precision": "precision", "recall": "recall", "retrieval": "R@1"}
-COMPONENTS, FEATURE_SIZE, BATCH = 64, 128, 64
+METRICS = {"fd": "FD", "precision": "precision", "recall": "recall", "retrieval": "R@1", "retrieval10": "R@10"}
+COMPONENTS, FEATURE_SIZE, BATCH = 16, 128, 64
 
 
 @functools.cache
@@ -89,10 +89,14 @@ class Judge:
         return F.normalize(found.states.sum(dim=1) / found.mask.sum(dim=1, keepdim=True), dim=-1)
 
     def scores(self, name: str, drawn: np.ndarray | None = None) -> dict[str, float]:
-        """Return the scores of images drawn for the captions of a set, one each; of the real ones, R@1 alone."""
+        """Return the scores of images drawn for the captions of a set, one each; of the real ones, retrieval alone."""
         found = self._real[name] if drawn is None else features(drawn)
         captions = self.captions[name]
-        shown = {"retrieval": float(retrieved(self.map(found), self.vectors(captions), captions).mean())}
+        predicted, vectors = self.map(found), self.vectors(captions)
+        shown = {
+            key: float(retrieved(predicted, vectors, captions, nearest).mean())
+            for key, nearest in (("retrieval", 1), ("retrieval10", 10))
+        }
         if drawn is None:
             return shown
         tried, real = ((part - self.map.mean) @ self._components for part in (found, self._real[name]))

@@ -1,15 +1,20 @@
 """Scans against attention in the same text-to-image UNet, trained on emoji, and scans that are distilled from it.
 
-    python -m benchmarks.text_quality --data data/emoji --seconds 180 --out benchmarks/results/text_quality.json
+    python -m gspn_dit.prepare.emoji --packages packages --out data/emoji_food --groups food-drink \\
+        --styles noto,twemoji,fluent-emoji-flat
+    python -m gspn_dit.prepare.encode_text --data data/emoji_food --max-tokens 16 --out data/emoji_food_texts
+    python -m benchmarks run text_quality
 
-Every run is a run of `train.py` on one thread, in `--runs`; the command can be stopped and started again, and resumes
-where it was. Each mixer trains with its own best of four learning rates, found in short runs of another seed by the
-validation loss. Seconds become steps by timing all mixers in turn, once, by the processor's time: "equal time" is
-each mixer for so long, "equal steps" all for as many steps as the first takes. Runs of one seed share data order,
-noise, times and captions. Scores (`benchmarks/text_judge.py`) are taken on captions that were seen, on (caption,
-design) pairs that were not, and on captions that were not.
+The set is small, so that a run of minutes on one thread draws what captions say. Every run is a run of `train.py` on
+one thread, in `--runs`, `--jobs` at a time; the command can be stopped and started again, and resumes where it was.
+Each mixer trains with its own best of four learning rates, found in short runs of another seed by the validation loss.
+Seconds become steps by timing all mixers in turn, once, by the processor's time: "equal time" is each mixer for so
+long, "equal steps" all for as many steps as the first takes. Runs of one seed share data order, noise, times and
+captions. Scores (`benchmarks/text_judge.py`) are taken on captions that were seen, on (caption, design) pairs that were
+not, and on captions that were not.
 
-The student is the first teacher's UNet with scans, which alone are trained, for a third of its teacher's time.
+The student is the first teacher's UNet with scans, which alone are trained, for a third of its teacher's time. Beside
+it stand two controls: the same student after two steps, and scans that learn for as long without a teacher.
 """
 
 from __future__ import annotations
@@ -17,14 +22,18 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import calibration
 from benchmarks.measure import CpuDevice, software
-from benchmarks.study import ROOT, interval, paired_ratio, train
+from benchmarks.study import ROOT, best_rate, interval, once, paired_ratio, train
 from benchmarks.text_judge import METRICS, SETS, Judge
 from gspn_dit.diffusion import Guidance
 from gspn_dit.errors import ArgumentParser, run_cli
@@ -33,12 +42,13 @@ from gspn_dit.text import load_encoder
 from gspn_dit.text_sampler import TextSampler
 
 MIXERS = ("gspn", "attention")
-RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
+RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 SEARCH_SEED, MAX_TOKENS = 1000, 16
 COMMON: dict[str, Any] = {
     "data.caption_column": "text",
     "unet.channels": [32, 64],
-    "training.batch_size": 32,
+    "unet.head_channels": 16,
+    "training.batch_size": 16,
     "training.ema_decay": 0.99,
     "sampling.max_classes": 1,  # previews cost time and are not looked at
     "sampling.per_class": 1,
@@ -49,6 +59,8 @@ SHARE_OF_TEACHER = 1 / 3
 MOST_ABOVE_TEACHER = 1.10
 """What a student's FD may be of its teacher's."""
 GRID_COLUMNS = 12
+PLACES = ("data", "table", "runs", "grid", "out")
+"""Options that say where things are, and change no figure."""
 SCORES = [f"{metric}_{name}" for name in SETS for metric in METRICS]
 
 
@@ -82,15 +94,42 @@ def trained(run: Path, words: list[str]) -> dict[str, Any]:
 
 def evaluate(run: Path, judge: Judge, options: Any) -> dict[str, float]:
     """Draw an image of each caption of each set and score them, by "METRIC_SET"; kept in the run."""
-    file = run / "scores.json"
-    if not file.is_file():
-        sampler, scores = TextSampler.from_checkpoint(run), {}
-        for name, captions in judge.captions.items():
-            images = sampler.draw(captions, options.sampler_steps, Guidance(options.guidance_scale), seed=7)
+
+    def measure() -> dict[str, float]:
+        captions = [caption for name in SETS for caption in judge.captions[name]]
+        sampler, guidance = TextSampler.from_checkpoint(run), Guidance(options.guidance_scale)
+        drawn = sampler.draw(captions, options.sampler_steps, guidance, seed=7)
+        ends = np.cumsum([len(judge.captions[name]) for name in SETS])[:-1]
+        scores = {}
+        for name, images in zip(SETS, np.split(drawn, ends), strict=True):
             np.save(run / f"drawn-{name}.npy", images)
             scores |= {f"{metric}_{name}": value for metric, value in judge.scores(name, images).items()}
-        file.write_text(json.dumps(scores), encoding="utf-8")
-    return json.loads(file.read_text(encoding="utf-8"))
+        return scores
+
+    return once(run / "scores.json", measure)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: its directory below `--runs`, its arguments, and whether its images are scored."""
+
+    name: str
+    words: list[str]
+    scored: bool = True
+
+
+def make(runs: Sequence[Run], judge: Judge, options: Any) -> list[dict[str, Any]]:
+    """Train and score runs, `--jobs` at a time, and return the facts and scores of each."""
+
+    def one(run: Run) -> dict[str, Any]:
+        place = options.runs / run.name
+        facts = trained(place, run.words)
+        found = {**facts, **(evaluate(place, judge, options) if run.scored else {})}
+        print(json.dumps({"run": run.name, **found}), flush=True)
+        return found
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return list(pool.map(one, runs))
 
 
 def calibrated(options: Any, name: str, variants: dict[str, list[str]]) -> dict[str, float]:
@@ -99,16 +138,15 @@ def calibrated(options: Any, name: str, variants: dict[str, list[str]]) -> dict[
     return calibration.calibrated(file, variants, options.calibration_rounds, time.process_time)
 
 
-def best_rates(options: Any) -> dict[str, Any]:
+def best_rates(options: Any, judge: Judge) -> dict[str, Any]:
     """Return each mixer's validation losses by learning rate, and the best rate."""
-    found = {}
-    for mixer in MIXERS:
-        losses = {}
-        for rate in options.rates:
-            words = arguments(options, options.search_steps, SEARCH_SEED, rate, mixer=mixer)
-            losses[rate] = trained(options.runs / f"rate-{mixer}-{rate:g}", words)["val_loss"]
-        found[mixer] = {"losses": losses, "best": min(losses, key=lambda rate: losses[rate])}
-    return found
+    tried = [(mixer, rate) for mixer in MIXERS for rate in options.rates]
+    runs = [
+        Run(f"rate-{mixer}-{rate:g}", arguments(options, options.search_steps, SEARCH_SEED, rate, mixer=mixer), False)
+        for mixer, rate in tried
+    ]
+    losses = {key: found["val_loss"] for key, found in zip(tried, make(runs, judge, options), strict=True)}
+    return {mixer: best_rate({rate: losses[mixer, rate] for rate in options.rates}) for mixer in MIXERS}
 
 
 def budgets(seconds: float, milliseconds: dict[str, float]) -> dict[str, dict[str, int]]:
@@ -141,20 +179,32 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(options: Any, judge: Judge) -> dict[str, Any]:
     """Search learning rates, and train and score both mixers with every seed under both budgets."""
-    rates = best_rates(options)
+    rates = best_rates(options, judge)
     words = {mixer: arguments(options, 100, 0, rates[mixer]["best"], mixer=mixer) for mixer in MIXERS}
     milliseconds = calibrated(options, "mixers", words)
-    steps, cells = budgets(options.seconds, milliseconds), []
-    for seed in options.seeds:
-        for budget, of_mixers in steps.items():
-            for mixer, count in of_mixers.items():
-                run = options.runs / f"{mixer}-{count}-steps" / f"seed-{seed}"
-                facts = trained(run, arguments(options, count, seed, rates[mixer]["best"], mixer=mixer))
-                scores = evaluate(run, judge, options)
-                seconds = round(count * milliseconds[mixer] / 1e3, 1)
-                cell = {"budget": budget, "variant": mixer, "seed": seed, "processor_seconds": seconds}
-                cells.append({**cell, **facts, **scores})
-                print(json.dumps(cells[-1]), flush=True)
+    steps = budgets(options.seconds, milliseconds)
+    wanted = [
+        (seed, budget, mixer, count)
+        for seed in options.seeds
+        for budget, of_mixers in steps.items()
+        for mixer, count in of_mixers.items()
+    ]
+    runs = {
+        run_name(mixer, count, seed): arguments(options, count, seed, rates[mixer]["best"], mixer=mixer)
+        for seed, _, mixer, count in wanted
+    }
+    found = make([Run(name, words) for name, words in runs.items()], judge, options)
+    by_name = dict(zip(runs, found, strict=True))
+    cells = [
+        {
+            "budget": budget,
+            "variant": mixer,
+            "seed": seed,
+            "processor_seconds": round(count * milliseconds[mixer] / 1e3, 1),
+            **by_name[run_name(mixer, count, seed)],
+        }
+        for seed, budget, mixer, count in wanted
+    ]
     return {
         "rates": rates,
         "processor_milliseconds_per_step": milliseconds,
@@ -163,39 +213,52 @@ def compare(options: Any, judge: Judge) -> dict[str, Any]:
     }
 
 
+def run_name(mixer: str, steps: int, seed: int) -> str:
+    """Return the directory of a cell below `--runs`."""
+    return f"{mixer}-{steps}-steps/seed-{seed}"
+
+
 def distil(options: Any, judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
-    """Train and score the student of the first seed's longest run with attention, and train it in bf16 as well."""
-    (taught, *_) = sorted(
-        (cell for cell in found["cells"] if (cell["variant"], cell["seed"]) == ("attention", options.seeds[0])),
-        key=lambda cell: -cell["steps"],
+    """Train and score the student of the first seed's longest run with attention, its controls, and it in bf16."""
+    seed = options.seeds[0]
+    taught = max(
+        (cell for cell in found["cells"] if (cell["variant"], cell["seed"]) == ("attention", seed)),
+        key=lambda cell: cell["steps"],
     )
-    teacher = options.runs / f"attention-{taught['steps']}-steps" / f"seed-{options.seeds[0]}"
-    rate = options.student_rate or found["rates"]["gspn"]["best"]
-    make = functools.partial(arguments, options, seed=options.seeds[0], rate=rate, mixer="gspn", teacher=teacher)
-    milliseconds = calibrated(options, "student", {"student": make(100)})["student"]
-    steps = max(1, int(SHARE_OF_TEACHER * 1e3 * taught["processor_seconds"] / milliseconds))
-    facts = trained(options.runs / "student", make(steps))
-    scores = evaluate(options.runs / "student", judge, options)
-    bf16 = trained(options.runs / "student-bf16", [*make(steps), "--training.mixed_precision", "bf16"])
-    ratios = {name: scores[f"fd_{name}"] / taught[f"fd_{name}"] for name in SETS}
-    layers = list(facts["loss_layers"].values())
+    teacher = options.runs / run_name("attention", taught["steps"], seed)
+    best = found["rates"]["gspn"]["best"]
+    rate = options.student_rate or best
+    words = functools.partial(arguments, options, seed=seed, rate=rate, mixer="gspn", teacher=teacher)
+    milliseconds = calibrated(options, "student", {"student": words(100)})["student"]
+    seconds = SHARE_OF_TEACHER * taught["processor_seconds"]
+    steps = max(3, int(1e3 * seconds / milliseconds))
+    alone = max(3, int(1e3 * seconds / found["processor_milliseconds_per_step"]["gspn"]))
+    runs = {
+        "student": Run("student", words(steps)),
+        "two steps": Run("student-2-steps", words(2)),
+        "no teacher": Run(run_name("gspn", alone, seed), arguments(options, alone, seed, best, mixer="gspn")),
+        "bf16": Run("student-bf16", [*words(steps), "--training.mixed_precision", "bf16"], False),
+    }
+    of = dict(zip(runs, make(list(runs.values()), judge, options), strict=True))
+    ratios = {
+        who: {name: of[who][f"fd_{name}"] / taught[f"fd_{name}"] for name in SETS}
+        for who in ("student", "two steps", "no teacher")
+    }
+    layers = list(of["student"]["loss_layers"].values())
+    tenth = max(1, len(layers) // 10)
     return {
         "teacher": taught,
-        "student": {
-            **facts,
-            **scores,
-            "learning_rate": rate,
-            "processor_seconds": round(steps * milliseconds / 1e3, 1),
-        },
-        "bf16": bf16,
-        "fd_ratio": ratios,
+        "learning_rate": rate,
+        "processor_seconds": round(steps * milliseconds / 1e3, 1),
+        "runs": of,
+        "fd_ratios": ratios,
         "targets": {
-            "seen captions: FD of the student / of its teacher": [ratios["train"], MOST_ABOVE_TEACHER],
-            "loss of the layers: last tenth / first tenth": [
-                float(np.mean(layers[-max(1, len(layers) // 10) :]) / np.mean(layers[: max(1, len(layers) // 10)])),
+            "FD of the student ÷ of its teacher, seen captions": [ratios["student"]["train"], MOST_ABOVE_TEACHER],
+            "loss of the layers, last tenth ÷ first tenth": [
+                float(np.mean(layers[-tenth:]) / np.mean(layers[:tenth])),
                 1.0,
             ],
-            "non-finite steps in bf16": [bf16["nonfinite_steps"], 0],
+            "non-finite steps in bf16": [of["bf16"]["nonfinite_steps"], 0],
         },
     }
 
@@ -203,7 +266,7 @@ def distil(options: Any, judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
 def draw_grid(options: Any, judge: Judge, result: dict[str, Any], file: Path) -> None:
     """Write a picture: a column for each of some captions, rows of real images, of each mixer, and of the student."""
     steps, seed = {cell["variant"]: cell["steps"] for cell in result["cells"]}, options.seeds[0]
-    runs = {mixer: options.runs / f"{mixer}-{steps[mixer]}-steps" / f"seed-{seed}" for mixer in MIXERS}
+    runs = {mixer: options.runs / run_name(mixer, steps[mixer], seed) for mixer in MIXERS}
     if result["distillation"]:
         runs["distilled"] = options.runs / "student"
     images, labels, names = [], [], []
@@ -221,26 +284,28 @@ def draw_grid(options: Any, judge: Judge, result: dict[str, Any], file: Path) ->
 def main() -> None:
     """The command line."""
     parser = ArgumentParser(prog="benchmarks.text_quality", description="Compare mixers in a text-to-image UNet.")
-    parser.add_argument("--data", required=True, help="what prepare.emoji wrote")
+    parser.add_argument("--data", required=True, help="what prepare.emoji wrote, of several designs")
     parser.add_argument("--table", help="its captions, encoded by prepare.encode_text with --max-tokens 16")
     parser.add_argument("--runs", type=Path, default=Path("runs/text_quality"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the paired runs")
-    parser.add_argument("--seconds", type=float, default=180, help="of a run, on one idle core")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one thread each")
+    parser.add_argument("--seconds", type=float, default=90, help="of a run, on one idle core")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to try")
-    parser.add_argument("--search-steps", type=int, default=120, help="of runs that try learning rates")
+    parser.add_argument("--search-steps", type=int, default=100, help="of runs that try learning rates")
     parser.add_argument("--calibration-rounds", type=int, default=22, help="steps of each mixer that are timed")
-    parser.add_argument("--images", type=int, default=250, help="of each set that are drawn and scored, at most")
+    parser.add_argument("--images", type=int, default=96, help="of each set that are drawn and scored, at most")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="when drawing")
-    parser.add_argument("--sampler-steps", type=int, default=12, help="when drawing")
+    parser.add_argument("--sampler-steps", type=int, default=10, help="when drawing")
     parser.add_argument("--student-rate", type=float, help="learning rate of the distillation; none: that of gspn")
     parser.add_argument("--no-distill", dest="distill", action="store_false", help="leave the distillation out")
     parser.add_argument("--grid", type=Path, help="PNG file of a picture of all")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     options.runs.mkdir(parents=True, exist_ok=True)
     judge = Judge(options.data, load_encoder(max_tokens=MAX_TOKENS), options.images, options.runs / "real-train.npy")
     result = {
-        "setting": {key: value for key, value in vars(options).items() if not isinstance(value, Path)},
+        "setting": {key: value for key, value in vars(options).items() if key not in PLACES},
         "images": {name: len(captions) for name, captions in judge.captions.items()},
         "real": {name: judge.scores(name) for name in SETS},
         **compare(options, judge),

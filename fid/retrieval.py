@@ -49,15 +49,17 @@ def _inputs(features: Tensor, mean: Tensor) -> Tensor:
     return F.pad(F.normalize(features - mean, dim=-1), (0, 1), value=1.0)
 
 
-def retrieved(predicted: Tensor, vectors: Tensor, captions: Sequence[str]) -> np.ndarray:
-    """Return whether the caption nearest to each image is its own, bool [n]; the mean is R@1.
+def retrieved(predicted: Tensor, vectors: Tensor, captions: Sequence[str], among: int = 1) -> np.ndarray:
+    """Return whether an image's own caption is among so many that are nearest to it, bool [n]; the mean is R@among.
 
     Args:
         predicted: vectors of the images, [n, width].
         vectors: of the captions, in the same order, [n, width]; captions that occur twice are one to choose.
         captions: what each image was drawn for.
+        among: 1 for the nearest alone; at most the number of distinct captions.
     """
     distinct = {caption: place for place, caption in enumerate(captions)}
     similar = predicted @ F.normalize(vectors[list(distinct.values())], dim=-1).T
-    nearest = [list(distinct)[place] for place in similar.argmax(dim=1).tolist()]
-    return np.array([found == caption for found, caption in zip(nearest, captions, strict=True)])
+    columns = {caption: column for column, caption in enumerate(distinct)}
+    own = torch.tensor([columns[caption] for caption in captions])
+    return (similar.topk(among, dim=1).indices == own[:, None]).any(dim=1).numpy()

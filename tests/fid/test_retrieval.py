@@ -15,6 +15,7 @@ def test_the_nearest_caption_by_hand() -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
     predicted = torch.tensor([[2.0, 0.1], [0.1, 1.0], [0.4, 0.5]])
     assert retrieved(predicted, vectors, captions).tolist() == [True, True, False]
+    assert retrieved(predicted, vectors, captions, among=2).all()
 
 
 def test_a_caption_that_occurs_twice_is_one_to_choose() -> None:
