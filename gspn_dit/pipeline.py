@@ -224,6 +224,7 @@ class GSPNPipeline(DiffusionPipeline):
             ("classes", self.class_names, other.class_names),
             ("latents", *((type(one).__name__, one.channels, one.factor) for one in (self.latent, other.latent))),
             ("objective", type(self.objective).__name__, type(other.objective).__name__),
+            ("objective.prediction", *(one.objective.config.prediction for one in (self, other))),
         ):
             if mine != theirs:
                 raise UserError(f"{checkpoint} cannot guide this model: it has other {name} ({theirs}, not {mine})")

@@ -1,4 +1,4 @@
-"""The command line of `sample.py` and `gspn-sample`: grids, PNG files and .npz sets by class or prompt from a checkpoint."""
+"""The command line of `sample.py` and `gspn-sample`: grids, PNG files and .npz sets from a checkpoint."""
 
 from __future__ import annotations
 

@@ -340,6 +340,7 @@ OUT_OF_RANGE = [
     (TrainingConfig, "ema_snapshot_every", 0),
     (TrainingConfig, "repa_weight", 0.0),
     (TrainingConfig, "repa_depth", 0),
+    (TrainingConfig, "muon_momentum", 1.0),
     (DataConfig, "streaming_shuffle_images", 0),
     (SamplingConfig, "steps", 0),
     (SamplingConfig, "per_class", 0),
@@ -424,6 +425,9 @@ def no_default() -> Config:
                 mixer_options={"mine": 3},
                 backbone_options={"stem": 2},
                 lpu=True,
+                norm="rms",
+                mlp="swiglu",
+                interpolate_positions=True,
                 scan_skip=True,
                 proxy_channels=5,
                 proxy_ratio=7,
@@ -452,7 +456,7 @@ def no_default() -> Config:
             ),
             **dict(warmup_steps=5, learning_rate_schedule="cosine", weight_decay=0.1, adam_betas=(0.8, 0.95)),
             **dict(max_grad_norm=0.5, class_dropout=0.2, ema_decay=1 / 3, mixed_precision="bf16"),
-            **dict(spike_ratio=5.0, max_spikes=4),
+            **dict(spike_ratio=5.0, max_spikes=4, optimizer="muon", muon_momentum=0.9),
             **dict(max_nonfinite_steps=3, log_every=1, checkpoint_every=2, keep_last=1, keep_every=4, sample_every=6),
             **dict(validate_every=9, validation_images=11, trackers=[]),
             **dict(ema_sigma_rel=[0.05, 0.13], ema_snapshot_every=17, ema_snapshot_dtype="float32", tf32=True),
@@ -468,10 +472,14 @@ def no_default() -> Config:
 def test_the_example_of_round_trips_leaves_no_default() -> None:
     defaults = dict(flatten(Config().to_dict()))
     same = {key for key, value in flatten(no_default().to_dict()) if value == defaults.get(key)}
-    assert same == {"model.long_skips", "model.conditioning", "unet.mixer"}  # a DiT has not; what can have a teacher
+    # What a DiT has not, what alone can have a teacher, and what epsilon does not go with.
+    assert same == {"model.long_skips", "model.conditioning", "unet.mixer", "objective.prediction"}
 
 
-GSPN_OPTIONS = Config(model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero"))
+GSPN_OPTIONS = Config(
+    model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero"),
+    objective=ObjectiveConfig(prediction="data"),
+)
 
 
 @pytest.mark.parametrize("config", [Config(), no_default(), GSPN_OPTIONS], ids=["defaults", "no defaults", "gspn"])

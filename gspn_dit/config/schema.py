@@ -24,6 +24,9 @@ def require_line_count(key: str, value: int | None) -> None:
     require(value is None or value <= MOST_LINES, f"{key} is {value}, but must be at most {MOST_LINES:,}")
 
 
+_OF_DIT = ("mixer", "mixer_options", "lpu", "norm", "mlp", "num_heads", "positions", "interpolate_positions")
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """Which network; a value of null keeps the preset's."""
@@ -58,6 +61,13 @@ class ModelConfig(Section):
     """Options of a classification backbone, by name; task classification alone."""
     lpu: bool | None = None
     """Add a depthwise 3×3 convolution to the tokens before each block of a DiT model; null: false."""
+    norm: Literal["layer", "rms"] | None = None
+    """Of a DiT model's blocks: LayerNorm (layer, what null means) or RMSNorm."""
+    mlp: Literal["gelu", "swiglu"] | None = None
+    """Of a DiT model's blocks: with GELU (what null means), or SwiGLU of about as many weights. Rotary positions of
+    attention are `mixer_options.rotary`."""
+    interpolate_positions: bool | None = None
+    """Squeeze the positions of another size of image into the range of the training size's; null: false."""
     scan_skip: bool | None = None
     """Add (a linear map of the proxy) ⊙ tokens to the merged scan; null: false."""
     proxy_channels: int | None = None
@@ -82,7 +92,7 @@ class ModelConfig(Section):
         for name in self.mixer_options or {}:
             require(not hasattr(self, name), f"model.mixer_options.{name} has a key of its own, model.{name}")
         for family, other, names in (
-            ("DiT", "GSPN-", ("mixer", "mixer_options", "lpu", "num_heads", "positions")),
+            ("DiT", "GSPN-", _OF_DIT),
             ("GSPN", "DiT-", ("long_skips", "conditioning")),
         ):
             for name in names:
@@ -168,9 +178,15 @@ class ObjectiveConfig(Section):
     """How long the part of a step is by which flow_map learns it at the end of a training; at the start it is 0.1."""
     derivative: Literal["differences", "jvp"] = "differences"
     """How mean_flow derives the model along the path: two more calls, or exactly (on CPUs alone)."""
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the model of objective velocity outputs; the loss is the velocity's either way (data: arXiv 2511.13720)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.prediction == "velocity" or self.name not in ("epsilon", "flow_map", "mean_flow"),
+            f"objective.prediction data is for objective.name velocity, not {self.name}; leave one of them out",
+        )
         require(self.logit_normal_std > 0, f"objective.logit_normal_std is {self.logit_normal_std}, but must be > 0")
         for name in ("timestep_shift", "sampling_shift"):
             shift = getattr(self, name)
@@ -266,6 +282,10 @@ class TrainingConfig(Section):
     """Number of processes this run must have; null: any."""
     cpu_threads: int | None = None
     """Threads of each process on a CPU; null: as many as the run began with, whose bits it keeps."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon moves the matrices of blocks by their orthogonalised momentum, and the rest as adamw does; rates and decay
+    carry over from one to the other (arXiv 2502.16982)."""
+    muon_momentum: float = 0.95
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     """Steps of linear warm-up."""
@@ -367,6 +387,8 @@ class TrainingConfig(Section):
         for name in ("class_dropout", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, f"training.{name} is {value}, but must lie in [0, 1)")
+        momentum = self.muon_momentum
+        require(0 <= momentum < 1, f"training.muon_momentum is {momentum}, but must lie in [0, 1)")
         betas = list(self.adam_betas)
         require(all(0 <= beta < 1 for beta in betas), f"training.adam_betas is {betas}, but both must lie in [0, 1)")
         require(self.repa_weight > 0, f"training.repa_weight is {self.repa_weight}, but must be above 0")

@@ -181,6 +181,10 @@ class Objective(ABC):
     def make_scheduler(self, sampler: str, num_inference_steps: int) -> Any:
         """Return a diffusers scheduler whose timesteps are set."""
 
+    def sampled(self, model: Model) -> Model:
+        """Return the model whose output `split_output` takes, called in sampling as the trained one is."""
+        return model
+
     @abstractmethod
     def split_output(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split a model's output into the prediction [B, C, H, W] and what guidance must not touch (a variance)."""

@@ -108,7 +108,8 @@ def sample_latents(
         random = _noise_of_sampler(objective, sampler, noise, seed, indices)
     else:
         random = _noise_of_scheduler(scheduler, noise, seed, indices)
-    predict = _prediction(model, objective, class_labels, null_label, guidance, guide, scheduler)
+    guide = guide and objective.sampled(guide)
+    predict = _prediction(objective.sampled(model), objective, class_labels, null_label, guidance, guide, scheduler)
     latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     ends = torch.cat([scheduler.timesteps[1:], scheduler.timesteps.new_zeros(1)])
     for step, timestep in enumerate(scheduler.timesteps):

@@ -30,6 +30,8 @@ _OPTIONS = {
         "num_heads",
         "mixer",
         "lpu",
+        "norm",
+        "mlp",
         "positions",
         "interpolate_positions",
         "mlp_norm_epsilon",

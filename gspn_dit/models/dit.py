@@ -14,6 +14,12 @@ from gspn_dit.models.embeddings import Modulation, modulated_norm, sincos_positi
 from gspn_dit.models.mixers import MIXERS, Mixer, option_names, read_options
 
 MLP_RATIO = 4
+NORMS, MLPS = ("layer", "rms"), ("gelu", "swiglu")
+
+
+def mlp_width(channels: int, mlp: str) -> int:
+    """Return the hidden width: 4·C, or of SwiGLU, which has three maps, 8/3·C rounded up to a multiple of 8."""
+    return MLP_RATIO * channels if mlp == "gelu" else 8 * -(-channels // 3)
 
 
 class DiTBlock(nn.Module):
@@ -21,16 +27,31 @@ class DiTBlock(nn.Module):
 
     With `lpu` a depthwise 3×3 convolution of the tokens is added to them before both branches (CMT's local perception
     unit, arXiv 2107.06263). It starts open and is never dropped: started at zero, a short training ends worse.
+
+    `norm` is "layer" or "rms"; `mlp` is "gelu", or "swiglu" for W₃(SiLU(W₁x) ⊙ W₂x) (arXiv 2002.05202).
     """
 
-    def __init__(self, channels: int, mixer: nn.Module, mlp_norm_epsilon: float = 1e-6, lpu: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        mixer: nn.Module,
+        mlp_norm_epsilon: float = 1e-6,
+        lpu: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+    ) -> None:
         super().__init__()
+        for name, value, allowed in (("norm", norm, NORMS), ("mlp", mlp, MLPS)):
+            if value not in allowed:
+                raise ValueError(f"unknown {name} '{value}'; allowed are {', '.join(allowed)}")
+        self.rms, self.gated = norm == "rms", mlp == "swiglu"
         self.lpu = DepthwiseConv(channels, 3, bias=False) if lpu else None
         self.mlp_norm_epsilon = mlp_norm_epsilon
         self.modulation = Modulation(channels, 6)
         self.mixer = mixer
-        self.expand = nn.Linear(channels, MLP_RATIO * channels)
-        self.contract = nn.Linear(MLP_RATIO * channels, channels)
+        width = mlp_width(channels, mlp)
+        self.expand = nn.Linear(channels, 2 * width if self.gated else width)  # gate, then value
+        self.contract = nn.Linear(width, channels)
 
     def forward(self, tokens: Tensor, conditioning: Tensor, branch_scale: Tensor | None = None) -> Tensor:
         """Map tokens [B, H, W, C] by conditioning [B, C]; `branch_scale` [B] is 0 where both branches are dropped."""
@@ -40,9 +61,15 @@ class DiTBlock(nn.Module):
             mix_gate, mlp_gate = mix_gate * kept, mlp_gate * kept
         if self.lpu is not None:
             tokens = tokens + self.lpu(tokens)
-        tokens = tokens + mix_gate * self.mixer(modulated_norm(tokens, mix_shift, mix_scale))
-        hidden = self.expand(modulated_norm(tokens, mlp_shift, mlp_scale, self.mlp_norm_epsilon))
-        return tokens + mlp_gate * self.contract(F.gelu(hidden, approximate="tanh"))
+        tokens = tokens + mix_gate * self.mixer(modulated_norm(tokens, mix_shift, mix_scale, rms=self.rms))
+        hidden = self.expand(modulated_norm(tokens, mlp_shift, mlp_scale, self.mlp_norm_epsilon, self.rms))
+        return tokens + mlp_gate * self.contract(self._activate(hidden))
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if not self.gated:
+            return F.gelu(hidden, approximate="tanh")
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
 
 
 class DiT(DiffusionModel):
@@ -64,7 +91,7 @@ class DiT(DiffusionModel):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         mlp_norm_epsilon: added to the variance in the norm before the MLP (diffusers' default there is 1e-5).
         timestep_endpoint: see `TimestepEmbedding`.
-        lpu: see `DiTBlock`.
+        lpu, norm, mlp: see `DiTBlock`.
         second_time: as in `DiffusionModel`.
         mixer_options: the mixer's own, by name.
 
@@ -89,6 +116,8 @@ class DiT(DiffusionModel):
         timestep_endpoint: bool = False,
         positions: bool | None = None,
         lpu: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
         second_time: bool = False,
         **mixer_options: Any,
     ) -> None:
@@ -105,7 +134,8 @@ class DiT(DiffusionModel):
             raise ValueError(f"hidden_size {hidden_size} is not divisible by 4, which the positions need")
         self.mixer, self.grid, self.interpolate_positions = mixer, grid, interpolate_positions
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, new_mixer(hidden_size, options), mlp_norm_epsilon, lpu) for _ in range(depth)
+            DiTBlock(hidden_size, new_mixer(hidden_size, options), mlp_norm_epsilon, lpu, norm, mlp)
+            for _ in range(depth)
         )
         self._finish(drop_path_rate)
 

@@ -50,6 +50,34 @@ def sincos_positions(rows: Tensor, columns: Tensor, channels: int) -> Tensor:
     return torch.cat([of_columns[None].expand(shape), of_rows[:, None].expand(shape)], dim=-1)
 
 
+ROTARY_BASE = 100
+"""Of the frequencies of `rotate`, less than for text: a side has tens of tokens, not thousands (arXiv 2403.13298)."""
+
+
+def rotate(vectors: Tensor) -> Tensor:
+    """Turn pairs of values by angles that grow with the place, so that products of two depend on their distance.
+
+    Axial rotary positions (arXiv 2104.09864; for images 2403.13298): the first half of the D values tells the column,
+    the second the row, each D/4 pairs (i, i + D/4) at frequencies 100^(-4i/D).
+
+    Args:
+        vectors: queries or keys [..., H, W, D], 4 divides D.
+
+    Returns:
+        [..., H, W, D], in the dtype of `vectors`.
+    """
+    height, width, size = vectors.shape[-3:]
+    pairs = size // 4
+    frequencies = ROTARY_BASE ** -(torch.arange(pairs, device=vectors.device, dtype=torch.float32) / pairs)
+    rows, columns = (torch.arange(side, device=vectors.device)[:, None] * frequencies for side in (height, width))
+    grid = (height, width, pairs)
+    angles = torch.stack([columns[None].expand(grid), rows[:, None].expand(grid)], dim=-2)  # [H, W, 2, D/4]
+    first, second = vectors.float().unflatten(-1, (2, 2, pairs)).unbind(-2)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-2)
+    return turned.flatten(-3).to(vectors.dtype)
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoids of the timestep followed by a two-layer MLP (DiT, arXiv 2212.09748).
 
@@ -97,9 +125,14 @@ class Modulation(nn.Linear):
         return parts.transpose(0, 1)[:, :, None, None]
 
 
-def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Return LayerNorm(tokens)·(1 + scale) + shift; tokens [B, H, W, C], shift and scale [B, 1, 1, C]."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=epsilon) * (1 + scale) + shift
+def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, epsilon: float = 1e-6, rms: bool = False) -> Tensor:
+    """Return norm(tokens)·(1 + scale) + shift; tokens [B, H, W, C], shift and scale [B, 1, 1, C].
+
+    The norm is LayerNorm, or with `rms` RMSNorm (arXiv 1910.07467), which subtracts no mean.
+    """
+    shape = tokens.shape[-1:]
+    normed = F.rms_norm(tokens, shape, eps=epsilon) if rms else F.layer_norm(tokens, shape, eps=epsilon)
+    return normed * (1 + scale) + shift
 
 
 class ModulatedOutput(nn.Module):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.models.convolution import DepthwiseConv
+from gspn_dit.models.embeddings import rotate
 from gspn_dit.models.flops import attention_multiply_adds, scan_multiply_adds
 from gspn_dit.ops import DIRECTIONS, gspn_scan_from_proxy
 from gspn_dit.ops.contract import autocast_dtype, direction_codes, without_autocast
@@ -60,11 +61,19 @@ def maps_multiply_adds(module: nn.Module, tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
-    """Of `AttentionMixer` and `LinearAttentionMixer`."""
+class HeadOptions:
+    """Of `LinearAttentionMixer`, and of `AttentionMixer` with more."""
 
     num_heads: int = dataclasses.field(default=6, metadata=UNSEEN)
     """Divides the channels."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions(HeadOptions):
+    """Of `AttentionMixer`."""
+
+    rotary: bool = dataclasses.field(default=False, metadata=UNSEEN)
+    """Rotate queries and keys by their place; 4 divides the channels of a head."""
 
 
 def _check_heads(channels: int, num_heads: int) -> None:
@@ -81,14 +90,19 @@ class AttentionMixer(Mixer):
     def __init__(self, channels: int, options: AttentionOptions) -> None:
         super().__init__()
         _check_heads(channels, options.num_heads)
-        self.num_heads = options.num_heads
+        if options.rotary and channels // options.num_heads % 4:
+            raise ValueError(f"rotary needs heads whose channels 4 divides, not {channels // options.num_heads}")
+        self.num_heads, self.rotary = options.num_heads, options.rotary
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix tokens [B, H, W, C] to [B, H, W, C]."""
         projected = self.qkv(tokens.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, C/heads]
-        mixed = F.scaled_dot_product_attention(*projected.permute(2, 0, 3, 1, 4))  # [B, heads, N, C/heads]
+        query, key, value = projected.permute(2, 0, 3, 1, 4)  # [B, heads, N, C/heads]
+        if self.rotary:
+            query, key = (rotate(part.unflatten(2, tokens.shape[1:3])).flatten(2, 3) for part in (query, key))
+        mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape(tokens.shape))
 
     def multiply_adds(self, height: int, width: int) -> int:
@@ -103,7 +117,7 @@ class LinearAttentionMixer(Mixer):
 
     kind = "linear attention"
 
-    def __init__(self, channels: int, options: AttentionOptions) -> None:
+    def __init__(self, channels: int, options: HeadOptions) -> None:
         super().__init__()
         _check_heads(channels, options.num_heads)
         self.num_heads = options.num_heads
@@ -307,7 +321,7 @@ MIXERS: dict[str, tuple[type[Mixer], type[Any]]] = {
     "attention": (AttentionMixer, AttentionOptions),
     "gspn": (ScanMixer, ScanOptions),
     "conv": (ConvMixer, ConvOptions),
-    "linear": (LinearAttentionMixer, AttentionOptions),
+    "linear": (LinearAttentionMixer, HeadOptions),
 }
 """Mixer, made from a width and its options, and the dataclass of the options, by the name that `mixer` gives it."""
 

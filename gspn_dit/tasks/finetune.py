@@ -59,7 +59,7 @@ def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapp
 def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a model, given `create_model`'s arguments, that its weights need but do not show."""
     family, size, _ = parse_name(arguments["name"])
-    unseen = {"timestep_endpoint": False, **unseen_options()}
+    unseen = {"timestep_endpoint": False, "norm": "layer", **unseen_options()}
     options = {**unseen, **vars(PRESETS[family][size]), **arguments}
     return {key: list(value) if isinstance(value := options[key], tuple) else value for key in unseen}
 

@@ -44,6 +44,6 @@ class Companion:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         self.module.load_state_dict(part("weight/"))
-        state = empty_optimizer_tensors(self.module)
+        state = empty_optimizer_tensors(self.optimizer, self.module)
         state.update(part("optimizer/"))
         load_optimizer_tensors(self.optimizer, self.module, state)

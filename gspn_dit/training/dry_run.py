@@ -14,6 +14,7 @@ from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.tasks import Plan, task_class
 from gspn_dit.tasks.plan import gigabytes
+from gspn_dit.training.optimizer import muon_matrices
 from gspn_dit.training.strategy.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
@@ -30,7 +31,7 @@ class MemoryEstimate:
     averages: int
     """The exponential moving average, and one more for each of training.ema_sigma_rel; float32."""
     optimizer: int
-    """AdamW's two moments, float32; under ZeRO with a copy of the weights they belong to."""
+    """AdamW's two moments, or Muon's one, float32; under ZeRO with a copy of the weights they belong to."""
     copies: int
     """What is kept once, whatever the batch: under autocast the weights in bfloat16."""
     activations: int
@@ -46,7 +47,7 @@ class MemoryEstimate:
 def estimate_memory(plan: Plan, micro_batch: int, settings: TrainingConfig, processes: int) -> MemoryEstimate:
     """Estimate the memory of a training step on each GPU.
 
-    State takes 4 bytes per parameter and copy: weights, gradients, averages and two moments; FSDP divides all of it by
+    State takes 4 bytes per parameter and copy: weights, gradients, averages and moments; FSDP divides all of it by
     the processes, ZeRO 1 the moments and ZeRO 2 the gradients, too. Activations are what autograd saves, counted
     storage by storage.
 
@@ -69,6 +70,7 @@ def estimate_memory(plan: Plan, micro_batch: int, settings: TrainingConfig, proc
         "zero1": whole + part + bucket,
         "zero2": part + bucket,
     }
+    spared = FLOAT32_BYTES * muon_elements(plan, settings)
     once, per_image = _saved_bytes(plan, precision, checkpointing=False)
     activations = micro_batch * per_image
     if settings.activation_checkpointing:
@@ -78,11 +80,17 @@ def estimate_memory(plan: Plan, micro_batch: int, settings: TrainingConfig, proc
         weights=copy + FLOAT32_BYTES * plan.frozen_elements,
         gradients=gradients[sharding],
         averages=copy * (1 + len(settings.ema_sigma_rel)),
-        optimizer=3 * part if sharding in STAGES else 2 * (part if sharding == "fsdp" else whole),
+        optimizer=3 * part if sharding in STAGES else 2 * (part if sharding == "fsdp" else whole) - spared,
         copies=once,
         activations=activations,
         working=micro_batch * plan.working_elements * (2 if precision == "bf16" else FLOAT32_BYTES),
     )
+
+
+def muon_elements(plan: Plan, settings: TrainingConfig) -> int:
+    """Return the elements of matrices that Muon moves, which have one moment and not two."""
+    blocks: Any = getattr(plan.model, "blocks", ())
+    return sum(matrix.numel() for matrix in muon_matrices(settings, list(blocks)))
 
 
 def _saved_bytes(plan: Plan, mixed_precision: str, checkpointing: bool) -> tuple[int, int]:
@@ -171,8 +179,9 @@ def estimate(config: Config, processes: int) -> Estimate:
         processes=processes,
         micro_batch=settings.batch_size // shares,
         memory=estimate_memory(plan, settings.batch_size // shares, settings, processes),
-        # Weights, their averages and AdamW's two moments; manifest and headers are small beside them.
-        checkpoint_bytes=FLOAT32_BYTES * parameters * (4 + len(settings.ema_sigma_rel)),
+        # Weights, their averages and the optimiser's moments; manifest and headers are small beside them.
+        checkpoint_bytes=FLOAT32_BYTES
+        * (parameters * (4 + len(settings.ema_sigma_rel)) - muon_elements(plan, settings)),
         snapshot_bytes=average * parameters,
     )
 
@@ -216,7 +225,7 @@ def _memory_rows(memory: MemoryEstimate) -> list[tuple[str, str]]:
         "weights": memory.weights,
         "gradients": memory.gradients,
         "averages of the weights": memory.averages,
-        "AdamW's moments": memory.optimizer,
+        "the optimiser's moments": memory.optimizer,
         "copies of weights, as autocast makes": memory.copies,
         "activations": memory.activations,
         "logits and gates of one scan": memory.working,

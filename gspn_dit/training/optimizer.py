@@ -1,4 +1,4 @@
-"""AdamW, its step-indexed learning rate, and steps that are skipped without asking the device."""
+"""The optimiser, its step-indexed learning rate, and steps that are skipped without asking the device."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.config import TrainingConfig
+from gspn_dit.training.muon import Muon
 
 
 def create_optimizer(model: nn.Module, config: TrainingConfig, blocks: Sequence[nn.Module] = ()) -> torch.optim.AdamW:
-    """Return fused AdamW, which can skip a step on the device.
+    """Return what `training.optimizer` names: fused AdamW or `Muon`, either of which can skip a step on the device.
 
     Args:
         model: whose parameters it moves.
-        config: `weight_decay`, `decay_vectors`, `layer_decay` and others.
-        blocks: parts of the model, from its input on, by which `layer_decay` counts.
+        config: `optimizer`, `weight_decay`, `decay_vectors`, `layer_decay` and others.
+        blocks: parts of the model, from its input on, by which `layer_decay` counts, and whose matrices Muon moves.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config, blocks),
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    groups = parameter_groups(model, config, blocks)
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.adam_betas}
+    if config.optimizer == "muon":
+        return Muon(groups, config.muon_momentum, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def parameter_groups(
@@ -36,21 +35,31 @@ def parameter_groups(
 
     A group's "rate_scale" is layer_decay^(n + 1 - l), where n blocks there are and l is the number of blocks that begin
     at or before the parameter, in the order in which the model registers them; what follows the last one is layer n + 1
-    (arXiv 2106.08254, appendix). Without `decay_vectors` no weight decay is for what has at most one dimension, nor for
-    what the model's `no_weight_decay()` names.
+    (arXiv 2106.08254, appendix). Its "matrices" says whether Muon moves it. Without `decay_vectors` no weight decay is
+    for what has at most one dimension, nor for what the model's `no_weight_decay()` names.
     """
     named = dict(model.named_parameters())
     kept: set[str] = getattr(model, "no_weight_decay", set)()  # timm's convention
     layers = _layers(model, blocks)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matrices = {id(matrix) for matrix in muon_matrices(config, blocks)}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         scale = config.layer_decay ** (len(blocks) + 1 - layers[name]) if config.layer_decay < 1 else 1.0
         decayed = config.decay_vectors or (parameter.ndim > 1 and name not in kept)
-        groups.setdefault((scale, config.weight_decay if decayed else 0.0), []).append(parameter)
+        key = (scale, config.weight_decay if decayed else 0.0, id(parameter) in matrices)
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "rate_scale": scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
+        {"params": parameters, "rate_scale": scale, "weight_decay": decay, "matrices": moved_by_muon}
+        for (scale, decay, moved_by_muon), parameters in groups.items()
     ]
+
+
+def muon_matrices(config: TrainingConfig, blocks: Sequence[nn.Module]) -> list[Tensor]:
+    """Return what Muon moves: the weights of linear maps in blocks, not embeddings nor the output."""
+    if config.optimizer != "muon":
+        return []
+    maps = (part for block in blocks for part in block.modules() if isinstance(part, nn.Linear))
+    return [linear.weight for linear in maps]
 
 
 def _layers(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, int]:
@@ -88,7 +97,7 @@ def step_where(took: Tensor, optimizer: torch.optim.AdamW, rate: float) -> None:
     """Step if `took` is 1, and clear the gradients, without waiting for the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
-    optimizer.found_inf = 1 - took  # type: ignore[attr-defined]  # fused AdamW skips where it is 1
+    optimizer.found_inf = 1 - took  # type: ignore[attr-defined]  # which skip where it is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -119,10 +128,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     return {f"{names[index]}.{key}": value for index, values in state.items() for key, value in values.items()}
 
 
-def empty_optimizer_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return tensors with the names, shapes and places of those that AdamW keeps after a step."""
+def empty_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors with the names, shapes and places of those that the optimiser keeps after a step."""
+    groups = [group for group in optimizer.param_groups if group.get("matrices")]
+    matrices = {id(parameter) for group in groups for parameter in group["params"]}
     tensors = {}
     for name, parameter in model.named_parameters():
+        if id(parameter) in matrices:
+            tensors[f"{name}.momentum_buffer"] = torch.zeros_like(parameter.detach())
+            continue
         tensors[f"{name}.step"] = torch.zeros(())
         tensors |= {f"{name}.{key}": torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
     return tensors

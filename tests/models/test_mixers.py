@@ -180,7 +180,7 @@ def test_a_model_counts_its_mixers_by_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("mixer", "given", "message"),
     [
-        ("conv", {"num_heads": 2}, "num_heads is an option of attention; give mixer attention or leave it out"),
+        ("conv", {"num_heads": 2}, "num_heads and rotary are options of attention; give mixer attention or leave them"),
         ("linear", {"scan_skip": True}, "weight_groups and scan_window are options of scans; give mixer gspn or leave"),
         ("gspn", {"kernel": 3}, "unknown option 'kernel' of mixer gspn; allowed are proxy_channels, proxy_ratio"),
         ("conv", {"kernel": 3}, "unknown option 'kernel' of mixer conv; allowed are none"),

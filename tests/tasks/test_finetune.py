@@ -87,7 +87,10 @@ def test_checkpoint_of_another_model_is_refused(pretrained: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("timestep_endpoint", True), ("num_heads", 2), ("scan_directions", ["left", "right", "down", "up"])],
+    [
+        *[("timestep_endpoint", True), ("num_heads", 2), ("scan_directions", ["left", "right", "down", "up"])],
+        *[("norm", "rms"), ("rotary", True)],
+    ],
 )
 def test_option_that_no_shape_shows_is_compared(tmp_path: Path, key: str, value: Any) -> None:
     model = {"name": "DiT-N/4", "hidden_size": 16, "depth": 1, "num_heads": 4}

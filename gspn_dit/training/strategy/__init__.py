@@ -33,6 +33,10 @@ def choose_strategy(config: Config, accelerator: Accelerator) -> str:
     excluded = None if chosen == "none" else task_class(config.task).excludes_sharding(config)
     if excluded is not None:
         raise UserError(f"{excluded} does not go with sharding ({chosen}); leave one of them out")
+    if settings.optimizer == "muon" and chosen != "none":
+        raise UserError(
+            f"training.optimizer muon needs whole matrices, so no sharding ({chosen}); leave one of them out"
+        )
     if accelerator.num_processes == 1:
         return "none"
     if chosen in STAGES:

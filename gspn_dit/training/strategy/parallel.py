@@ -86,7 +86,7 @@ class Strategy:
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """Restore what any strategy saved, over any number of processes; the weights are loaded before."""
-        state = empty_optimizer_tensors(self.model)
+        state = empty_optimizer_tensors(self.optimizer, self.model)
         if (checkpoint / SHARDS).is_dir():
             from torch.distributed import checkpoint as distributed
 
