@@ -46,6 +46,7 @@ COMMANDS: dict[str, list[str]] = {
         *(*QUALITY, "--data", "fashion", "--steps", "335", "--seeds", "1", "--baseline", "gspn-block"),
         *("--variants", "gspn-block", "gspn-block-no-long-skips", "--out"),
     ],
+    "recipes": ["benchmarks.recipes", "--seconds", "18", "--out"],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),
         *("benchmarks/results/quality_fashion_block.json", "--picture", "docs/resolution.png", "--out"),

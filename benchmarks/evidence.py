@@ -23,6 +23,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README, EVIDENCE, SCALE, KERNELS = "README.md", "docs/evidence.md", "docs/scale.md", "cuda/README.md"
+OBJECTIVES = "docs/objectives.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 RATIO = "paired_ratio_to_"
@@ -232,6 +233,29 @@ def _score(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else short(value)
 
 
+def recipes_table(result: Result) -> str:
+    """Tabulate `benchmarks.recipes`: every recipe at its own best learning rate, beside the baseline."""
+    names = ("fd", "class_agreement", "recall")
+    rows = []
+    for recipe, means in result["means"].items():
+        ratio = result["fd_over_baseline"].get(recipe)
+        cell = next(cell for cell in result["cells"] if cell["variant"] == recipe)
+        tried = ", ".join(f"{float(rate):g}" for rate in sorted(result["rates"][recipe]["losses"], key=float))
+        of_means = [mean_and_interval(means[name]) for name in names]
+        shown = ratio_and_interval(ratio) if ratio else "1"
+        rows.append([recipe, f"{cell['rate']:g} of {tried}", f"{cell['steps']:,}", shown, *of_means])
+    head = ["recipe", "learning rate", "steps", "FD ÷ baseline", *(METRICS[name] for name in names)]
+    seeds, load = len({cell["seed"] for cell in result["cells"]}), result["machine"]["load"][0]
+    return (
+        table(head, rows)
+        + f"\n{result['seconds']} seconds of the processor for each training, {plural(seeds, 'paired seed')}, "
+        + f"{result['setting']['samples']:,} samples each, {result['setting']['steps']} steps, no guidance; rates "
+        + f"chosen with another seed; other work beside it (load {load:.1f}). "
+        + f"Trained at {result['cells'][0]['commit']}. "
+        + f"{provenance(result)}\n"
+    )
+
+
 # -- plots -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +355,7 @@ STUDIES = {
     "demo": Study(README, demo_table),
     "memory": Study(SCALE, memory_table),
     "cuda_traffic": Study(KERNELS, cuda_traffic_table),
+    "recipes": Study(OBJECTIVES, recipes_table),
 }
 
 
