@@ -61,6 +61,24 @@ def check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
         )
 
 
+def notes_on_choice(samples: LabelledImages) -> list[str]:
+    """What a reader must know of samples whose settings a sweep chose, as their generation.json says; else nothing."""
+    generation = samples.generation or {}
+    sweep = generation.get("sweep")
+    if not isinstance(sweep, dict):
+        return []
+    reference = sweep.get("reference") or {}
+    text = (
+        f"Guidance, its interval, weights and sampling shift were chosen: of {sweep.get('settings_tried')} settings the "
+        f"one with the lowest {sweep.get('score_name')} of {sweep.get('num_images')} images against "
+        f"{reference.get('source')}, by a sweep that drew {sweep.get('images_drawn')} images. A score on that reference "
+        "is that much too good."
+    )
+    if generation.get("seed") == sweep.get("seed"):
+        text += " The seed is the sweep's, too, so that the first of these images are those it chose by."
+    return [text]
+
+
 def notes_on(
     drawn: Measured, held_out: Measured | None, reference: Reference, net: FeatureNet, protocol: Protocol
 ) -> list[str]:
@@ -88,6 +106,7 @@ def notes_on(
     if drawn.images.generation is None and protocol.required:
         wanted = ", ".join(f"{key} '{value}'" for key, value in protocol.required)
         notes.append(f"The samples carry no generation.json: the protocol's {wanted} are taken on trust.")
+    notes += notes_on_choice(drawn.images)
     if drawn.images.labels is None:
         notes.append(
             "The samples have no labels: they were scored in file order, and if that order is by class the "

@@ -49,7 +49,9 @@ class QuickScorer:
         return frechet_distance(features, reference)
 
 
-def load_scorer(source: str | None, data_name: str, image_size: int, channels: int) -> QuickScorer:
+def load_scorer(
+    source: str | None, data_name: str, image_size: int, channels: int, key: str = "training.fd_features"
+) -> QuickScorer:
     """Return the scorer for images of a size.
 
     Args:
@@ -58,6 +60,7 @@ def load_scorer(source: str | None, data_name: str, image_size: int, channels: i
         data_name: the data set's name.
         image_size: height and width of the images in pixels.
         channels: 1 or 3.
+        key: what `source` was given by.
 
     Raises:
         UserError: there is no such net, or it reads other images.
@@ -65,9 +68,10 @@ def load_scorer(source: str | None, data_name: str, image_size: int, channels: i
     from fid.features import BUNDLED, load_feature_net, load_inception
 
     if source is None and data_name not in BUNDLED:
+        asking = "training.fd_every" if key == "training.fd_features" else "this"
         raise UserError(
-            f"training.fd_every needs a feature net, and none is bundled for the data set '{data_name}'; give "
-            "training.fd_features: a file that python -m fid.train_features wrote, or inception"
+            f"{asking} needs a feature net, and none is bundled for the data set '{data_name}'; give {key}: a file "
+            "that python -m fid.train_features wrote, or inception"
         )
     source = data_name if source is None else source
     if source == INCEPTION or source.endswith(".pth"):
@@ -77,7 +81,7 @@ def load_scorer(source: str | None, data_name: str, image_size: int, channels: i
     fits = net.image_size is None or (net.image_size, net.channels) == (image_size, channels)
     if not fits:
         raise UserError(
-            f"training.fd_features {source} reads images of {net.image_size} pixels with {net.channels} channels, "
+            f"{key} {source} reads images of {net.image_size} pixels with {net.channels} channels, "
             f"these have {image_size} with {channels}; give another net"
         )
     return QuickScorer(net)

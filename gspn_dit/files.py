@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -44,6 +45,15 @@ def cannot_hold(path: str | os.PathLike[str]) -> str | None:
     if parent.is_dir() and os.access(parent, os.W_OK):
         return None
     return f"{path} cannot be created: {parent} is not a directory that can be written"
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file, which is read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_npz(path: str | os.PathLike[str]) -> bool:

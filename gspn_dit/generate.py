@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import sys
 import time
 from collections import deque
@@ -24,17 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gspn_dit.chosen import chosen_options, provenance, read_sweep
 from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, advise_on_memory, run_cli
-from gspn_dit.files import is_npz
+from gspn_dit.files import is_npz, sha256_of
 from gspn_dit.locks import Lock, refuse_if_held, sole_job
 from gspn_dit.paths import path_argument
+from gspn_dit.processes import agree, compute_exactly, join, tell
 from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, preferred_samplers
 from gspn_dit.sample import parse_classes
 from gspn_dit.sampling_options import (
     add_sampling_options,
     check_guided_channels,
     check_sampling_options,
-    choose_device,
     memory_advice,
 )
 
@@ -51,8 +50,6 @@ QUEUE = 2
 """Chunks that may wait to be written while further ones are computed."""
 LINE_SECONDS = 30
 """Between two lines of progress where there is no terminal."""
-TIMEOUT = timedelta(days=2)
-"""How long processes wait for one another at the end."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,12 +68,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--num-samples", type=int, metavar="N", help="images; needed unless the protocol says it")
     parser.add_argument("--labels", choices=("uniform", "balanced"),
                         help="drawn at random by (seed, index), or the classes in turn (default: uniform)")  # fmt: skip
+    parser.add_argument("--sweep", type=path_argument, metavar="DIR",
+                        help="sample as this sweep chose, and say so; see python -m gspn_dit.sweep")  # fmt: skip
     parser.add_argument("--tf32", action="store_true", help="let NVIDIA GPUs round matrix products to TF32")
     parser.add_argument("--resume", action="store_true", help="go on with --out, or start it")
     parser.add_argument("--overwrite", action="store_true", help="replace the set that --out holds")
     options = parser.parse_args(arguments)
+    if options.sweep is not None:
+        options = _as_chosen(parser, arguments, options.sweep)
     apply_protocol(options)
     _check(options)
+    return options
+
+
+def _as_chosen(parser: ArgumentParser, arguments: Sequence[str] | None, directory: str) -> argparse.Namespace:
+    """Return the options with what a sweep chose in place of defaults; raises UserError for what contradicts it."""
+    sweep = read_sweep(directory)
+    chosen = chosen_options(sweep)
+    parser.set_defaults(**chosen)
+    options = parser.parse_args(arguments)
+    for key, value in chosen.items():
+        given = getattr(options, key)
+        if (tuple(given) if isinstance(given, list) else given) != value:
+            raise UserError(
+                f"--{key.replace('_', '-')} {given} contradicts the sweep {directory}, which chose {value}; leave one "
+                "of them out"
+            )
+    options.chosen = {"weights_sha256": sweep["chosen"]["weights_sha256"], "checkpoint": sweep["chosen"]["checkpoint"]}
+    options.provenance = provenance(sweep, directory)
     return options
 
 
@@ -98,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     from gspn_dit.diffusion import CHUNK
     from gspn_dit.sample_sets import check_place
 
-    state, device = _join(options.device)
+    state, device = join(options.device)
     advice = f"{memory_advice(CHUNK, device)}; what is there is kept, continue with --resume"
     with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
         check_place(options.out, options.resume, options.overwrite)  # again: another job may have been here meanwhile
@@ -109,9 +128,9 @@ def _run_alone(options: argparse.Namespace, state: PartialState, device: str | t
     from gspn_dit.checkpoint import resolve_checkpoint
     from gspn_dit.diffusion import CHUNK
     from gspn_dit.pipeline import GSPNPipeline
-    from gspn_dit.sample_sets import check_same_settings, draw_labels, open_set, read_settings
+    from gspn_dit.sample_sets import MAY_DIFFER, check_same_settings, draw_labels, open_set, read_settings
 
-    _compute_exactly(options.tf32)
+    compute_exactly(options.tf32)
     checkpoint = resolve_checkpoint(options.checkpoint)
     pipeline = GSPNPipeline.from_checkpoint(checkpoint, options.weights, device, options.vae)
     if options.guide_checkpoint:
@@ -124,9 +143,9 @@ def _run_alone(options: argparse.Namespace, state: PartialState, device: str | t
     stored = None if options.overwrite else read_settings(options.out)
     if stored is not None:
         check_same_settings(options.out, stored, settings)
-    _agree(state, settings)  # and all have read the place before one of them changes it
+    agree(state, settings, MAY_DIFFER)  # and all have read the place before one of them changes it
     if stored is not None and output.is_complete():
-        _tell(state, f"{options.out} is complete: {options.num_samples:,} images")
+        tell(state, f"{options.out} is complete: {options.num_samples:,} images")
         return
     try:
         if state.is_main_process:
@@ -142,32 +161,7 @@ def _run_alone(options: argparse.Namespace, state: PartialState, device: str | t
         raise LocalUserError(
             f"--out {options.out} cannot be written: {error}; what is there is kept, continue with --resume"
         ) from None
-    _tell(state, f"{options.num_samples:,} images: {options.out}")
-
-
-def _join(device: str | None) -> tuple[PartialState, str | torch.device]:
-    """Meet the other processes of this job; return their state and the device of this one."""
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=TIMEOUT)
-    if state.num_processes == 1:
-        return state, choose_device(device)
-    if device not in (None, state.device.type):
-        raise UserError(
-            f"--device {device}: {state.num_processes} processes take a device each; leave it out, or give cpu"
-        )
-    return state, state.device
-
-
-def _compute_exactly(tf32: bool) -> None:
-    """Make products depend on their inputs alone, and round them as asked."""
-    import torch
-
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32  # on by default, other than for matrix products
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    tell(state, f"{options.num_samples:,} images: {options.out}")
 
 
 def _guide_settings(checkpoint: str | None) -> dict[str, str]:
@@ -177,7 +171,7 @@ def _guide_settings(checkpoint: str | None) -> dict[str, str]:
     if checkpoint is None:
         return {}
     guide = resolve_checkpoint(checkpoint)
-    return {"guide_checkpoint": str(guide), "guide_sha256": _sha256(guide / "ema.safetensors")}
+    return {"guide_checkpoint": str(guide), "guide_sha256": sha256_of(guide / "ema.safetensors")}
 
 
 def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipeline) -> dict[str, Any]:
@@ -195,6 +189,12 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         options.sampler = next((name for name in preferred if name in objective.samplers), None)
     options.sampler = objective.resolve_sampler(options.sampler, options.steps)
     shift = objective.with_sampling_shift(options.sampling_shift).sampling_shift
+    weights_sha256 = sha256_of(checkpoint / f"{options.weights}.safetensors")
+    if options.sweep is not None and weights_sha256 != options.chosen["weights_sha256"]:
+        raise UserError(
+            f"--checkpoint {options.checkpoint} has other weights than the sweep {options.sweep} chose; give "
+            f"--checkpoint {options.chosen['checkpoint']}"
+        )
     environment = describe_run()
     return {
         "format_version": FORMAT_VERSION,
@@ -217,7 +217,8 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "checkpoint": str(checkpoint),
         "step": manifest["step"],
         "weights": options.weights,
-        "weights_sha256": _sha256(checkpoint / f"{options.weights}.safetensors"),
+        "weights_sha256": weights_sha256,
+        **({"sweep": options.provenance} if options.sweep is not None else {}),
         "model": manifest["model"],
         "objective": manifest["config"]["objective"],
         "vae": latent_spec.pop("vae", None),
@@ -234,34 +235,10 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
     }
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _agree(state: PartialState, settings: dict[str, Any]) -> None:
-    """Raise UserError unless all processes are about to make the same set."""
-    import torch
-    from accelerate.utils import gather
-
-    from gspn_dit.sample_sets import MAY_DIFFER
-
-    text = json.dumps({key: value for key, value in settings.items() if key not in MAY_DIFFER})
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    if len(set(gather(torch.tensor([digest], device=state.device)).tolist())) > 1:
-        raise UserError(
-            f"the processes find different checkpoints at {settings['checkpoint']}: a run in training saves new ones; "
-            "give one of its checkpoints/step-XXXXXXXX, on a file system that all machines share"
-        )
 
 
 def _missing(state: PartialState, output: SampleSet) -> list[int]:
@@ -357,7 +334,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=self.done, unit="image", dynamic_ncols=True) if terminal else None
         before = f", {self.done:,} are there already" if self.done else ""
         processes = f" in {state.num_processes} processes" if state.num_processes > 1 else ""
-        _tell(state, f"generating {total:,} images{processes}{before}")
+        tell(state, f"generating {total:,} images{processes}{before}")
 
     def __enter__(self) -> Progress:
         return self
@@ -378,11 +355,6 @@ class Progress:
             left = timedelta(seconds=round((self.total - self.done) / rate))
             print(f"{self.done:,} of {self.total:,} images, {rate:.3g} images/s, {left} left", flush=True)
             self.told = now
-
-
-def _tell(state: PartialState, line: str) -> None:
-    if state.is_main_process:
-        print(line, flush=True)
 
 
 def main() -> None:

@@ -22,7 +22,10 @@ from gspn_dit.paths import path_argument, source_argument
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.modeling_utils import ModelMixin
     from torch import Tensor
+
+    from gspn_dit.data.autoencoders import Autoencoder
 
 STATISTICS_IMAGES = 4096
 EVALUATED_IMAGES = 2048
@@ -112,8 +115,8 @@ def set_scale(vae: AutoencoderKL, images: ImageSet) -> None:
     vae.register_to_config(scaling_factor=round(1 / std, 6), shift_factor=round(mean.mean().item(), 6))
 
 
-def reconstruction_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
-    """Return the PSNR of some images, evenly spaced, decoded from their posterior means to 8 bits."""
+def reconstruction_psnr(autoencoder: Autoencoder, images: ImageSet) -> float:
+    """Return the PSNR of some images, evenly spaced, decoded from their latents (posterior means) to 8 bits."""
     import numpy as np
 
     from gspn_dit.data.latents import to_signed, to_uint8
@@ -123,12 +126,12 @@ def reconstruction_psnr(vae: AutoencoderKL, images: ImageSet) -> float:
     originals, decoded = [], []
     for start in range(0, len(rows), BATCH):
         originals.append(images.pixels(rows[start : start + BATCH]))
-        batch = to_signed(originals[-1]).to(vae.device)
-        decoded.append(to_uint8(vae.decode(vae.encode(batch).latent_dist.mean).sample))
+        batch = to_signed(originals[-1]).to(autoencoder.module.device)
+        decoded.append(to_uint8(autoencoder.decode(autoencoder.encode(batch)[0])))
     return psnr(np.concatenate(originals), np.concatenate(decoded))
 
 
-def save(vae: AutoencoderKL, out: Path, report: dict[str, Any]) -> None:
+def save(vae: ModelMixin, out: Path, report: dict[str, Any]) -> None:
     """Write the autoencoder and what is known of its training; `out` is complete or absent."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -177,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """The command line."""
     options = parse_arguments()
+    from gspn_dit.data.autoencoders import adapt
     from gspn_dit.data.images import open_source
 
     images = open_source(options.source, "train", options.image_size)
@@ -189,7 +193,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     set_scale(vae, images)
     report = {
-        "psnr_db": round(reconstruction_psnr(vae, held_out), 3),
+        "psnr_db": round(reconstruction_psnr(adapt(vae), held_out), 3),
         "training_seconds": round(seconds, 1),
         "parameters": sum(parameter.numel() for parameter in vae.parameters()),
         **{key: value for key, value in vars(options).items() if key != "out"},

@@ -123,8 +123,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-def chart(curves: Mapping[str, Curve]) -> str:
-    """Draw curves over a shared axis of steps as SVG; positive values that span much get a logarithmic axis."""
+def chart(curves: Mapping[str, Curve], axis: str = "step") -> str:
+    """Draw curves over a shared axis, of steps, say, as SVG; positive values that span much get a logarithmic axis."""
     thinned = {name: thin(curve) for name, curve in curves.items()}
     xs, ys = (values for values in zip(*(point for curve in thinned.values() for point in curve)))
     logarithmic = min(ys) > 0 and max(ys) > 30 * min(ys)
@@ -132,7 +132,7 @@ def chart(curves: Mapping[str, Curve]) -> str:
     low, high = scaled(min(ys)), scaled(max(ys))
     if high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    first, last = min(xs), max(max(xs), min(xs) + 1)
+    first, last = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
@@ -150,7 +150,7 @@ def chart(curves: Mapping[str, Curve]) -> str:
     for colour, (name, curve) in zip(COLOURS * len(curves), curves.items()):
         points = [place(x, y) for x, y in thinned[name]]
         path = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        label = f"<title>{html.escape(name)}: {_number(curve[-1][1])} at step {curve[-1][0]:g}</title>"
+        label = f"<title>{html.escape(name)}: {_number(curve[-1][1])} at {axis} {curve[-1][0]:g}</title>"
         parts.append(f'<path d="{path}" stroke="{colour}" data-name="{html.escape(name)}">{label}</path>')
         parts.append(f'<circle cx="{points[-1][0]:.1f}" cy="{points[-1][1]:.1f}" r="2.5" fill="{colour}"/>')
     return "".join(parts) + "</svg>"
