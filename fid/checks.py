@@ -69,10 +69,10 @@ def notes_on_choice(samples: LabelledImages) -> list[str]:
         return []
     reference = sweep.get("reference") or {}
     text = (
-        f"Guidance, its interval, weights and sampling shift were chosen: of {sweep.get('settings_tried')} settings the "
-        f"one with the lowest {sweep.get('score_name')} of {sweep.get('num_images')} images against "
-        f"{reference.get('source')}, by a sweep that drew {sweep.get('images_drawn')} images. A score on that reference "
-        "is that much too good."
+        f"Guidance, its interval, weights and sampling shift were chosen: of {sweep.get('settings_tried')} settings "
+        f"the one with the lowest {sweep.get('score_name')} of {sweep.get('num_images')} images against "
+        f"{reference.get('source')}, by a sweep that drew {sweep.get('images_drawn')} images. A score on that "
+        "reference is that much too good."
     )
     if generation.get("seed") == sweep.get("seed"):
         text += " The seed is the sweep's, too, so that the first of these images are those it chose by."

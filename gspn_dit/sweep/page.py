@@ -122,7 +122,8 @@ def page(sweep: Mapping[str, Any]) -> str:
     title = html.escape(f"Sweep by {name}")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}{TABLE}</style></head><body>'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<title>{title}</title><style>{STYLE}{TABLE}</style></head><body>"
         f"<h1>{title}</h1><p>{html.escape(facts)}</p><main>"
         f'<section class="wide"><h2>Choice</h2>{_choice(sweep)}<p>{html.escape(warning)}</p></section>{"".join(panels)}'
         f'<section class="wide"><h2>All that was tried</h2>{_tried(sweep)}</section></main></body></html>\n'
