@@ -1,7 +1,8 @@
 # make demo       train, sample and evaluate on handwritten digits; a few minutes on two cores, nothing is downloaded
 # make demo-text  the same by caption, on emoji that EMOJI holds; says how to get them
 # make test       the quick tests           make test-slow   the long ones (trainings, kills, sanitizers)
-# make lint       style and types           make install     the environment in .venv that all of these use
+# make lint       style and types           make docs        the documentation site, into build/site
+# make install    the environment in .venv that all of these use
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ EMOJI ?= data/emoji
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo demo-text test test-slow lint clean
+.PHONY: install demo demo-text test test-slow lint docs clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +47,10 @@ test: install
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "slow and not gpu"
+
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 lint: install
 	$(BIN)/ruff check .

@@ -231,3 +231,7 @@ def _write(options: argparse.Namespace, images: Any, labels: list[int], class_na
 def cli() -> None:
     """The command `gspn-sample`."""
     run_cli(lambda: run(parse_arguments()), "what was written is whole")
+
+
+if __name__ == "__main__":
+    cli()
