@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from gspn_dit.ops.cuda.types import Variant
 
@@ -38,6 +41,29 @@ def compile_options(variant: Variant) -> tuple[str, ...]:
     return (*options, *(f"-D{name}={value}" for name, value in variant.defines.items()))
 
 
+def compiler_key(variant: Variant, arch: str) -> str:
+    """What the compiled code of a variant depends on: sources, options, architecture, the compiler's version."""
+    from cupy.cuda import nvrtc
+
+    options = " ".join((*compile_options(variant), *CUPY_OPTIONS, arch))
+    return f"{nvrtc.getVersion()} {options}\n{source_text(variant.source)}"
+
+
+@contextmanager
+def _compiled(variant: Variant, options: tuple[str, ...]) -> Iterator[Any]:
+    """NVRTC's program of a variant, compiled as CuPy does; raises RuntimeError with the log where that fails."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source_text(variant.source), variant.source, (), ())
+    try:
+        nvrtc.compileProgram(program, (*compile_options(variant), *CUPY_OPTIONS, *options))
+        yield program
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{variant}, {options[0]}: {error}\n{nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
 def compile_cubin(variant: Variant, arch: str) -> tuple[bytes, str]:
     """Compile a variant as CuPy does, for an architecture such as "sm_90", on any machine.
 
@@ -47,14 +73,17 @@ def compile_cubin(variant: Variant, arch: str) -> tuple[bytes, str]:
     """
     from cupy.cuda import nvrtc
 
-    program = nvrtc.createProgram(source_text(variant.source), variant.source, (), ())
-    options = (*compile_options(variant), *CUPY_OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v")
-    try:
-        nvrtc.compileProgram(program, options)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"{variant} for {arch}: {error}\n{nvrtc.getProgramLog(program)}") from None
-    try:
+    with _compiled(variant, (f"--gpu-architecture={arch}", "--ptxas-options=-v")) as program:
         # CuPy leaves off the last byte, which is a NUL.
         return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
-    finally:
-        nvrtc.destroyProgram(program)
+
+
+def compile_ptx(variant: Variant, arch: str) -> str:
+    """Compile a variant as CuPy does, for a virtual architecture such as "compute_90", to the text of its PTX.
+
+    Raises RuntimeError with the compiler's log where it fails, ImportError without CuPy.
+    """
+    from cupy.cuda import nvrtc
+
+    with _compiled(variant, (f"--gpu-architecture={arch}",)) as program:
+        return nvrtc.getPTX(program).decode().rstrip("\0")

@@ -31,10 +31,16 @@ IMAGENET = ProjectedGeometry(torch.bfloat16, 32, 16, 16, 1152, 1152, 72, ALL, 0)
 AMPERE = Device(163 * 1024, 108, clusters=False)
 
 
-def fused(tensors: Sequence[Tensor], codes: Sequence[int] = ALL, window: int = 0, schedule: int = 0) -> Tensor:
+def fused(
+    tensors: Sequence[Tensor],
+    codes: Sequence[int] = ALL,
+    window: int = 0,
+    schedule: int = 0,
+    host: harness.Host | None = None,
+) -> Tensor:
     x, proxy, *weights = tensors
     skip = weights[4] if len(weights) == 5 else None
-    host = harness.Host(schedule=schedule)
+    host = host or harness.Host(schedule=schedule)
     y = run_projected_forward(
         x, proxy, weights[:3], weights[3], skip, codes, window, device=harness.H100, launcher=host
     )
@@ -43,9 +49,9 @@ def fused(tensors: Sequence[Tensor], codes: Sequence[int] = ALL, window: int = 0
     return y
 
 
-def check(tensors: list[Tensor], codes: Sequence[int] = ALL, window: int = 0) -> None:
+def check(tensors: list[Tensor], codes: Sequence[int] = ALL, window: int = 0, host: harness.Host | None = None) -> None:
     """Compare with the float64 reference of the same inputs, by the one table of tolerances."""
-    actual = fused(tensors, codes, window)
+    actual = fused(tensors, codes, window, host=host)
     x, proxy, *weights = (tensor.double() for tensor in tensors)
     skip = weights[4] if len(weights) == 5 else None
     expected = projected_forward(scan_reference, x, proxy, weights[:3], weights[3], skip, list(codes), window)

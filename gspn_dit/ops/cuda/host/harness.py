@@ -39,7 +39,8 @@ def cache_folder() -> Path:
     return folder
 
 
-def _digest(*texts: object) -> str:
+def digest(*texts: object) -> str:
+    """A name for what is built from these texts."""
     return hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest()[:20]
 
 
@@ -77,7 +78,7 @@ def compile_object(source: Path, flags: Sequence[str], texts: Sequence[str]) -> 
     path = compiler()
     assert path is not None, "g++ is needed to build the kernels for the host"
     command = [path, "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{HERE}", *flags, "-c", str(source)]
-    return build(command, source.stem, _digest(*command, *texts))
+    return build(command, source.stem, digest(*command, *texts))
 
 
 def kernel_object(variant: Variant, flags: Sequence[str], sources: Path = SOURCES) -> Path:
@@ -90,7 +91,7 @@ def link(objects: Sequence[Path], flags: Sequence[str], name: str) -> Path:
     path = compiler()
     assert path is not None
     command = [path, *flags, *map(str, objects)]
-    return build(command, name, _digest(*command))
+    return build(command, name, digest(*command))
 
 
 @functools.cache
