@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gspn_dit.config import Config
-from gspn_dit.data.latents import shift_of_size
+from gspn_dit.data.autoencoders import adapt
+from gspn_dit.data.latents import IdentityLatent, Latent, shift_of_size
 from gspn_dit.data.sources import find_source
+from gspn_dit.data.vae import load_vae
 from gspn_dit.errors import UserError
 
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
-KL_CHANNELS, KL_FACTOR = 4, 8
-"""Of the autoencoder that DiT and GSPN use."""
+PUBLISHED = {"kl": (4, 8, True), "dc": (32, 32, False), "rae": (768, 16, False), "flux2": (128, 16, True)}
+"""Channels, pixels per cell and whether there is a posterior, of an autoencoder of each kind: those that DiT and GSPN
+use, of DC-AE, of RAE on DINOv2-B and of FLUX.2."""
+SIDES, FLOAT16_BYTES = 2, 2
+"""Encoded latents are those of an image and of its mirror image."""
+MUCH_BYTES = 250 * 10**9
+"""Of encoded latents, above which encoding while training is advised."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,18 @@ class DataFacts:
     """On disk for latents, decoded for images."""
     source: str
     """Where these figures come from."""
-    encoded: bool = False
-    """Whether the model learns an autoencoder's latents, on disk or not."""
+    cache_bytes: int | None = None
+    """What the latents of an autoencoder take, or would take, on disk; None for pixels."""
 
     @property
     def natural_shift(self) -> float:
         """As `Latent.natural_shift`."""
-        return shift_of_size(self.channels * self.size**2) if self.encoded else 1.0
+        return 1.0 if self.cache_bytes is None else shift_of_size(self.channels * self.size**2)
+
+
+def cache_bytes(images: int, channels: int, size: int, posterior: bool) -> int:
+    """Return what `gspn_dit.prepare.encode` writes: latents, or mean and log-variance, of both sides in float16."""
+    return images * SIDES * (2 if posterior else 1) * channels * size**2 * FLOAT16_BYTES
 
 
 def data_facts(config: Config) -> DataFacts:
@@ -51,15 +63,24 @@ def data_facts(config: Config) -> DataFacts:
         latents = source.latents(data.path, "train", data.validation_fraction)
         spec, size_bytes = latents.manifest["latent"], sum(shard["bytes"] for shard in latents.manifest["shards"])
         shape = spec["channels"], spec["size"]
-        return DataFacts(len(latents), latents.num_classes, *shape, size_bytes, str(data.path), encoded=True)
+        return DataFacts(len(latents), latents.num_classes, *shape, size_bytes, str(data.path), size_bytes)
     from gspn_dit.data.build import build_data
 
     built = build_data(config)
     images, latent = built.training.images, built.latent
     size_bytes = len(images) * latent.image_size**2 * latent.image_channels
     where = data.path or f"the {data.name} that are bundled"
-    encoded = config.latent.name != "identity"
-    return DataFacts(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where, encoded)
+    return DataFacts(
+        *(len(images), images.num_classes, latent.channels, latent.size, size_bytes, where),
+        cache_bytes=cache_of(latent, len(images)),
+    )
+
+
+def cache_of(latent: Latent, images: int) -> int | None:
+    """Return what the latents of so many images would take on disk; None for pixels."""
+    if isinstance(latent, IdentityLatent):
+        return None
+    return cache_bytes(images, latent.channels, latent.size, latent.has_posterior)
 
 
 def unseen_facts(config: Config, images: int, whose: str) -> DataFacts:
@@ -73,9 +94,20 @@ def unseen_facts(config: Config, images: int, whose: str) -> DataFacts:
     if find_source(data.name).latents is None and config.latent.name == "identity":
         size_bytes = images * data.image_size**2 * 3
         return DataFacts(images, IMAGENET_CLASSES, 3, data.image_size, size_bytes, source)
-    if data.image_size % KL_FACTOR:
-        raise UserError(f"data.image_size {data.image_size} is not divisible by {KL_FACTOR}, the autoencoder's factor")
-    size = data.image_size // KL_FACTOR
-    # Mean and log-variance of each image and its mirror image, float16.
-    size_bytes = images * 2 * 2 * KL_CHANNELS * size**2 * 2
-    return DataFacts(images, IMAGENET_CLASSES, KL_CHANNELS, size, size_bytes, source, encoded=True)
+    channels, factor, posterior = _autoencoder(config)
+    if data.image_size % factor:
+        raise UserError(f"data.image_size {data.image_size} is not divisible by {factor}, the autoencoder's factor")
+    size = data.image_size // factor
+    written = cache_bytes(images, channels, size, posterior)
+    encoded = find_source(data.name).latents is not None
+    size_bytes = written if encoded else images * data.image_size**2 * 3
+    return DataFacts(images, IMAGENET_CLASSES, channels, size, size_bytes, source, written)
+
+
+def _autoencoder(config: Config) -> tuple[int, int, bool]:
+    """Return channels, factor and whether there is a posterior: of the config's autoencoder, or of a published one."""
+    name, vae = config.latent.name, config.latent.vae
+    if vae is None or not Path(vae).exists():
+        return PUBLISHED["kl" if name == "identity" else name]
+    adapter = adapt(load_vae(vae))
+    return adapter.channels, adapter.factor, adapter.has_posterior

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspn_dit.config import LatentConfig
 from gspn_dit.data.autoencoders import AUTOENCODERS, PER_CHANNEL, adapt, kind_of
-from gspn_dit.data.vae import load_vae, vae_hash
+from gspn_dit.data.vae import decode_in_tiles, load_vae, vae_hash
 from gspn_dit.errors import UserError
 
 SAVED_VAE = "vae"
@@ -122,6 +122,8 @@ class AutoencoderLatent(Latent):
             raise UserError(
                 f"images of {image_size} pixels are not divisible by the factor {adapter.factor} of the VAE {place}"
             )
+        if adapter.image_size is None:
+            decode_in_tiles(vae, adapter.factor)
         self.place, self.hash = place, vae_hash(vae)
         self.factor, self.channels, self.image_channels = adapter.factor, adapter.channels, adapter.image_channels
         self.image_size, self.size = image_size, image_size // adapter.factor

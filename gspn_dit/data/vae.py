@@ -40,11 +40,9 @@ def load_vae(name: str | os.PathLike[str]) -> Any:
     finally:
         logging.set_verbosity(verbosity)
     try:
-        adapter = adapt(vae)
+        adapt(vae)
     except UserError as error:
         raise UserError(f"the VAE {name} does not fit: {error}") from None
-    if hasattr(vae, "enable_tiling") and adapter.image_size is None:
-        _decode_in_tiles(vae, adapter.factor)
     return vae.float().eval().requires_grad_(False)
 
 
@@ -67,7 +65,10 @@ def _load(place: str, name: str) -> Any:
     return vae
 
 
-def _decode_in_tiles(vae: Any, factor: int) -> None:
+def decode_in_tiles(vae: Any, factor: int) -> None:
+    """Let an autoencoder decode images larger than TILE_PIXELS in tiles, where its class can."""
+    if not hasattr(vae, "enable_tiling"):
+        return
     size = max(TILE_PIXELS, factor)
     if hasattr(vae, "tile_latent_min_size"):
         vae.tile_sample_min_size, vae.tile_latent_min_size = size, size // factor

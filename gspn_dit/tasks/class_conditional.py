@@ -26,7 +26,7 @@ from gspn_dit.tasks.alignment import Alignment, check_alignment
 from gspn_dit.tasks.base import GenerativeTask
 from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
 from gspn_dit.tasks.finetune import pretrained_weights
-from gspn_dit.tasks.plan import Plan, gigabytes, shift_rows
+from gspn_dit.tasks.plan import Plan, cache_rows, gigabytes, shift_rows
 
 
 class ClassConditional(GenerativeTask):
@@ -85,7 +85,7 @@ class ClassConditional(GenerativeTask):
         if scans:
             rows.append(("", f"{scans / 1e9:.3g} G of them in scans, 6 for each token, channel and direction"))
         rows.append(("objective", f"{config.objective.name}; previews by {sampler} in {sampling.steps} steps"))
-        rows += shift_rows(objective)
+        rows += [*shift_rows(objective), *cache_rows(config, facts)]
         size_text = f"{gigabytes(facts.bytes)} ({facts.source})"
         return Plan(
             model=model,

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from gspn_dit.config import Config
+from gspn_dit.data.facts import MUCH_BYTES, DataFacts
+from gspn_dit.data.sources import find_source
 from gspn_dit.diffusion import Objective
 
 
@@ -40,6 +43,20 @@ def shift_rows(objective: Objective) -> list[tuple[str, str]]:
     if training == sampling == 1:
         return []
     return [("times", f"shifted by {training:.4g} in training, {sampling:.4g} in sampling")]
+
+
+def cache_rows(config: Config, facts: DataFacts) -> list[tuple[str, str]]:
+    """Return what a person is told of latents kept on disk, or not: a row, or none for pixels and for small files."""
+    if facts.cache_bytes is None:
+        return []
+    size, much = gigabytes(facts.cache_bytes), facts.cache_bytes > MUCH_BYTES
+    if find_source(config.data.name).latents is None:
+        advice = "which is a lot: encode while training" if much else "and no step would pay for the encoder"
+        return [("latents", f"encoded while training; gspn_dit.prepare.encode would write {size}, {advice}")]
+    if not much:
+        return []
+    advice = "data.name imagefolder, latent.name and latent.vae encode while training instead, at the encoder's price"
+    return [("latents", f"{size} on disk, read once an epoch; {advice}")]
 
 
 def gigabytes(count: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gspn_dit.config import Config
 from gspn_dit.data.captions import load_captioned
-from gspn_dit.data.facts import DataFacts, data_facts, unseen_facts
+from gspn_dit.data.facts import DataFacts, cache_of, data_facts, unseen_facts
 from gspn_dit.diffusion import Objective
 from gspn_dit.errors import UserError
 from gspn_dit.models.text_unet import (
@@ -24,7 +24,7 @@ from gspn_dit.models.text_unet import (
     unet_cost,
 )
 from gspn_dit.tasks.distillation import describe_teacher
-from gspn_dit.tasks.plan import Plan, gigabytes, shift_rows
+from gspn_dit.tasks.plan import Plan, cache_rows, gigabytes, shift_rows
 from gspn_dit.text import Encoded
 
 COCO_IMAGES = 82_783
@@ -100,6 +100,7 @@ def plan_unet(config: Config, objective: Objective, text_width: int) -> Plan:
             ("forward", f"{cost.multiply_adds / 1e9:.4g} G multiply-adds for an image of {channels}×{size}×{size}"),
             ("objective", f"{name}; previews by {sampler} in {config.sampling.steps} steps"),
             *shift_rows(objective),
+            *cache_rows(config, facts),
         ],
         blocks=4 * options.layers_per_level + 2,  # residual and transformer blocks of the first, largest level
         working_elements=cost.working_elements,
@@ -118,5 +119,5 @@ def _facts(config: Config) -> DataFacts:
     images = load_captioned(data, "train").images
     latent = create_latent(config.latent, images.image_size, images.channels)
     size_bytes = len(images) * latent.image_size**2 * latent.image_channels
-    encoded = config.latent.name != "identity"
-    return DataFacts(len(images), 0, latent.channels, latent.size, size_bytes, str(data.path), encoded)
+    written = cache_of(latent, len(images))
+    return DataFacts(len(images), 0, latent.channels, latent.size, size_bytes, str(data.path), written)

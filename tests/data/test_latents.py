@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspn_dit.config import LatentConfig
+from gspn_dit.data.autoencoders import KLAutoencoder
 from gspn_dit.data.latents import AutoencoderLatent, IdentityLatent, create_latent, latent_from_spec, to_uint8
 from gspn_dit.data.vae import load_vae, vae_hash
 from gspn_dit.errors import UserError
@@ -157,6 +159,18 @@ def test_scale_and_shift_may_differ_by_channel(kl: AutoencoderLatent, vae_direct
     moments = torch.zeros(1, 2 * CHANNELS, 4, 4)
     assert latent.draw(moments)[0, :, 0, 0].tolist() == [-2.0, 4.0]
     np.testing.assert_array_equal(latent.decode(latent.draw(moments)), kl.decode(kl.draw(moments)))
+
+
+def test_an_autoencoder_is_asked_for_its_sizes_once(vae_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, asked = KLAutoencoder.encode, []
+
+    def count(self: KLAutoencoder, images: torch.Tensor) -> Any:
+        asked.append(images.shape)
+        return encode(self, images)
+
+    monkeypatch.setattr(KLAutoencoder, "encode", count)
+    create_latent(LatentConfig("kl", str(vae_directory)), 32, 3)
+    assert len(asked) == 1
 
 
 def test_large_latents_are_decoded_in_tiles(vae_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

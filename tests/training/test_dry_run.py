@@ -18,9 +18,10 @@ from gspn_dit.config import Config, DataConfig, LatentConfig, ModelConfig, Train
 from gspn_dit.data.facts import data_facts
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
-from gspn_dit.tasks import TASKS, Plan, Task
+from gspn_dit.tasks import TASKS, Plan, Task, task_class
 from gspn_dit.tasks.class_conditional import ClassConditional
 from gspn_dit.training.dry_run import Estimate, dry_run, estimate, estimate_memory, kept_checkpoints
+from tests.data.tiny_vae import write_vae
 
 ROOT = Path(__file__).parents[2]
 CLASSIFIERS = sorted((ROOT / "configs").glob("imagenet1k_*.yaml"))
@@ -212,6 +213,31 @@ def test_data_that_are_not_there_are_taken_to_be_imagenet() -> None:
     assert (pixels.channels, pixels.size, pixels.bytes) == (3, 32, 1_281_167 * 32 * 32 * 3)
     encoded = data_facts(Config(data=DataConfig("imagefolder", "nowhere", 32), latent=LatentConfig("kl", "some/vae")))
     assert (encoded.channels, encoded.size) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "row"),
+    [
+        # 768 channels of 16×16 of an image and its mirror image in float16: 504 GB a side
+        ("imagefolder", "rae", "would write 1007.55 GB, which is a lot: encode while training"),
+        ("imagefolder", "kl", "would write 41.98 GB, and no step would pay for the encoder"),
+        ("latents", "rae", "1007.55 GB on disk, read once an epoch; data.name imagefolder, latent.name and latent.vae"),
+        ("latents", "kl", None),
+    ],
+)
+def test_large_caches_of_latents_are_advised_against(data: str, kind: Any, row: str | None) -> None:
+    latent = LatentConfig(kind, "some/vae")
+    config = Config(data=DataConfig(data, "nowhere", 256), latent=latent, model=ModelConfig("GSPN-N/1", 32, 2))
+    found = [text for name, text in task_class(config.task).plan(config).rows if name == "latents"]
+    assert found == [] if row is None else row in found[0]
+
+
+def test_a_dry_run_asks_the_autoencoder_that_is_there(tmp_path: Path) -> None:
+    vae = str(write_vae(tmp_path / "vae"))
+    facts = data_facts(Config(data=DataConfig("imagefolder", "nowhere", 32), latent=LatentConfig("kl", vae)))
+    assert (facts.channels, facts.size) == (2, 16)
+    assert facts.cache_bytes == 1_281_167 * 2 * 4 * 16 * 16 * 2
+    assert facts.natural_shift == 1
 
 
 def test_data_that_are_there_are_looked_at() -> None:
