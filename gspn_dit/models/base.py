@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.models.embeddings import (
+    SMOOTH,
     ClassEmbedding,
     ModulatedOutput,
     Modulation,
@@ -56,7 +57,9 @@ class DiffusionModel(nn.Module, ABC):
         self.gradient_checkpointing = False
         """Keep the inputs of blocks alone, and recompute each block in the backward pass."""
         self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
-        self.timestep_embed = TimestepEmbedding(hidden_size, endpoint=timestep_endpoint)
+        self.timestep_embed = TimestepEmbedding(
+            hidden_size, endpoint=timestep_endpoint, scale=SMOOTH if second_time else 1.0
+        )
         self.class_embed = ClassEmbedding(num_classes, hidden_size)
 
     def _finish(self, drop_path_rate: float) -> None:
@@ -66,7 +69,7 @@ class DiffusionModel(nn.Module, ABC):
         self.drop_path_rates = [drop_path_rate * layer / last for layer in range(len(self.blocks))]
         self._initialise()
         if self.second_time:  # last, so that every other weight is that of a model without it
-            self.span_embed = TimestepEmbedding(self.patch_embed.out_features)
+            self.span_embed = TimestepEmbedding(self.patch_embed.out_features, scale=SMOOTH)
             for weight in self.span_embed.mix.parameters():
                 nn.init.zeros_(weight)
 

@@ -78,29 +78,54 @@ def rotate(vectors: Tensor) -> Tensor:
     return turned.flatten(-3).to(vectors.dtype)
 
 
+SMOOTH = 0.01
+"""Scale of timesteps for a model whose derivative in time is learnt from: 10 radians per unit of time at most."""
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoids of the timestep followed by a two-layer MLP (DiT, arXiv 2212.09748).
 
-    The n frequencies are 10000^(-i/n). With `endpoint` they are 10000^(-i/(n-1)), so that the last one is 1/10000:
-    diffusers' `DiTTransformer2DModel` spaces them so, DiT itself does not.
+    The n frequencies are scale · 10000^(-i/n), in radians per timestep. With `endpoint` they are scale ·
+    10000^(-i/(n-1)), so that the last one is scale/10000: diffusers' `DiTTransformer2DModel` spaces them so, DiT itself
+    does not. DiT's scale is 1, and so steep that the derivative in time is noise (sCM, arXiv 2410.11081, section 4.1).
     """
 
-    def __init__(self, hidden_size: int, frequencies: int = 256, endpoint: bool = False) -> None:
+    def __init__(self, hidden_size: int, frequencies: int = 256, endpoint: bool = False, scale: float = 1.0) -> None:
         super().__init__()
-        self.frequencies, self.endpoint = frequencies, endpoint
+        self.frequencies, self.endpoint, self.scale = frequencies, endpoint, scale
         self.expand = nn.Linear(frequencies, hidden_size)
         self.mix = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps [B] in [0, 1000] as [B, hidden_size]."""
+        return self.mix(self.features(timesteps))
+
+    def features(self, timesteps: Tensor) -> Tensor:
+        """Return what the last layer maps, [B, hidden_size], for timesteps [B]."""
         half = self.frequencies // 2
         # In the order of DiT and diffusers: at timestep 999 another rounding of the exponents is seen in the output.
         exponents = -math.log(10_000) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
-        angles = timesteps.to(compute_dtype(self.expand.weight.dtype))[:, None] * torch.exp(
-            exponents / (half - self.endpoint)
-        )
+        scaled = timesteps.to(compute_dtype(self.expand.weight.dtype))[:, None] * self.scale
+        angles = scaled * torch.exp(exponents / (half - self.endpoint))
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mix(F.silu(self.expand(sinusoids.to(self.expand.weight.dtype))))
+        return F.silu(self.expand(sinusoids.to(self.expand.weight.dtype)))
+
+    @torch.no_grad()
+    def imitate(self, other: TimestepEmbedding, ridge: float = 1e-3) -> None:
+        """Fit the last layer to what another embedding says of the timesteps 0, 1, …, 1000: a smooth curve of it.
+
+        Args:
+            other: of the same hidden size.
+            ridge: penalty of the squared weights, relative to the mean variance of `features`.
+        """
+        timesteps = torch.arange(1001.0, device=self.mix.weight.device)
+        features, wanted = self.features(timesteps).double(), other(timesteps).double()
+        middle, mean = features.mean(dim=0), wanted.mean(dim=0)
+        gram = (features - middle).T @ (features - middle)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        weight = torch.linalg.solve(gram, (features - middle).T @ (wanted - mean)).T
+        self.mix.weight.copy_(weight)
+        self.mix.bias.copy_(mean - weight @ middle)
 
 
 class ClassEmbedding(nn.Embedding):

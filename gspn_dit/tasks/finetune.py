@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,19 +12,20 @@ from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
+from gspn_dit.models.embeddings import TimestepEmbedding
 from gspn_dit.models.mixers import unseen_options
 from gspn_dit.models.presets import PRESETS, parse_name
 
 LABEL_TABLE = "class_embed.weight"
-SECOND_TIME = "span_embed."
+FIRST_TIME, SECOND_TIME = "timestep_embed.", "span_embed."
 
 
 def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the EMA weights of a run directory or checkpoint, for a model that a checkpoint describes so.
 
     The label table [classes + 1, C] is resized: a class of the same name keeps its row, the last row stays that of "no
-    class", and a new class keeps the row that the model has. The embedding of a second time stays as it starts, without
-    effect, where the checkpoint has none: a velocity model learns on as a few-step one.
+    class", and a new class keeps the row that the model has. A velocity model learns on as a few-step one: a smooth
+    embedding of times imitates its own, that of a second time stays as it starts, without effect.
 
     Raises UserError if there is no such checkpoint, or it is of another model or of latents of another autoencoder.
     """
@@ -41,7 +43,9 @@ def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapp
                 f"training.initialize_from {checkpoint} belongs to another model: {key} is {value} there "
                 f"and {unseen_now[key]} here"
             )
-    tensors = {**{name: value for name, value in own.items() if name.startswith(SECOND_TIME)}, **tensors}
+    second_time = {name: value for name, value in own.items() if name.startswith(SECOND_TIME)}
+    of_velocity = bool(second_time) and not any(name.startswith(SECOND_TIME) for name in tensors)
+    tensors = {**second_time, **tensors}
     for name in sorted({*tensors, *own}):
         given, needed = tensors.get(name), own.get(name)
         rows = 1 if name == LABEL_TABLE else 0
@@ -52,8 +56,19 @@ def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapp
                 f"and {shapes[1]} here"
             )
     names = description["class_names"]
+    if of_velocity:
+        tensors |= _smoothed(tensors, model.timestep_embed)
     tensors[LABEL_TABLE] = resize_label_table(tensors[LABEL_TABLE], manifest["class_names"], own[LABEL_TABLE], names)
     return tensors
+
+
+def _smoothed(tensors: Mapping[str, Tensor], embedding: TimestepEmbedding) -> dict[str, Tensor]:
+    """Return the weights of a model's embedding of times, fitted to those of a velocity model's tensors."""
+    given = TimestepEmbedding(embedding.mix.out_features, embedding.frequencies, embedding.endpoint)
+    given.load_state_dict({name: tensors[FIRST_TIME + name] for name in given.state_dict()})
+    smooth = copy.deepcopy(embedding)
+    smooth.imitate(given.to(embedding.mix.weight.device))
+    return {FIRST_TIME + name: value for name, value in smooth.state_dict().items()}
 
 
 def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

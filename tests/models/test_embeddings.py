@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspn_dit.models.embeddings import ClassEmbedding, ModulatedOutput, TimestepEmbedding, patchify, unpatchify
+from gspn_dit.models.embeddings import (
+    SMOOTH,
+    ClassEmbedding,
+    ModulatedOutput,
+    TimestepEmbedding,
+    patchify,
+    unpatchify,
+)
 
 
 def test_patchify_by_hand() -> None:
@@ -53,6 +60,36 @@ def test_timestep_sinusoids_by_hand() -> None:
     assert inputs[0][0].tolist() == [1, 1, 0, 0]
     expected = [math.cos(700), math.cos(7), math.sin(700), math.sin(7)]
     assert inputs[0][1].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_scale_slows_every_sinusoid() -> None:
+    """At the scale 0.01, timestep 700 is seen as 7; so half a hundredth of time turns no sinusoid by over 0.1."""
+    embedding, inputs = TimestepEmbedding(4, frequencies=4, scale=SMOOTH), []
+    embedding.expand.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    embedding(torch.tensor([700.0, 705.0]))
+    expected = [math.cos(7), math.cos(0.07), math.sin(7), math.sin(0.07)]
+    assert inputs[0][0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert (inputs[0][1] - inputs[0][0]).abs().max() < 0.05
+
+
+def test_an_embedding_imitates_another() -> None:
+    """What it can say it says exactly; of a curve with noise upon it, it says the curve."""
+    torch.manual_seed(0)
+    smooth, other, steep = (
+        TimestepEmbedding(32, scale=SMOOTH),
+        TimestepEmbedding(32, scale=SMOOTH),
+        TimestepEmbedding(32),
+    )
+    timesteps = torch.linspace(0, 1000, 77)
+    smooth.imitate(other, ridge=1e-12)
+    torch.testing.assert_close(smooth(timesteps), other(timesteps), atol=1e-3, rtol=0)
+
+    def noisy(times: torch.Tensor) -> torch.Tensor:
+        return other(times) + 0.02 * torch.sin(torch.outer(times, torch.linspace(1, 3, 32)))
+
+    steep.forward = noisy  # type: ignore[method-assign]
+    smooth.imitate(steep, ridge=1e-6)
+    assert (smooth(timesteps) - other(timesteps)).abs().max() < 0.01
 
 
 def test_timestep_sinusoids_with_an_endpoint_by_hand() -> None:

@@ -55,21 +55,28 @@ def test_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path: Path, na
 
 @BOTH
 def test_a_velocity_run_is_learnt_on_from(tmp_path: Path, name: str) -> None:
-    """Its weights load, the new embedding has no effect yet; and every other weight starts as without it."""
+    """Its weights load, but a smooth embedding of times imitates its own; that of spans has no effect yet."""
     run_training(tiny_config(tmp_path / "velocity"))
     task = create_task(few_step(tmp_path / "few", name))
-    fresh = create_task(tiny_config(tmp_path / "other")).model.state_dict()
+    fresh = create_task(tiny_config(tmp_path / "other")).model
     own = {key: value.clone() for key, value in task.model.state_dict().items()}
-    assert {key for key in own if key not in fresh} == {key for key in own if key.startswith("span_embed.")}
-    assert all(torch.equal(own[key], value) for key, value in fresh.items())
+    assert {key for key in own if key not in fresh.state_dict()} == {
+        key for key in own if key.startswith("span_embed.")
+    }
+    assert all(torch.equal(own[key], value) for key, value in fresh.state_dict().items())
     task.start_from(str(tmp_path / "velocity"))
     taught = load_tensors(find_checkpoints(tmp_path / "velocity")[4], "ema")
     after = task.model.state_dict()
-    assert all(torch.equal(after[key], taught.get(key, own[key])) for key in after)
+    kept = [key for key in after if not key.startswith("timestep_embed.")]
+    assert all(torch.equal(after[key], taught.get(key, own[key])) for key in kept)
+    fresh.load_state_dict(taught)
     latents, times, labels = torch.randn(3, 1, 8, 8), torch.tensor([100.0, 500.0, 1000.0]), torch.tensor([1, 2, 10])
     with torch.no_grad():
         one, other = (task.model(latents, times, labels, spans=spans) for spans in (None, times))
+        given, smooth = (model.timestep_embed(torch.arange(1001.0)) for model in (fresh, task.model))
     assert torch.equal(one, other) and one.abs().max() > 0
+    assert (given - smooth).mean(dim=0).abs().max() < 1e-5 and (given - smooth).std() < 0.9 * given.std(dim=0).mean()
+    assert (smooth[1:] - smooth[:-1]).abs().max() < 0.1 * (given[1:] - given[:-1]).abs().max()
     run_training(few_step(tmp_path / "few", name, initialize_from=str(tmp_path / "velocity")))
     assert load_tensors(find_checkpoints(tmp_path / "few")[4], "model")["span_embed.mix.weight"].abs().max() > 0
 
