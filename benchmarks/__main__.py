@@ -34,6 +34,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
+    "few_step": ["benchmarks.few_step", "--picture", "docs/few_step.png", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [

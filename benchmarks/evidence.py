@@ -227,6 +227,38 @@ def demo_table(result: Result) -> str:
     )
 
 
+def few_step_table(result: Result) -> str:
+    """Tabulate `benchmarks.few_step`: what was to be shown, FD by number of steps, and what drawing takes."""
+    setting, found = result["setting"], result["summary"]
+    shown = [
+        [row["target"], row["bound"], f"{short(row['value'])} ({row['recipe']})", "yes" if row["met"] else "no"]
+        for row in result["targets"]
+    ]
+    rows = [
+        [
+            recipe,
+            str(next(cell["steps"] for cell in result["cells"] if cell["recipe"] == recipe)),
+            count,
+            mean_and_interval(of_steps["fd"]),
+            ratio_and_interval(of_steps["fd_ratio"]),
+            f"{of_steps['class_agreement']['mean']:.3f}",
+        ]
+        for recipe, by_steps in found.items()
+        for count, of_steps in by_steps.items()
+    ]
+    speed = [[way, f"{one['images_per_second']:,.0f}", f"{one['spread']:.0%}"] for way, one in result["speed"].items()]
+    seeds = len({cell["seed"] for cell in result["cells"]})
+    head = ["recipe", "training steps", "steps", "FD", "FD ÷ velocity's in 50", "class agreement"]
+    return (
+        table(["to be shown", "bound", "best of equal training time", "met"], shown)
+        + f"\n{table(head, rows)}\n{table(['objective, steps', 'images per second', 'spread'], speed)}"
+        + f"\n{plural(seeds, 'paired seed')}, {setting['seconds']:g} s of one thread for a recipe of equal training "
+        + f"time, {setting['samples']:,} samples each, guidance {setting['guidance_scale']} (two calls a step of a "
+        + f"velocity model). Trained at {', '.join(sorted({cell['commit'] for cell in result['cells']}))}. "
+        + f"{provenance(result)}\n"
+    )
+
+
 def _score(value: Any) -> str:
     if isinstance(value, dict):
         return f"{short(value['mean'])} ± {short(value['std'], 2)}"
@@ -352,6 +384,7 @@ STUDIES = {
     "ablations_block": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion_block": Study(EVIDENCE, quality_table),
     "resolution": Study(EVIDENCE, resolution_table, plot_resolution),
+    "few_step": Study(OBJECTIVES, few_step_table),
     "demo": Study(README, demo_table),
     "memory": Study(SCALE, memory_table),
     "cuda_traffic": Study(KERNELS, cuda_traffic_table),

@@ -87,7 +87,7 @@ class TimestepEmbedding(nn.Module):
 
     The n frequencies are scale · 10000^(-i/n), in radians per timestep. With `endpoint` they are scale ·
     10000^(-i/(n-1)), so that the last one is scale/10000: diffusers' `DiTTransformer2DModel` spaces them so, DiT itself
-    does not. DiT's scale is 1, and so steep that the derivative in time is noise (sCM, arXiv 2410.11081, section 4.1).
+    does not. DiT's scale is 1, and so steep that the derivative in time is noise (sCM, arXiv 2410.11081).
     """
 
     def __init__(self, hidden_size: int, frequencies: int = 256, endpoint: bool = False, scale: float = 1.0) -> None:
