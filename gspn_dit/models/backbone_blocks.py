@@ -36,6 +36,8 @@ class BlockOptions:
     """Add a depthwise 3×3 convolution of the tokens to them before the mixer and before the feed-forward (GSPN-2)."""
     unit_gates: bool = False
     """Start gates that keep the tokens' scale (`GSPNMixer.initialise`) instead of deviations of 0.02."""
+    unit_maps: bool = False
+    """Start maps and convolutions that keep the tokens' scale, too; 0.02 is small for narrow blocks."""
 
 
 class GlobalResponseNorm(nn.Module):
@@ -101,6 +103,21 @@ class ConvNorm(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [B, H, W, C] to [B, ⌈H/stride⌉, ⌈W/stride⌉, out_channels]."""
         return self.norm(self.conv(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class ConvResidual(nn.Module):
+    """x + conv(GELU(conv(LayerNorm(x)))) with 3×3 convolutions, for what scans on a fine grid would be costly for."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=NORM_EPSILON)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [B, H, W, C]."""
+        branch = self.second(F.gelu(self.first(self.norm(tokens).permute(0, 3, 1, 2))))
+        return tokens + branch.permute(0, 2, 3, 1)
 
 
 class BackboneMixer(nn.Module):
@@ -202,14 +219,16 @@ class Stage(nn.Module):
         return tokens
 
 
-def initialise(model: nn.Module, unit_gates: bool) -> None:
+def initialise(model: nn.Module, unit_maps: bool = False, unit_gates: bool = False) -> None:
     """Draw weights of maps and convolutions from a truncated normal of deviation 0.02; biases start at zero.
 
-    With `unit_gates` the scans' gates are then drawn so that they keep the tokens' scale.
+    With `unit_maps` the deviation is 1/√n, n inputs to each output. With `unit_gates` the scans' gates are then drawn so
+    that they keep the tokens' scale.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            deviation = module.weight[0].numel() ** -0.5 if unit_maps else 0.02
+            nn.init.trunc_normal_(module.weight, std=deviation, a=-2.0, b=2.0)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():

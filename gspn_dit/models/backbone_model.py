@@ -17,6 +17,7 @@ from gspn_dit.models.backbone_blocks import (
     BackboneBlock,
     BlockOptions,
     ConvNorm,
+    ConvResidual,
     Stage,
     initialise,
 )
@@ -41,6 +42,8 @@ class Architecture(BlockOptions):
     """Stages, from 0, with global propagation in their first seven blocks and every seventh; all others are local."""
     stem_stride: int = 4
     """1, 2 or 4: stride of the first stage; each further stage has twice that of the one before."""
+    stem_blocks: int = 0
+    """Residual pairs of 3×3 convolutions between the stem's two convolutions."""
 
     def __post_init__(self) -> None:
         for name in ("widths", "depths", "global_stages"):
@@ -56,6 +59,7 @@ class Architecture(BlockOptions):
                 f"global_stages is {self.global_stages}, but the stages are 0 to {stages - 1}",
             ),
             (self.stem_stride not in STEM_STRIDES, f"stem_stride is {self.stem_stride}, but must be 1, 2 or 4"),
+            (self.stem_blocks < 0, f"stem_blocks is {self.stem_blocks}, but must be at least 0"),
             (self.window < 1, f"window is {self.window}, but must be at least 1"),
             (self.expansion * min(self.widths, default=2) < 1, f"expansion {self.expansion} leaves no channel"),
             (
@@ -129,8 +133,10 @@ class GSPNBackbone(nn.Module):
         self.in_chans, self.drop_rate, self.global_pool = in_chans, drop_rate, global_pool
         widths, depths = architecture.widths, architecture.depths
         first, second = STEM_STRIDES[architecture.stem_stride]
+        half = widths[0] // 2
+        between = [ConvResidual(half) for _ in range(architecture.stem_blocks)]
         self.stem = nn.Sequential(
-            ConvNorm(in_chans, widths[0] // 2, first), nn.GELU(), ConvNorm(widths[0] // 2, widths[0], second)
+            ConvNorm(in_chans, half, first), nn.GELU(), *between, ConvNorm(half, widths[0], second)
         )
         rates = [drop_path_rate * block / max(1, sum(depths) - 1) for block in range(sum(depths))]
         self.drop_path_rates = [rate for rate in rates for _ in range(2)]
@@ -156,7 +162,7 @@ class GSPNBackbone(nn.Module):
         self.num_features = self.head_hidden_size = widths[-1]
         self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=NORM_EPSILON)
         self.head: nn.Module = nn.Identity()
-        initialise(self, architecture.unit_gates)
+        initialise(self, architecture.unit_maps, architecture.unit_gates)
         self.reset_classifier(num_classes, global_pool)
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(architecture, num_classes, in_chans, image_size)
 
@@ -248,7 +254,7 @@ class GSPNBackbone(nn.Module):
         if num_classes:
             weight = next(self.parameters())
             self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-            initialise(self.head, unit_gates=False)
+            initialise(self.head)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -51,7 +51,15 @@ BACKBONES = {
     "gspn2_small": Preset(_shared(96, (3, 5, 15, 3)), 0.4),
     "gspn2_base": Preset(_shared(120, (4, 4, 15, 4)), 0.5),
     "gspn_nano": Preset(
-        Architecture(unit_gates=True, widths=(32, 64, 128), depths=(2, 2, 2), global_stages=(1, 2), stem_stride=2),
+        Architecture(
+            expansion=1.0,
+            unit_gates=True,
+            unit_maps=True,
+            widths=(64, 128),
+            depths=(2, 2),
+            global_stages=(0, 1),
+            stem_blocks=1,
+        ),
         0.05,
         (32, 32),
     ),
@@ -122,7 +130,7 @@ def gspn2_base(**options: Any) -> GSPNBackbone:
 
 
 def gspn_nano(**options: Any) -> GSPNBackbone:
-    """This project's own, of three stages, for images of 28 or 32 pixels; options as in `create_backbone`."""
+    """This project's own, of two stages, for images of 28 or 32 pixels; options as in `create_backbone`."""
     return create_backbone("gspn_nano", **options)
 
 

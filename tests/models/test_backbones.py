@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.errors import UserError
-from gspn_dit.models.backbone_blocks import BackboneBlock, BackboneMixer, GlobalResponseNorm, Residual
+from gspn_dit.models.backbone_blocks import BackboneBlock, BackboneMixer, ConvResidual, GlobalResponseNorm, Residual
 from gspn_dit.models.backbone_model import Architecture, GSPNBackbone
 from gspn_dit.models.backbones import BACKBONES, create_backbone, gspn_nano, gspn_tiny, load_backbone
 from gspn_dit.models.mixers import GSPNMixer
@@ -61,7 +61,7 @@ def test_published_sizes(name: str, parameters: int, released: int) -> None:
         ("gspn2_tiny", 23_824_036),
         ("gspn2_small", 51_014_880),
         ("gspn2_base", 88_999_516),
-        ("gspn_nano", 858_208),
+        ("gspn_nano", 742_520),
     ],
 )
 def test_own_sizes(name: str, parameters: int) -> None:
@@ -205,8 +205,28 @@ def test_initialisation() -> None:
             assert not parameter.any(), name
         else:
             assert (parameter == 1).all(), name
-    gates = gspn_nano().stages[0].blocks[0].mixer.scan.to_input_gate.weight  # type: ignore[index, union-attr]
+    own = gspn_nano()
+    gates = own.stages[0].blocks[0].mixer.scan.to_input_gate.weight  # type: ignore[index, union-attr]
     assert gates.std().item() == pytest.approx(4**-0.25 / 8**0.5, rel=0.1)
+    between = own.stem[2]
+    assert isinstance(between, ConvResidual)
+    assert between.first.weight.std().item() == pytest.approx((9 * 32) ** -0.5, rel=0.05)
+    assert own.blocks[0].mlp.contract.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)  # type: ignore[union-attr]
+    assert own.head.weight.std().item() == pytest.approx(0.02, rel=0.05)  # type: ignore[union-attr]
+
+
+def test_convolutions_between_those_of_the_stem() -> None:
+    torch.manual_seed(0)
+    block = ConvResidual(3)
+    tokens = torch.randn(2, 5, 4, 3)
+    images = block.norm(tokens).permute(0, 3, 1, 2)
+    branch = block.second(torch.nn.functional.gelu(block.first(images)))
+    torch.testing.assert_close(block(tokens), tokens + branch.permute(0, 2, 3, 1))
+    plain, more = (
+        create_backbone("gspn_tiny", widths=(8,), depths=(1,), global_stages=(), stem_blocks=n) for n in (0, 2)
+    )
+    # Two of two convolutions of 4 to 4 channels on the grid behind the stem's first convolution.
+    assert more.multiply_adds(9, 7) - plain.multiply_adds(9, 7) == 2 * 2 * 5 * 4 * 9 * 4 * 4
 
 
 # -- stochastic depth ------------------------------------------------------------------------------------------------
@@ -341,6 +361,7 @@ def test_what_cannot_be_saved_or_loaded(tmp_path: Path) -> None:
         ({"widths": (1, 2, 4, 8)}, "widths is .*at least 2"),
         ({"depths": (1, 0, 1, 1)}, "depths is .*at least 1"),
         ({"global_stages": (4,)}, "global_stages is .*0 to 3"),
+        ({"stem_blocks": -1}, "stem_blocks is -1, but must be at least 0"),
         ({"stem_stride": 3}, "stem_stride is 3, but must be 1, 2 or 4"),
         ({"window": 0}, "window is 0"),
         ({"local_kernel": 4}, "local_kernel is 4, but must be odd"),
