@@ -222,7 +222,7 @@ class Stage(nn.Module):
 def initialise(model: nn.Module, unit_maps: bool = False, unit_gates: bool = False) -> None:
     """Draw weights of maps and convolutions from a truncated normal of deviation 0.02; biases start at zero.
 
-    With `unit_maps` the deviation is 1/√n, n inputs to each output. With `unit_gates` the scans' gates are then drawn so
+    With `unit_maps` the deviation is 1/√n for n inputs to an output; with `unit_gates` the scans' gates are drawn so
     that they keep the tokens' scale.
     """
     for module in model.modules():
