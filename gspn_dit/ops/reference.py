@@ -43,12 +43,10 @@ def propagation_weights(logits: Tensor, order: list[tuple[int, bool]]) -> Tensor
 
     The softmax is written out: torch's own rounds a value by where in memory it lies, hence by the number of threads.
     """
-    lines, positions = logits.shape[1:3]
-    absent = torch.zeros(positions, 3, 1, dtype=torch.bool)
-    absent[:1, 0] = True
-    absent[-1:, 2] = True
-    restarts = torch.zeros(lines, 1, 1, 1, dtype=torch.bool)
-    restarts[[line for line, restart in order if restart]] = True
+    positions = logits.shape[2]
+    place = torch.arange(positions)
+    absent = torch.stack([place == 0, place < 0, place == positions - 1], dim=1)[..., None]  # [positions, 3, 1]
+    restarts = torch.cat([torch.full((1, 1, 1, 1), restart) for _, restart in sorted(order)])  # [lines, 1, 1, 1]
     absent, restarts = absent.to(logits.device), restarts.to(logits.device)
     used = logits.masked_fill(absent | restarts, 0.0)
     log_sigmoids = F.logsigmoid(used).masked_fill(absent, float("-inf"))

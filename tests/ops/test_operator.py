@@ -195,3 +195,23 @@ def test_a_deep_global_scan_is_accurate() -> None:
     assert_close(y, expected, "y")
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         assert_close(gradient, other, "gradient")
+
+
+def test_both_scans_decompose_into_operators_of_pytorch() -> None:
+    """In a program of `torch.export`, in every direction, with a window and weights that channels share."""
+    from gspn_dit.ops.decompositions import scan_decompositions
+
+    class Both(torch.nn.Module):
+        def forward(self, x: Tensor, logits: Tensor, gate: Tensor, proxy: Tensor, maps: Tensor) -> Tensor:
+            scanned = gspn_scan(x, logits, gate, gate, window=2)
+            weights = (maps[:12], maps[:16], maps[16:], torch.ones(4))
+            return gspn_scan_from_proxy(scanned, proxy, *weights, maps[:4])
+
+    torch.manual_seed(0)
+    shapes = ((2, 3, 5, 4), (2, 3, 5, 4, 3, 2), (2, 3, 5, 4, 4), (2, 3, 5, 6), (32, 6))
+    tensors = tuple(torch.randn(shape) for shape in shapes)
+    program = torch.export.export(Both(), tensors)
+    assert sum("gspn_dit" in str(node.target) for node in program.graph.nodes) > 0
+    plain = program.run_decompositions(scan_decompositions())
+    assert not [node for node in plain.graph.nodes if "gspn_dit" in str(node.target)]
+    torch.testing.assert_close(plain.module()(*tensors), Both()(*tensors))
