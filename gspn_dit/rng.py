@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -80,11 +80,17 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-def data_indices(seed: int, numbers: Sequence[int], size: int) -> np.ndarray:
-    """Return the data set index of each sample number, int64: epoch n // size visits every item once."""
+def data_indices(
+    seed: int, numbers: Sequence[int], size: int, order: Callable[[int], np.ndarray] | None = None
+) -> np.ndarray:
+    """Return the data set index of each sample number, int64: epoch n // size visits every item once.
+
+    `order` maps an epoch to the order of its items; None for `permutation`.
+    """
     epochs, positions = np.divmod(np.asarray(numbers, dtype=np.int64), size)
     indices = np.empty_like(epochs)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        indices[chosen] = permutation(seed, int(epoch), size)[positions[chosen]]
+        items = permutation(seed, int(epoch), size) if order is None else order(int(epoch))
+        indices[chosen] = items[positions[chosen]]
     return indices

@@ -13,7 +13,13 @@ from gspn_dit.class_names import resolve_class
 from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory, run_cli
 from gspn_dit.files import cannot_hold, is_npz
 from gspn_dit.paths import path_argument
-from gspn_dit.sampling_options import add_sampling_options, check_sampling_options, choose_device, memory_advice
+from gspn_dit.sampling_options import (
+    add_sampling_options,
+    check_sampling_options,
+    choose_device,
+    memory_advice,
+    parse_size,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,6 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         help="prompts, one a line, or a metadata.jsonl whose texts are taken")  # fmt: skip
     parser.add_argument("--per-class", type=int, default=8, metavar="N",
                         help="images per class or prompt (default: 8)")  # fmt: skip
+    parser.add_argument("--size", metavar="HxW",
+                        help="height and width of the images in pixels (default: as trained)")  # fmt: skip
     parser.add_argument("--order", choices=("grouped", "interleaved"), default="grouped",
                         help="order of the labels: 000111… or 010101… (default: grouped)")  # fmt: skip
     parser.add_argument(
@@ -48,6 +56,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         raise UserError("--prompt is empty; say what to draw")
     if options.prompt and (options.classes != "all" or options.guide_checkpoint):
         raise UserError("--prompt does not go with --classes or --guide-checkpoint; leave one of them out")
+    if options.prompt and options.size:
+        raise UserError("--prompt does not go with --size; leave one of them out")
+    try:
+        options.size = parse_size(options.size, "--size") if options.size else (None, None)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     _check_outputs(options)
     return options
 
@@ -165,6 +179,8 @@ def _generate(options: argparse.Namespace, device: str) -> tuple[Any, list[int],
                 sampler=options.sampler,
                 sampling_shift=options.sampling_shift,
                 seed=options.seed,
+                height=options.size[0],
+                width=options.size[1],
                 output_type="np",
                 on_chunk=show,
             ).images

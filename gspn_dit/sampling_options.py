@@ -85,6 +85,18 @@ def add_sampling_options(
     add("--device", help="cpu, cuda, … (default: the accelerator if there is one, else cpu)")
 
 
+def parse_size(text: str, key: str) -> tuple[int, int]:
+    """Return height and width of "HxW"; raises ValueError, which names the key, for anything else.
+
+    >>> parse_size("24x40", "--size")
+    (24, 40)
+    """
+    height, by, width = text.lower().replace("×", "x").partition("x")
+    if not (by and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"{key} is {text}, but must be HEIGHTxWIDTH in pixels, such as 24x40")
+    return int(height), int(width)
+
+
 def check_sampling_options(options: argparse.Namespace, *counts: str) -> None:
     """Check what can be checked without the checkpoint; `counts` are further numbers of at least 1.
 

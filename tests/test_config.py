@@ -301,6 +301,9 @@ OUT_OF_RANGE = [
     (ModelConfig, "drop_path_rate", -0.1),
     (DataConfig, "validation_fraction", 0.6),
     (DataConfig, "image_size", 0),
+    (DataConfig, "buckets", ["24x40"]),
+    (DataConfig, "buckets", ["24 40"]),
+    (DataConfig, "buckets", ["0x40"]),
     (ObjectiveConfig, "logit_normal_std", 0.0),
     (ObjectiveConfig, "timestep_shift", 0.0),
     (ObjectiveConfig, "sampling_shift", 0.0),
@@ -472,12 +475,13 @@ def no_default() -> Config:
 def test_the_example_of_round_trips_leaves_no_default() -> None:
     defaults = dict(flatten(Config().to_dict()))
     same = {key for key, value in flatten(no_default().to_dict()) if value == defaults.get(key)}
-    # What a DiT has not, what alone can have a teacher, and what epsilon does not go with.
-    assert same == {"model.long_skips", "model.conditioning", "unet.mixer", "objective.prediction"}
+    # What a DiT has not, what alone can have a teacher, and what epsilon and text-to-image do not go with.
+    assert same == {"model.long_skips", "model.conditioning", "unet.mixer", "objective.prediction", "data.buckets"}
 
 
 GSPN_OPTIONS = Config(
     model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero"),
+    data=DataConfig(image_size=32, buckets=["24x40", "40x24"]),
     objective=ObjectiveConfig(prediction="data"),
 )
 

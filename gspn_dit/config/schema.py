@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from gspn_dit.config.classification import ClassificationConfig
 from gspn_dit.config.section import Section, require
-from gspn_dit.sampling_options import check_guidance
+from gspn_dit.sampling_options import check_guidance, parse_size
 
 SCAN_DIRECTIONS = ("right", "left", "down", "up")
 """`gspn_dit.ops.DIRECTIONS`, which would load torch."""
@@ -128,6 +129,9 @@ class DataConfig(Section):
     """Images of a stream that are shuffled among themselves."""
     caption_column: str = "text"
     """Where the captions are, one or several for an image: a key of metadata.jsonl or a column; text-to-image alone."""
+    buckets: list[str] = field(default_factory=list)
+    """Sizes of training images, HEIGHTxWIDTH in pixels, such as [32x32, 24x40, 40x24]: each image is resized and
+    cropped to the one of the nearest aspect. Empty: squares of image_size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +143,19 @@ class DataConfig(Section):
         )
         block = self.streaming_shuffle_images
         require(block >= 1, f"data.streaming_shuffle_images is {block}, but must be at least 1")
+        sizes = self.bucket_sizes()
+        require(
+            not sizes or self.image_size is not None,
+            "data.buckets needs data.image_size: the side of squares of about their area, which previews show",
+        )
+        require(
+            len({Fraction(*size) for size in sizes}) == len(sizes),
+            f"data.buckets is {self.buckets}, of which two have the same aspect; keep one of them",
+        )
+
+    def bucket_sizes(self) -> list[tuple[int, int]]:
+        """Return height and width of each of `buckets`; raises ValueError for one that is no size."""
+        return [parse_size(text, "data.buckets") for text in self.buckets]
 
 
 @dataclass(frozen=True)
@@ -457,6 +474,10 @@ class Config(Section):
         super().__post_init__()
         require(bool(self.output_dir), "output_dir is empty, but must name a directory")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}, but must lie in [0, 2^63)")
+        require(
+            not self.data.buckets or self.task not in ("text-to-image", "classification"),
+            f"data.buckets does not go with task {self.task}; leave it out",
+        )
         pixels, encoded = self.latent.name == "identity", self.data.name == "latents"
         require(
             pixels or encoded or bool(self.latent.vae),

@@ -93,8 +93,13 @@ def mirror(pixels: np.ndarray, flips: np.ndarray) -> np.ndarray:
     return np.where(flips[:, None, None, None], pixels[:, :, ::-1], pixels) if flips.any() else pixels
 
 
-def draw_posterior(latent: Latent, seed: int, stream: rng.Stream, numbers: Sequence[int]) -> Tensor | None:
-    """Return the noise that draws latents from posteriors, by number [B, C, h, w], or None where there are none."""
+def draw_posterior(
+    latent: Latent, seed: int, stream: rng.Stream, numbers: Sequence[int], size: tuple[int, int] | None = None
+) -> Tensor | None:
+    """Return the noise that draws latents from posteriors, by number [B, C, h, w], or None where there are none.
+
+    `size` is (h, w); None for the latent's own.
+    """
     if not latent.has_posterior:
         return None
-    return rng.normal(seed, stream, numbers, (latent.channels, latent.size, latent.size))
+    return rng.normal(seed, stream, numbers, (latent.channels, *(size or (latent.size, latent.size))))

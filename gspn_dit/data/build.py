@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gspn_dit.config import Config
 from gspn_dit.data.batches import Batches, LatentBatches
+from gspn_dit.data.buckets import BucketBatches
 from gspn_dit.data.images import ImageSet, evenly_spaced, load_splits
 from gspn_dit.data.latent_shards import LatentSet
 from gspn_dit.data.latents import AutoencoderLatent, Latent, create_latent, latent_from_spec
@@ -53,7 +54,7 @@ class Data:
     """What the sections `data` and `latent` of a config stand for."""
 
     training: TrainingBatches
-    validation: Batches | LatentBatches | None
+    validation: Batches | LatentBatches | BucketBatches | None
     """None if the source has no validation split and `data.validation_fraction` is 0."""
     latent: Latent
     fingerprint: str
@@ -70,6 +71,9 @@ def build_data(config: Config) -> Data:
     """Open what a config names; raises UserError for whatever does not exist or does not fit."""
     data = config.data
     source = find_source(data.name)
+    if data.buckets and (data.streaming or source.images is None):
+        kind = "data.streaming" if data.streaming else f"data.name {data.name}"
+        raise UserError(f"data.buckets does not go with {kind}: it needs images that can be asked for; leave it out")
     if data.streaming:
         if source.stream is None:
             able = ", ".join(name for name, source in SOURCES.items() if source.stream is not None)
@@ -83,13 +87,20 @@ def _build_images(config: Config) -> Data:
     training, held_out = load_splits(data.name, data.path, data.image_size, data.validation_fraction)
     latent = create_latent(config.latent, training.image_size, training.channels)
     training = dataclasses.replace(training, channels=latent.image_channels)
-    validation = None
     if held_out is not None:
-        validation = Batches(dataclasses.replace(held_out, channels=latent.image_channels), latent, config.seed)
-    batches = Batches(training, latent, config.seed, data.horizontal_flip)
+        held_out = dataclasses.replace(held_out, channels=latent.image_channels)
+    batches: Batches | BucketBatches
+    validation: Batches | BucketBatches | None
+    if sizes := data.bucket_sizes():
+        batches = BucketBatches(training, latent, config.seed, sizes, data.horizontal_flip)
+        validation = None if held_out is None else BucketBatches(held_out, latent, config.seed, sizes)
+    else:
+        batches = Batches(training, latent, config.seed, data.horizontal_flip)
+        validation = None if held_out is None else Batches(held_out, latent, config.seed)
     try:  # every process decodes the same images before anything is written, so one of them tells
-        for part in filter(None, (batches, validation)):
-            part.decode_small_set()
+        batches.decode_small_set()
+        if validation is not None:
+            validation.decode_small_set()
         return Data(batches, validation, latent, fingerprint(training))
     except LocalUserError as error:
         raise UserError(str(error)) from None

@@ -22,26 +22,30 @@ _QUARTER_TURNS = (5, 6, 7, 8)
 
 
 def decode_cell(
-    cell: dict[str, Any] | None, row: int | str, size: int, channels: int, crop: bool
+    cell: dict[str, Any] | None, row: int | str, size: int | tuple[int, int], channels: int, crop: bool
 ) -> tuple[np.ndarray, str]:
-    """Decode an undecoded image to uint8 [size, size, channels]; return it and the mode it had, such as "L" or "CMYK".
+    """Decode an undecoded image to uint8 [H, W, channels]; return it and the mode it had, such as "L" or "CMYK".
 
     Args:
         cell: {"bytes": …, "path": …}, one of them None.
         row: its number, or in words where it lies, for an image without a path.
+        size: height and width; one number for a square.
+        channels: 1 or 3.
+        crop: whether an image of another size is resized and centre-cropped.
 
     Raises:
         LocalUserError: it cannot be read, or has another size and shall not be cropped; names its file or row.
     """
     place = place_of(cell, row)
+    height, width = (size, size) if isinstance(size, int) else size
     image, mode = _decode(_content(cell, place), place, channels)
-    if image.size != (size, size):
+    if image.size != (width, height):
         if not crop:
             raise LocalUserError(
-                f"image {place} is {image.size[0]}x{image.size[1]}, the others {size}x{size}; "
+                f"image {place} is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
                 "set data.image_size and every image is centre-cropped and resized to it"
             )
-        image = center_crop(image, size)
+        image = center_crop(image, height, width)
     return as_pixels(image), mode
 
 
@@ -117,23 +121,23 @@ def read_cell_header(cell: dict[str, Any] | None, row: int | str) -> tuple[tuple
     return read_header(content, place)
 
 
-def center_crop(image: Image, size: int) -> Image:
-    """The largest centred square of an image, resized to `size`, as ADM (arXiv 2105.05233) prepares ImageNet.
+def center_crop(image: Image, height: int, width: int | None = None) -> Image:
+    """The largest centred part of an image of the wanted aspect, resized, as ADM (arXiv 2105.05233) prepares ImageNet.
 
-    Halves with a box filter while the short side is at least 2·size, then bicubic to a short side of `size`.
+    Halves with a box filter while both sides are at least twice as long as wanted, then bicubic until the image just
+    covers height × width. `width` None is for a square.
     """
     from PIL.Image import Resampling
 
-    while min(image.size) >= 2 * size:
-        width, height = image.size
-        image = image.resize((width // 2, height // 2), Resampling.BOX)
-    width, height = image.size
-    if min(width, height) != size:
-        scale = size / min(width, height)
-        width, height = round(width * scale), round(height * scale)
-        image = image.resize((width, height), Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    width = height if width is None else width
+    while image.size[0] >= 2 * width and image.size[1] >= 2 * height:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Resampling.BOX)
+    scale = max(width / image.size[0], height / image.size[1])
+    if scale != 1:
+        covering = (max(width, round(image.size[0] * scale)), max(height, round(image.size[1] * scale)))
+        image = image.resize(covering, Resampling.BICUBIC)
+    left, top = (image.size[0] - width) // 2, (image.size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def place_of(cell: dict[str, Any] | None, row: int | str) -> str:

@@ -81,18 +81,18 @@ class ImageSet:
     def pixels(
         self,
         indices: Sequence[int] | np.ndarray | None = None,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
     ) -> np.ndarray:
         """Decode the rows `indices` (default: all).
 
         Args:
             indices: row numbers, [n].
-            image_size: centre-crop and resize to this size instead of the set's own.
+            image_size: centre-crop and resize to this size, or height and width, instead of the set's own.
             channels: 1 (greyscale) or 3 (RGB) instead of the set's own.
 
         Returns:
-            uint8 array [n, image_size, image_size, channels].
+            uint8 array [n, H, W, channels].
 
         Raises:
             LocalUserError: an image that cannot be read, or has another size than the set; names its file.
@@ -103,7 +103,8 @@ class ImageSet:
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, not {channels}")
         crop = self.crop or image_size is not None
-        out = np.empty((len(rows), size, size, channels), dtype=np.uint8)
+        height, width = (size, size) if isinstance(size, int) else size
+        out = np.empty((len(rows), height, width, channels), dtype=np.uint8)
         for start in range(0, len(rows), DECODE_CHUNK):
             chunk = rows[start : start + DECODE_CHUNK]
             for offset, cell in enumerate(self.cells(chunk)):

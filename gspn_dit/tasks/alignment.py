@@ -6,7 +6,7 @@ so that a model trained with it is saved and sampled like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,7 @@ class Alignment:
         finally:
             hook.remove()
 
-    def loss(self, numbers: range) -> Tensor:
+    def loss(self, numbers: Sequence[int]) -> Tensor:
         """Return weight · (1 - mean cosine) of the tokens that were read, whose sample numbers these are."""
         assert self.tokens is not None
         tokens, self.tokens = self.tokens, None
@@ -102,6 +102,7 @@ def check_alignment(config: Config, model: DiffusionModel, images: int, latent_s
         ("training.compile", settings.compile),
         ("data.horizontal_flip", config.data.horizontal_flip),  # the features are of images as they are
         ("data.streaming", config.data.streaming),
+        ("data.buckets", bool(config.data.buckets)),
         # Several passes a step, of which one alone could be read.
         (f"objective.name {config.objective.name}", create_objective(config.objective).second_time),
     ):

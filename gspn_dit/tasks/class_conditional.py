@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.config import Config
+from gspn_dit.data.buckets import BucketBatches
 from gspn_dit.data.build import build_data
 from gspn_dit.data.facts import data_facts
 from gspn_dit.data.latents import refuse_other_vae
@@ -56,6 +57,7 @@ class ClassConditional(GenerativeTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = _create_model(arguments)
+        _check_buckets(config, self.latent.factor * self.model.patch_size)
         self.latents_found: tuple[str, ...] = ()
         """What a look at a few of them said, once they are on the device."""
         self.alignment: Alignment | None = None
@@ -123,6 +125,14 @@ class ClassConditional(GenerativeTask):
     # -- training ------------------------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, numbers: range) -> dict[str, Tensor]:
+        if not isinstance(self.train_data, BucketBatches):
+            return self._loss(model, numbers)
+        parts = self.train_data.parts(numbers)
+        shares = [(len(part) / len(numbers), self._loss(model, part)) for part in parts]
+        return {name: sum(share * means[name] for share, means in shares) for name in shares[0][1]}  # type: ignore[misc]
+
+    def _loss(self, model: nn.Module, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Return the mean losses of samples of one size."""
         settings = self.config.training
         latents, labels = self.train_data.shuffled(numbers)
         draws = training_draws(
@@ -154,6 +164,14 @@ class ClassConditional(GenerativeTask):
 
     def validate(self, model: nn.Module, indices: range) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the loss of fixed images, times and noise, and the same by quartile of t."""
+        if not isinstance(self.validation_data, BucketBatches):
+            return self._validate(model, indices)
+        parts = [self._validate(model, part) for part in self.validation_data.parts_at(indices)]
+        summed = {name: [sum(pair) for pair in zip(*(part[name] for part in parts))] for name in parts[0]}
+        return {name: (total, count) for name, (total, count) in summed.items()}
+
+    def _validate(self, model: nn.Module, indices: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the figures of images of one size."""
         assert self.validation_data is not None
         latents, labels = self.validation_data.at(indices)
         draws = validation_draws(self.config.seed, indices, self.validation_count, latents, labels, self.objective)
@@ -193,11 +211,15 @@ class ClassConditional(GenerativeTask):
 
     @property
     def _reference(self) -> Any:
-        """Training images; of a stream, which cannot be asked for an image, the held-out ones."""
+        """Training images; of a stream, which cannot be asked for one, the held-out ones; None of several sizes."""
+        if self.config.data.buckets:
+            return None
         return self.validation_data if self.config.data.streaming else self.train_data
 
     @property
     def reference_count(self) -> int:
+        if self.config.data.buckets:
+            raise UserError("training.fd_every does not go with data.buckets, whose images share no size; leave it out")
         if self._reference is None:
             raise UserError("training.fd_every: a stream without a validation split has no images to compare with")
         return len(self._reference.images)
@@ -225,6 +247,8 @@ class ClassConditional(GenerativeTask):
         images, latent = self.train_data.images, self.latent
         text = f"{self.config.data.path or images.name}: {len(images):,} images of {images.num_classes:,} classes, "
         text += f"{latent.image_size}x{latent.image_size} {'grey' if latent.image_channels == 1 else 'RGB'}"
+        if isinstance(self.train_data, BucketBatches):
+            text += f" and in buckets {self.train_data.describe()}"
         if latent.factor > 1:
             text += f", as latents {latent.channels}x{latent.size}x{latent.size}"
         if self.validation_data is None:
@@ -239,6 +263,16 @@ class ClassConditional(GenerativeTask):
     def start_from(self, checkpoint: str) -> None:
         """Take EMA weights; a class of the same name keeps its row of the label table."""
         self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))
+
+
+def _check_buckets(config: Config, multiple: int) -> None:
+    """Raise UserError for sizes that are not divisible by a patch's side in pixels."""
+    for height, width in config.data.bucket_sizes():
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"data.buckets: {height}x{width} is not divisible by {multiple}, the pixels of a patch's side; "
+                "choose other sizes"
+            )
 
 
 def _check_derivative(config: Config) -> None:
