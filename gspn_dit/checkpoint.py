@@ -25,13 +25,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gspn_dit.errors import UserError
+from gspn_dit.errors import UserError, nearest
 from gspn_dit.files import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "config.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_SUFFIX = ".partial"
+BUILTIN = "builtin:"
+"""What the name of a checkpoint that travels in the package begins with, as in "builtin:digits"."""
+_BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 def checkpoint_directory(run_directory: str | os.PathLike[str], step: int) -> Path:
@@ -192,14 +195,15 @@ def _all_checkpoints(run_directory: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint that a path names: one checkpoint, or the newest complete one of a run directory.
+    """Return the checkpoint that is meant: one in a directory, the newest complete one of a run, or "builtin:NAME".
 
     Raises UserError where there is none, saying what is wrong.
     """
-    path = Path(path)
+    path = _builtin_directory(os.fspath(path)) if is_builtin(path) else Path(path)
     if not path.is_dir():
         raise UserError(
-            f"checkpoint {path} does not exist; give a run directory or one of its checkpoints/step-XXXXXXXX"
+            f"checkpoint {path} does not exist; give a run directory or one of its checkpoints/step-XXXXXXXX, "
+            f"or {BUILTIN}digits"
         )
     if (path / "checkpoints").is_dir():
         complete = find_checkpoints(path)
@@ -210,6 +214,20 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
     if problem is not None:
         raise UserError(f"{path} is not a complete checkpoint: {problem}")
     return path
+
+
+def is_builtin(name: str | os.PathLike[str]) -> bool:
+    """Tell whether a name is that of a checkpoint in the package, such as "builtin:digits"."""
+    return os.fspath(name).startswith(BUILTIN)
+
+
+def _builtin_directory(name: str) -> Path:
+    known = sorted(path.parent.name for path in _BUILTIN_FOLDER.glob(f"*/{MANIFEST}"))
+    word = name.removeprefix(BUILTIN)
+    if word not in known:
+        allowed = ", ".join(f"{BUILTIN}{each}" for each in known)
+        raise UserError(f"there is no checkpoint {name} in the package{nearest(word, known)}; there is {allowed}")
+    return _BUILTIN_FOLDER / word
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

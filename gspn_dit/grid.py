@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,23 @@ def class_grid(
             tile = tile.resize((tile_width, tile_height), PILImage.Resampling.NEAREST)
             grid.paste(tile, (left + column * (tile_width + GUTTER), top + (row_height - tile_height) // 2))
     return grid
+
+
+def side_by_side(pictures: Mapping[str, Image]) -> Image:
+    """Return pictures on white beside each other, each under its title; RGB."""
+    from PIL import Image as PILImage
+    from PIL import ImageDraw
+
+    font, head = _font(), FONT_SIZE + 4 * GUTTER
+    widths = [max(image.width, math.ceil(font.getlength(title)) + 4 * GUTTER) for title, image in pictures.items()]
+    height = head + max(image.height for image in pictures.values())
+    joined = PILImage.new("RGB", (sum(widths) + (len(widths) - 1) * 4 * GUTTER, height), "white")
+    draw, left = ImageDraw.Draw(joined), 0
+    for width, (title, image) in zip(widths, pictures.items()):
+        draw.text((left + 2 * GUTTER, head // 2), title, fill="black", font=font, anchor="lm")
+        joined.paste(image, (left, head))
+        left += width + 4 * GUTTER
+    return joined
 
 
 def to_pil(pixels: np.ndarray) -> Image:

@@ -17,10 +17,10 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from gspn_dit.checkpoint import load_weights, read_manifest, resolve_checkpoint
+from gspn_dit.checkpoint import is_builtin, load_weights, read_manifest, resolve_checkpoint
 from gspn_dit.class_names import ClassNames, resolve_class
 from gspn_dit.config import config_from_dict
-from gspn_dit.data.latents import Latent, latent_from_spec
+from gspn_dit.data.latents import Latent, latent_from_spec, latent_shape
 from gspn_dit.diffusion import CHUNK, Guidance, Objective, create_objective, draw_latents
 from gspn_dit.diffusion.sampling import choose_seed
 from gspn_dit.diffusion.schedulers import default_scheduler, ready_scheduler
@@ -116,10 +116,11 @@ class GSPNPipeline(DiffusionPipeline):
         vae: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> GSPNPipeline:
-        """Load a run directory (its newest complete checkpoint) or one checkpoint; weights are "ema" or "model".
+        """Load a run directory (its newest complete checkpoint), one checkpoint, or "builtin:digits".
 
-        `vae` says where the autoencoder of its latents lies now, if it was moved. Raises UserError if the checkpoint is
-        missing, incomplete, or its weights do not fit the model it names, or if the autoencoder is another one.
+        `weights` are "ema", "model", or another average that the checkpoint holds, such as "ema-0.050"; `vae` says
+        where the autoencoder of its latents lies now, if it was moved. Raises UserError if the checkpoint is missing,
+        incomplete, or its weights do not fit the model it names, or if the autoencoder is another one.
         """
         directory = resolve_checkpoint(checkpoint)
         manifest = read_manifest(directory)
@@ -153,7 +154,7 @@ class GSPNPipeline(DiffusionPipeline):
         """Load what `save_pretrained` wrote, from a directory or the Hugging Face Hub; a checkpoint or run will do too.
 
         Args:
-            pretrained_model_name_or_path: a directory, or the id of a Hub repository such as "name/model".
+            pretrained_model_name_or_path: a directory, "builtin:digits", or the id of a Hub repository ("name/model").
             weights: "ema" or "model"; None for the average if it is there.
             device, dtype: of the weights; None for float32. `torch_dtype` is another name of `dtype`.
             revision: branch, tag or commit on the Hub.
@@ -163,7 +164,7 @@ class GSPNPipeline(DiffusionPipeline):
             UserError: nothing is there, or it is not complete, or not of this project. Nothing is ever unpickled.
         """
         directory = Path(pretrained_model_name_or_path)
-        if not directory.exists():
+        if not directory.exists() and not is_builtin(directory):
             directory = download(str(pretrained_model_name_or_path), revision, cache_dir, token, local_files_only)
         directory = resolve_checkpoint(directory)
         if weights is None:
@@ -286,7 +287,7 @@ class GSPNPipeline(DiffusionPipeline):
         _check_call(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         check_sampling_shift(sampling_shift, "sampling_shift")
         request = _Request(
-            self._latent_shape(height, width),
+            latent_shape(self.latent, self.model.patch_size, height, width),
             Guidance(guidance_scale, guidance_interval, guidance_channels),
             ready_scheduler(self.scheduler, self.objective, sampler, num_inference_steps, sampling_shift),
             choose_seed(seed, generator),
@@ -321,17 +322,6 @@ class GSPNPipeline(DiffusionPipeline):
         if output_type == "pt":
             return torch.from_numpy(images).to(self._execution_device).permute(0, 3, 1, 2).float() / 255
         return images if output_type == "np" else [to_pil(image) for image in images]
-
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """Return channels, height and width of the latents of an image size in pixels."""
-        latent, multiple = self.latent, self.latent.factor * self.model.patch_size
-        sides = []
-        for name, pixels in (("height", height), ("width", width)):
-            pixels = latent.size * latent.factor if pixels is None else pixels
-            if pixels < 1 or pixels % multiple:
-                raise ValueError(f"{name} is {pixels} pixels, but must be a positive multiple of {multiple}")
-            sides.append(pixels // latent.factor)
-        return latent.channels, sides[0], sides[1]
 
     def _draw(self, ids: list[int], first: int, request: _Request, advance: Callable[[], Any]) -> Tensor:
         """Generate the latents of CHUNK images from index `first` on; labels are padded with the last one."""

@@ -63,7 +63,8 @@ def add_sampling_options(
     A default of None is filled in later; `otherwise` says by what.
     """
     add = parser.add_argument
-    add("--checkpoint", required=True, type=path_argument, metavar="DIR", help="run directory or one checkpoint")
+    add("--checkpoint", required=True, type=path_argument, metavar="DIR",
+        help="run directory, one checkpoint, or builtin:digits")  # fmt: skip
     add("--classes", default=classes, help="ids, ranges and names: 0-9, or 3,7,cat (default: all)")
     add("--weights", choices=("ema", "model"), default=weights, help="(default: ema)")
     add("--vae", type=path_argument, metavar="NAME_OR_DIR",

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.config import config_from_dict
-from gspn_dit.data.latents import Latent, latent_from_spec
+from gspn_dit.data.latents import Latent, latent_from_spec, latent_shape
 from gspn_dit.diffusion import CHUNK, Guidance, draw_latents, objective_of
 from gspn_dit.diffusion.objective import Objective
+from gspn_dit.diffusion.sampling import OnStepEnd
 from gspn_dit.errors import UserError
-from gspn_dit.models.text_unet import Captioned, rebuild_unet
+from gspn_dit.models.text_unet import Captioned, rebuild_unet, smallest_side
 from gspn_dit.text import Encoder, encode_all, load_encoder
 
 
@@ -73,13 +74,29 @@ class TextSampler:
         first: int = 0,
         on_chunk: Callable[[int], object] | None = None,
         sampling_shift: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        on_step_end: OnStepEnd | None = None,
     ) -> np.ndarray:
         """Return an image of each prompt, uint8 [n, H, W, C]; image i depends on (seed, first + i) and its prompt.
 
-        `on_chunk` is called with the number of images done; `sampling_shift` is in place of the objective's. Raises
-        UserError as `sample_latents`.
+        Args:
+            prompts: what to draw.
+            steps: of the sampler.
+            guidance, sampler: as in `sample_latents`.
+            seed, first: of the noise, and the index of the first image.
+            on_chunk: called with the number of images done.
+            sampling_shift: in place of the objective's.
+            height, width: of the images in pixels; None for what the model was trained on.
+            on_step_end: called as (step, timestep, latents [CHUNK, C, h, w]) after each step of each chunk, the last of
+                which is padded; returns the latents to go on with.
+
+        Raises:
+            UserError: as `sample_latents`.
+            ValueError: a size that the UNet does not halve from level to level.
         """
         objective = self.objective.with_sampling_shift(sampling_shift)
+        shape = latent_shape(self.latent, smallest_side(self.unet, self.patch_size), height, width)
         table = encode_all(self.encoder, sorted(set(prompts)))
         numbers = torch.tensor([table.numbers[prompt] for prompt in prompts], dtype=torch.int64)
         parts: list[np.ndarray] = []
@@ -89,7 +106,7 @@ class TextSampler:
             latents = draw_latents(
                 Captioned(self.unet, table, self.latent.image_size, self.patch_size),
                 objective,
-                (self.latent.channels, self.latent.size, self.latent.size),
+                shape,
                 torch.nn.functional.pad(chunk, (0, CHUNK - count), value=table.null),  # chunks of one size: same bits
                 table.null,
                 steps,
@@ -97,6 +114,7 @@ class TextSampler:
                 range(first + start, first + start + CHUNK),
                 guidance=guidance,
                 sampler=sampler,
+                on_step_end=on_step_end,
             )
             parts.append(self.latent.decode(latents[:count]))
             if on_chunk is not None:

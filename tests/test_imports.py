@@ -31,7 +31,7 @@ FLOORS = (
     {"saved_pipeline", "timm", "training"},
     {"classifier", "highres", "pipeline", "text_sampler"},
     {"evaluate", "sample", "train"},
-    {"generate"},
+    {"generate", "playground"},
     {"sweep"},
 )
 """The rooms of gspn_dit, from the ground up: each imports rooms of lower floors alone, even lazily or for types. The

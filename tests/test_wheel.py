@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BUILTIN = [path for path in (ROOT / "gspn_dit" / "builtin").rglob("*") if path.is_file()]
 NOT_SOURCES = (".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "runs")
 
 pytestmark = pytest.mark.slow
@@ -30,6 +32,12 @@ y = gspn_dit.gspn_scan(x, torch.zeros(1, 1, 3, 1, 3, 1), ones, ones, directions=
 y.sum().backward()
 assert y.flatten().tolist() == [1.0, 3.0, 7.0], y
 assert x.grad.flatten().tolist() == [3.0, 2.0, 1.0], x.grad
+"""
+
+DRAW = """
+from gspn_dit import GSPNPipeline
+images = GSPNPipeline.from_pretrained("builtin:digits")(["3", "8"], num_inference_steps=5, output_type="np").images
+assert images.shape == (2, 8, 8, 1) and images.std() > 50, images
 """
 
 
@@ -102,6 +110,7 @@ def test_contents(installation: Installation) -> None:
     weights = sorted(path.name for path in (ROOT / "fid" / "weights").glob("*.safetensors"))
     assert weights
     assert {f"fid/weights/{name}" for name in weights} <= set(names)
+    assert {path.relative_to(ROOT).as_posix() for path in BUILTIN} <= set(names)
     assert "gspn_dit/py.typed" in names
     modules = [
         path.relative_to(ROOT).as_posix() for package in ("gspn_dit", "fid") for path in (ROOT / package).rglob("*.py")
@@ -109,6 +118,21 @@ def test_contents(installation: Installation) -> None:
     assert set(modules) <= set(names)
     inside = {name.rsplit("/", 1)[1] for name in names if name.startswith("gspn_dit/")}
     assert {path.name for path in (ROOT / "cuda").glob("*.cu*")} <= inside
+
+
+def test_the_checkpoint_in_the_package_draws(installation: Installation) -> None:
+    installation.python("-c", DRAW)
+
+
+def test_a_source_distribution_holds_the_checkpoint(tmp_path: Path) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", build, cwd=sources)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert BUILTIN and {path.relative_to(ROOT).as_posix() for path in BUILTIN} <= names
 
 
 def test_a_scan_away_from_the_checkout(installation: Installation) -> None:

@@ -293,3 +293,19 @@ def _describe(spec: Mapping[str, Any]) -> str:
         return f"latent '{spec.get('name')}', {size}"
     known = {"hash": str(spec.get("vae_hash"))[:12], "scale": spec.get("scale"), "shift": spec.get("shift")}
     return f"the VAE {spec['vae']} ({', '.join(f'{key} {value}' for key, value in known.items())}), {size}"
+
+
+def latent_shape(latent: Latent, multiple: int, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Return channels, height and width of the latents of images of a size in pixels, None for that of training.
+
+    Raises ValueError for a side whose latent is no positive multiple of `multiple`, as the model needs.
+    """
+    sides = []
+    for name, pixels in (("height", height), ("width", width)):
+        pixels = latent.size * latent.factor if pixels is None else pixels
+        if pixels < 1 or pixels % (latent.factor * multiple):
+            raise ValueError(
+                f"{name} is {pixels} pixels, but must be a positive multiple of {latent.factor * multiple}"
+            )
+        sides.append(pixels // latent.factor)
+    return latent.channels, sides[0], sides[1]
