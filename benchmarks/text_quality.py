@@ -54,6 +54,8 @@ COMMON: dict[str, Any] = {
     "sampling.per_class": 1,
     "sampling.steps": 1,
 }
+TIMING_TOLERANCE = 0.05
+"""How far medians of the time of a step lie apart for no reason, on a machine that others use as well."""
 SHARE_OF_TEACHER = 1 / 3
 """Of the time that a teacher trained, for its student."""
 MOST_ABOVE_TEACHER = 1.10
@@ -150,8 +152,13 @@ def best_rates(options: Any, judge: Judge) -> dict[str, Any]:
 
 
 def budgets(seconds: float, milliseconds: dict[str, float]) -> dict[str, dict[str, int]]:
-    """Return the steps of each mixer in an equal time, and in as many steps as the first one takes then."""
-    steps = {mixer: max(1, int(1e3 * seconds / milliseconds[mixer])) for mixer in MIXERS}
+    """Return the steps of each mixer in an equal time, and in as many steps as the first one takes then.
+
+    Where all take the same time for a step, as well as it can be told, the two budgets are one.
+    """
+    fastest = min(milliseconds.values())
+    alike = all(time <= (1 + TIMING_TOLERANCE) * fastest for time in milliseconds.values())
+    steps = {mixer: max(1, int(1e3 * seconds / milliseconds[MIXERS[0] if alike else mixer])) for mixer in MIXERS}
     return {"equal time": steps, "equal steps": dict.fromkeys(MIXERS, steps[MIXERS[0]])}
 
 
@@ -289,11 +296,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/text_quality"), help="where the runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the paired runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one thread each")
-    parser.add_argument("--seconds", type=float, default=90, help="of a run, on one idle core")
+    parser.add_argument("--seconds", type=float, default=60, help="of the processor for a run")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to try")
     parser.add_argument("--search-steps", type=int, default=100, help="of runs that try learning rates")
     parser.add_argument("--calibration-rounds", type=int, default=22, help="steps of each mixer that are timed")
-    parser.add_argument("--images", type=int, default=96, help="of each set that are drawn and scored, at most")
+    parser.add_argument("--images", type=int, default=59, help="of each set that are drawn and scored, at most")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="when drawing")
     parser.add_argument("--sampler-steps", type=int, default=10, help="when drawing")
     parser.add_argument("--student-rate", type=float, help="learning rate of the distillation; none: that of gspn")

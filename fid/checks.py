@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fid.features import FeatureNet
 from fid.images import LabelledImages, Reference
 from fid.measured import Measured
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.protocols import Protocol
+
+
+def check_samples(protocol: Protocol, samples: LabelledImages) -> None:
+    """Refuse samples that the protocol's name would misdescribe; cheap, before anything is computed."""
+    height, width, channels = samples.pixels.shape[1:]
+    if protocol.num_samples is not None and len(samples) != protocol.num_samples:
+        raise UserError(
+            f"protocol {protocol.name} needs {protocol.num_samples:,} samples, {samples.source} has {len(samples):,}; "
+            "--protocol quick scores any number, under other names"
+        )
+    if protocol.clip and samples.captions is None:
+        raise UserError(
+            f"protocol {protocol.name} needs a caption of each sample: metadata.jsonl beside the PNGs, which "
+            f"sample.py --prompts FILE --save-images DIR writes; {samples.source} has none"
+        )
+    size = protocol.image_size
+    if size is not None and (height, width, channels) != (size, size, 3):
+        raise UserError(
+            f"protocol {protocol.name} needs samples of {size}x{size} pixels with 3 channels, {samples.source} has "
+            f"{height}x{width} with {channels}"
+        )
+    if protocol.num_classes is not None and samples.labels is not None and samples.labels.max() >= protocol.num_classes:
+        raise UserError(
+            f"protocol {protocol.name} has the class ids 0 to {protocol.num_classes - 1}, {samples.source} has "
+            f"{samples.labels.max()}"
+        )
+    stated = samples.generation or {}
+    for key, value in protocol.required:
+        if key in stated and not str(stated[key]).startswith(value):
+            raise UserError(
+                f"protocol {protocol.name} needs samples with {key} '{value}'; those at {samples.source} were "
+                f"generated with '{stated[key]}'"
+            )
+
+
+def is_published_reference(protocol: Protocol, source: str, statistics: bool) -> bool:
+    """Whether a reference is, by its name and content, the one of the published figures."""
+    return statistics and protocol.reference_file is not None and Path(source).name == protocol.reference_file
 
 
 def check_set(

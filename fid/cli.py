@@ -38,7 +38,9 @@ def build_parser() -> ArgumentParser:
         help="real images: 'digits', an image folder, a data set saved with save_to_disk, a directory of PNGs, or "
         "an NPZ, ADM's with mu and sigma too; a set with a validation split also gives the real images' own scores",
     )
-    parser.add_argument("--protocol", help="adm-50k, adm-50k-512, quick or digits: net and every setting under a name")
+    parser.add_argument(
+        "--protocol", help="adm-50k, adm-50k-512, coco-30k, quick or digits: net and every setting under a name"
+    )
     parser.add_argument(
         "--features", type=path_argument, help="without --protocol: 'digits' or a file that fid.train_features wrote"
     )
@@ -52,6 +54,12 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--dinov2", type=path_argument, metavar="DIR", help="local directory of a DINOv2 model, for FD-DINOv2 as well"
+    )
+    parser.add_argument(
+        "--clip", type=path_argument, metavar="DIR", help="local directory of a CLIP, for the CLIP score and retrieval"
+    )
+    parser.add_argument(
+        "--texts", type=path_argument, metavar="DIR", help="encoded captions (prepare.encode_text), for their retrieval"
     )
     parser.add_argument(
         "--held-out", type=path_argument, help="real images that are scored as if they were samples, for comparison"
@@ -108,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             weights=options.weights,
             allow_unknown_weights=options.allow_unknown_weights,
             dinov2=options.dinov2,
+            clip=options.clip,
+            texts=options.texts,
             held_out=options.held_out,
             cache=cache,
             overwrite=options.overwrite,

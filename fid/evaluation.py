@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fid.cache import extract_cached
-from fid.checks import check_pair, check_set, notes_on
+from fid.captions import Texts, open_vectors
+from fid.checks import check_pair, check_samples, check_set, is_published_reference, notes_on
 from fid.distributed import World, connect, local_device
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet, load_dinov2, load_feature_net, load_inception, resolve_device
 from fid.images import (
     LabelledImages,
     Reference,
-    check_samples,
-    is_published_reference,
     read_reference,
     read_samples,
     require_samples,
@@ -53,6 +52,10 @@ class Settings:
     """Take another net than the published one; no score is called FID then."""
     dinov2: str | os.PathLike[str] | None = None
     """Local directory of a DINOv2 model, for FD-DINOv2 as well."""
+    clip: str | os.PathLike[str] | None = None
+    """Local directory of a CLIP, for the CLIP score and the retrieval of captions; FD is measured on it as well."""
+    texts: str | os.PathLike[str] | None = None
+    """Captions that `gspn_dit.prepare.encode_text` encoded, for their retrieval by a ridge map; not beside `clip`."""
     held_out: str | os.PathLike[str] | None = None
     """Real images to be scored as if they were samples (the validation split of a set that has one); None: the
     reference's validation split, if any."""
@@ -72,6 +75,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"the batch size must be at least 1, not {self.batch_size}")
+        if self.clip is not None and self.texts is not None:
+            raise UserError("--clip brings its own vectors of captions; leave --texts out")
 
 
 def evaluate(
@@ -108,10 +113,20 @@ def evaluate(
     resolve_device(device)
     require_samples(samples)
     net = _load_net(protocol, settings)
-    others = [load_dinov2(settings.dinov2)] if settings.dinov2 is not None else []
+    others, texts = _load_others(protocol, settings)
     drawn = read_samples(samples)
     check_samples(protocol, drawn)
+    if texts is not None and drawn.captions is None:
+        raise UserError(
+            f"the samples ({drawn.source}) have no captions to compare them with; metadata.jsonl beside the PNGs has "
+            "them, or leave --clip and --texts out"
+        )
     real = _read_real(reference, settings.held_out, net.image_size or drawn.pixels.shape[1])
+    if settings.texts is not None and real.images.captions is None:
+        raise UserError(
+            f"the reference ({real.images.source}) has no captions, which --texts needs to learn what images show; "
+            "metadata.jsonl beside its images has them, or leave --texts out"
+        )
     with connect() as world:
         if settings.show_progress and world.is_main:
             _show_sets(drawn, real)
@@ -122,7 +137,7 @@ def evaluate(
             "cache": settings.cache,
         }
         passes["show_progress"] = settings.show_progress
-        report = score(drawn, real, net, protocol=protocol, others=others, **passes)
+        report = score(drawn, real, net, protocol=protocol, others=others, texts=texts, **passes)
     if out is not None and report:
         write_report(report, drawn, out, settings.overwrite, net.class_names, real.images)
     return report
@@ -148,9 +163,26 @@ def _show_sets(samples: LabelledImages, reference: Reference) -> None:
             print(f"{what:<10}{images.describe()}", flush=True)
 
 
+def _load_others(protocol: Protocol, settings: Settings) -> tuple[list[FeatureNet], Texts | None]:
+    """Return the further nets, and what encodes captions."""
+    others = [load_dinov2(settings.dinov2)] if settings.dinov2 is not None else []
+    if settings.texts is not None:
+        return others, open_vectors(settings.texts)
+    if settings.clip is None and not protocol.clip:
+        return others, None
+    from fid.clip import PUBLISHED, load_clip
+
+    if settings.clip is None:
+        raise UserError(
+            f"protocol {protocol.name} needs --clip DIR: {PUBLISHED} of Hugging Face with its tokenizer, in a directory"
+        )
+    net, texts = load_clip(settings.clip)
+    return [*others, net], dataclasses.replace(texts, net=len(others))
+
+
 def _load_net(protocol: Protocol, settings: Settings) -> FeatureNet:
     if protocol.features == INCEPTION:
-        return load_inception(settings.weights, settings.allow_unknown_weights)
+        return load_inception(settings.weights, settings.allow_unknown_weights, protocol.resize)
     if settings.weights is not None or settings.allow_unknown_weights:
         raise UserError(
             f"--weights and --allow-unknown-weights are for the Inception net; protocol {protocol.name} uses "
@@ -187,6 +219,7 @@ def score(
     *,
     protocol: Protocol | None = None,
     others: Sequence[FeatureNet] = (),
+    texts: Texts | None = None,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
@@ -195,6 +228,7 @@ def score(
     Args:
         protocol: default: the settings of a small study, with `seed`.
         others: further nets, on each of which a Fréchet distance is computed in the same pass.
+        texts: what encodes captions; samples have some then.
         options: fields of `Passes`.
     """
     protocol = protocol or _of_small_study(net.source, seed)
@@ -216,7 +250,7 @@ def score(
     if not passes.world.is_main:
         return {}
     measured = {name: _measured(images, found, net, protocol) for name, (images, found) in sets.items()}
-    return _report(measured, reference, net, others, protocol, passes)
+    return _report(measured, reference, net, others, protocol, passes, texts)
 
 
 def _measured(images: LabelledImages, found: Extracted, net: FeatureNet, protocol: Protocol) -> Measured:
@@ -231,6 +265,7 @@ def _report(
     others: Sequence[FeatureNet],
     protocol: Protocol,
     passes: Passes,
+    texts: Texts | None,
 ) -> dict[str, Any]:
     drawn, real, held_out = measured["samples"], measured["reference"], measured.get("held_out")
     notes = notes_on(drawn, held_out, reference, net, protocol)
@@ -240,7 +275,7 @@ def _report(
     names = score_names(net, protocol, len(drawn))
     target = Target.build(real, reference.statistics if not net.score_suffix else {}, net, others)
     of_samples, of_held_out = (
-        None if part is None else Scoring(part, target, names, protocol, subset, passes.device)
+        None if part is None else Scoring(part, target, names, protocol, subset, passes.device, texts)
         for part in (drawn, held_out)
     )
     assert of_samples is not None
@@ -270,6 +305,7 @@ def _report(
             "batch_size": passes.batch_size,
             "device": passes.device,
             "processes": passes.world.size,
+            "captions": None if texts is None else texts.source,
             "tf32": False,
             "versions": versions(),
         },

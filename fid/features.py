@@ -104,19 +104,21 @@ def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
     )
 
 
-def load_inception(weights: str | os.PathLike[str] | None = None, allow_unknown: bool = False) -> FeatureNet:
-    """The Inception net from a file, or from torch-fidelity's usual place; see `fid.inception`.
+def load_inception(
+    weights: str | os.PathLike[str] | None = None, allow_unknown: bool = False, resize: str = "tensorflow"
+) -> FeatureNet:
+    """The Inception net from a file, or from torch-fidelity's usual place; see `fid.inception`, `Protocol.resize`.
 
     Raises:
         UserError: no file, not the published one without `allow_unknown`, or something else.
     """
-    from fid.inception import FEATURE_DIM, WEIGHTS_SHA256, create_extractor, find_weights, read_weights
+    from fid.inception import FEATURE_DIM, RESIZES, WEIGHTS_SHA256, create_extractor, find_weights, read_weights
 
     path = find_weights(weights)
     state, sha256 = read_weights(path, allow_unknown)
     known = sha256 == WEIGHTS_SHA256
     return FeatureNet(
-        extractor=create_extractor(state, path),
+        extractor=create_extractor(state, path, resize),
         score_suffix="" if known else "unknown",
         source="Inception 2015-12-05" if known else str(path),
         sha256=sha256,
@@ -124,7 +126,7 @@ def load_inception(weights: str | os.PathLike[str] | None = None, allow_unknown:
         channels=3,
         feature_dim=FEATURE_DIM,
         class_names=(),
-        description={"resize": "bilinear as TensorFlow 1, to 299", "logits": "without bias", "dtype": "float32"},
+        description={"resize": RESIZES[resize], "logits": "without bias", "dtype": "float32"},
     )
 
 

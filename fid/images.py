@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fid.captions import METADATA, captions_beside
 from fid.npz import IN_MEMORY_BYTES, open_npz
 from gspn_dit.data.folders import LeftOut, Walk, list_folder
 from gspn_dit.data.image_sources import is_saved
@@ -23,9 +24,8 @@ from gspn_dit.data.sources import image_sources
 from gspn_dit.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from gspn_dit.data.images import Headers
+    from gspn_dit.data.images import Headers, ImageSet
 from gspn_dit.paths import require_utf8
-from gspn_dit.protocols import Protocol
 
 SIDECAR = "generation.json"
 REPORT = "report.json"
@@ -95,6 +95,8 @@ class LabelledImages:
     """Names by class id, where the source names its classes."""
     generation: dict[str, Any] | None = None
     """How the images were generated: the content of `generation.json`, where there is one."""
+    captions: tuple[str, ...] | None = None
+    """What each image was drawn for or shows, where `metadata.jsonl` says so."""
     remarks: str = ""
     """What a person should know of them: what their place holds besides."""
 
@@ -185,19 +187,26 @@ def read_reference(reference: str | os.PathLike[str], image_size: int | None) ->
 
 
 def _read_image_set(name: str, path: Path | None, image_size: int | None) -> Reference:
-    from gspn_dit.data.images import ImageSet, load_splits
+    from gspn_dit.data.images import load_splits
 
     def read(images: ImageSet, part: str) -> LabelledImages:
         source = f"{path or name}, {part}" if images.has_validation else str(path or name)
         shape = (len(images), images.image_size, images.image_size, images.channels)
         pixels = decoded_if_small(LazyPixels(images.pixels, shape))
-        remarks = "; ".join(images.remarks)
-        return LabelledImages(pixels, source, images.labels, tuple(images.class_names), remarks=remarks)
+        captions, remarks = None, "; ".join(images.remarks)
+        if name == "imagefolder" and path is not None:
+            captions = captions_beside(path, lambda: _paths(images))
+        names = tuple(images.class_names)
+        return LabelledImages(pixels, source, images.labels, names, captions=captions, remarks=remarks)
 
     train, held_out = load_splits(name, path, image_size, validation_fraction=0)
     if held_out is None:
         return Reference(read(train, "all images"))
     return Reference(read(train, "training split"), read(held_out, "validation split"))
+
+
+def _paths(images: ImageSet) -> list[Path]:
+    return [Path((cell or {}).get("path") or "") for cell in images.cells(np.arange(len(images)))]
 
 
 def _read_npz(path: Path) -> Reference:
@@ -248,7 +257,7 @@ def _png_files(folder: Path, files: Sequence[str]) -> list[Path]:
 
 
 def _read_directory(folder: Path) -> LabelledImages:
-    left_out = LeftOut(expected=(SIDECAR,))
+    left_out = LeftOut(expected=(SIDECAR, METADATA))
     listing = list_folder(folder, left_out)
     flat = _png_files(folder, listing.images)
     walk = Walk([folder, *listing.folders.values()], left_out)
@@ -268,7 +277,8 @@ def _read_directory(folder: Path) -> LabelledImages:
     pixels, remarks = _read_pngs(files)
     if str(left_out):
         remarks.append(f"left out: {left_out}")
-    return LabelledImages(pixels, str(folder), labels, class_names, remarks="; ".join(remarks))
+    captions = captions_beside(folder, lambda: files)
+    return LabelledImages(pixels, str(folder), labels, class_names, captions=captions, remarks="; ".join(remarks))
 
 
 _Ordered = tuple[list[Path], np.ndarray | None, tuple[str, ...] | None]
@@ -354,36 +364,3 @@ def _described(images: LabelledImages, generation: dict[str, Any] | None) -> Lab
             )
         images = dataclasses.replace(images, class_names=tuple(map(str, names)))
     return dataclasses.replace(images, generation=generation)
-
-
-def check_samples(protocol: Protocol, samples: LabelledImages) -> None:
-    """Refuse samples that the protocol's name would misdescribe; cheap, before anything is computed."""
-    height, width, channels = samples.pixels.shape[1:]
-    if protocol.num_samples is not None and len(samples) != protocol.num_samples:
-        raise UserError(
-            f"protocol {protocol.name} needs {protocol.num_samples:,} samples, {samples.source} has {len(samples):,}; "
-            "--protocol quick scores any number, under other names"
-        )
-    size = protocol.image_size
-    if size is not None and (height, width, channels) != (size, size, 3):
-        raise UserError(
-            f"protocol {protocol.name} needs samples of {size}x{size} pixels with 3 channels, {samples.source} has "
-            f"{height}x{width} with {channels}"
-        )
-    if protocol.num_classes is not None and samples.labels is not None and samples.labels.max() >= protocol.num_classes:
-        raise UserError(
-            f"protocol {protocol.name} has the class ids 0 to {protocol.num_classes - 1}, {samples.source} has "
-            f"{samples.labels.max()}"
-        )
-    stated = samples.generation or {}
-    for key, value in protocol.required:
-        if key in stated and not str(stated[key]).startswith(value):
-            raise UserError(
-                f"protocol {protocol.name} needs samples with {key} '{value}'; those at {samples.source} were "
-                f"generated with '{stated[key]}'"
-            )
-
-
-def is_published_reference(protocol: Protocol, source: str, statistics: bool) -> bool:
-    """Whether a reference is, by its name and content, the one of the published figures."""
-    return statistics and protocol.reference_file is not None and Path(source).name == protocol.reference_file

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch_fidelity import registry
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -28,6 +29,21 @@ EXTRACTOR_NAME = "gspn-dit-inception-v3"
 LAYERS = ("features", "logits", "spatial")
 FEATURE_DIM = 2048
 SPATIAL_CHANNELS = 7
+IMAGE_SIZE = 299
+RESIZES = {
+    "tensorflow": "bilinear as TensorFlow 1, to 299",
+    "clean": "bicubic with antialiasing as clean-fid, to 299",
+}
+"""By `Protocol.resize`: what a report says of it."""
+
+
+def resize_clean(images: Tensor) -> Tensor:
+    """Resize uint8 [B, 3, H, W] as clean-fid does (arXiv 2104.11222), to float32 [B, 3, 299, 299] in 0…255.
+
+    Pillow's bicubic filter with antialiasing in floating point, without rounding; PyTorch's is the same.
+    """
+    sizes = (IMAGE_SIZE, IMAGE_SIZE)
+    return F.interpolate(images.float(), sizes, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
 
 
 class InceptionExtractor(LayeredExtractor):
@@ -40,8 +56,11 @@ class InceptionExtractor(LayeredExtractor):
 
     layers = LAYERS
 
-    def __init__(self, name: str, features_list: list[str], state: dict[str, Tensor], **_: Any) -> None:
+    def __init__(
+        self, name: str, features_list: list[str], state: dict[str, Tensor], resize: str = "tensorflow", **_: Any
+    ) -> None:
         super().__init__(name, features_list)
+        self.resize = resize
         ours = io.BytesIO()  # torch-fidelity unpickles its file: it gets one written here, of tensors alone
         torch.save(state, ours)
         ours.seek(0)
@@ -53,12 +72,21 @@ class InceptionExtractor(LayeredExtractor):
             feature_extractor_weights_path=ours,
         )
         self.spatial: Tensor | None = None
+        self.resized: Tensor | None = None
+        if resize == "clean":
+            self.net.Conv2d_1a_3x3.register_forward_pre_hook(self._replace)
         self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _replace(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor]:
+        assert self.resized is not None
+        return ((self.resized - 128) / 128,)
 
     def _keep(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.resize == "clean":  # torch-fidelity takes bytes alone: its own resized images are replaced
+            self.resized = resize_clean(images)
         features, logits = self.net(images)
         found = {"features": features, "logits": logits, "spatial": self.spatial}
         return tuple(found[layer] for layer in self.features_list)
@@ -109,15 +137,17 @@ def read_weights(path: Path, allow_unknown: bool) -> tuple[dict[str, Tensor], st
     return state, sha256
 
 
-def create_extractor(state: dict[str, Tensor], path: Path) -> FeatureExtractorBase:
-    """The extractor with these weights, in evaluation mode on the CPU."""
+def create_extractor(state: dict[str, Tensor], path: Path, resize: str = "tensorflow") -> FeatureExtractorBase:
+    """The extractor with these weights, in evaluation mode on the CPU; `resize` is one of `RESIZES`."""
     if EXTRACTOR_NAME not in registry.FEATURE_EXTRACTORS_REGISTRY:  # a second registration raises
         registry.register_feature_extractor(EXTRACTOR_NAME, InceptionExtractor)
     bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"the weights in {path} are not finite: {bad[0]}")
     try:
-        return create_feature_extractor(EXTRACTOR_NAME, list(LAYERS), cuda=False, verbose=False, state=state)
+        return create_feature_extractor(
+            EXTRACTOR_NAME, list(LAYERS), cuda=False, verbose=False, state=state, resize=resize
+        )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"the tensors in {path} are not those of the Inception net: {reason}") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fid import intervals
+from fid.captions import Texts
 from fid.features import FeatureNet
 from fid.images import LabelledImages
 from fid.intervals import Interval
@@ -29,6 +30,7 @@ from fid.metrics import (
     nearest_features,
 )
 from fid.moments import Gaussian, Moments
+from fid.retrieval import CaptionMap, retrieved
 from gspn_dit.protocols import Protocol
 
 NEIGHBOUR_ROWS = 12  # samples that are shown beside their nearest reference images
@@ -47,6 +49,40 @@ class Scoring:
     subset: int
     """Images of one estimate of the kernel distance."""
     device: str = "cpu"
+    texts: Texts | None = None
+    """What encodes captions, for the metrics of captioned images."""
+
+    @property
+    def captioned(self) -> bool:
+        """Whether images can be compared with captions."""
+        by_clip = self.texts is not None and self.texts.net is not None
+        return self.texts is not None and bool(
+            self.images.images.captions and (by_clip or self.target.real.images.captions)
+        )
+
+    @cached_property
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """Vectors of the images and of their captions, [n, width] each, in the images' own order."""
+        assert self.texts is not None and self.images.images.captions is not None, "asked where `captioned`"
+        vectors = self.texts.encode(self.images.images.captions)
+        if self.texts.net is not None:
+            return self.images.others[self.texts.net].features, vectors
+        real = self.target.real
+        assert real.images.captions is not None
+        fitted = CaptionMap.fit(real.extraction.features, self.texts.encode(real.images.captions))
+        return fitted(self.images.extraction.features), vectors
+
+    @cached_property
+    def retrieved(self) -> np.ndarray:
+        """Whether each image's own caption is the nearest of all."""
+        assert self.images.images.captions is not None
+        return retrieved(*self.shown, self.images.images.captions)
+
+    @cached_property
+    def fits(self) -> np.ndarray:
+        """The cosine of each image's vector and its caption's."""
+        images, captions = self.shown
+        return (images * captions).sum(dim=1).numpy()
 
     @cached_property
     def membership(self) -> tuple[np.ndarray, np.ndarray]:
@@ -147,6 +183,18 @@ METRICS: dict[str, Metric] = {
         lambda scoring: intervals.mean(scoring.membership[0], scoring.images.strata),
     ),
     "recall": Metric(lambda scoring: float(scoring.membership[1].mean()), _recall_interval),
+    "retrieval": Metric(
+        lambda scoring: float(scoring.retrieved.mean()),
+        lambda scoring: intervals.mean(scoring.retrieved, scoring.images.strata),
+        title="caption retrieval R@1",
+        applies=lambda scoring: scoring.captioned,
+    ),
+    "clip": Metric(
+        lambda scoring: float(scoring.fits.mean()),
+        lambda scoring: intervals.mean(scoring.fits, scoring.images.strata),
+        title="CLIP score",
+        applies=lambda scoring: scoring.captioned and scoring.texts is not None and scoring.texts.net is not None,
+    ),
     "class_agreement": Metric(
         _class_agreement,
         title="class agreement",

@@ -43,6 +43,11 @@ class Protocol:
     num_classes: int | None = None
     reference_file: str | None = None
     """The reference that the published figures were measured against."""
+    resize: str = "tensorflow"
+    """How images become Inception's 299 pixels: "tensorflow", bilinear as in the published net, or "clean", bicubic
+    with antialiasing as in clean-fid (arXiv 2104.11222)."""
+    clip: bool = False
+    """Whether samples have captions, and CLIP is asked how well they fit."""
     required: tuple[tuple[str, str], ...] = ()
     """What a sample set's `generation.json` must say where it says anything: (key, value) pairs."""
     order: str = "interleaved"
@@ -107,6 +112,20 @@ PROTOCOLS = {
             intervals=False,
             pixel_distances=False,
         ),
+        Protocol(
+            name="coco-30k",
+            features=INCEPTION,
+            num_samples=30_000,
+            resize="clean",
+            clip=True,
+            required=(("guidance_scale", "7.5"), ("steps", "25")),
+            kid_subsets=100,
+            kid_subset_size=1000,
+            kid_seed=2020,
+            intervals=False,
+            pixel_distances=False,
+            generation=Generation(steps=25),
+        ),
         Protocol(name="digits", features="digits", generation=Generation(labels="balanced")),
     )
 }
@@ -150,6 +169,8 @@ def check_model(name: str | None, image_size: int, num_classes: int) -> None:
     if name is None:
         return
     protocol = find_protocol(name)
+    if protocol.clip:
+        raise UserError(f"the protocol {name} is for images of captions: draw them with sample.py --prompts FILE")
     for what, wanted, found in (
         ("images of {} pixels", protocol.image_size, image_size),
         ("{} classes", protocol.num_classes, num_classes),

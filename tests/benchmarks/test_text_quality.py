@@ -20,6 +20,11 @@ def test_seconds_become_steps_of_each_mixer_and_the_first_ones_for_all() -> None
     }
 
 
+def test_steps_that_take_as_long_make_one_budget_of_both() -> None:
+    both = {"gspn": 100, "attention": 100}
+    assert budgets(30, {"gspn": 300.0, "attention": 310.0}) == {"equal time": both, "equal steps": both}
+
+
 def test_the_mixers_differ_in_nothing_else() -> None:
     options = SimpleNamespace(data="data/emoji", table=None)
     configs = [

@@ -14,9 +14,10 @@ import torch
 
 import fid
 from fid import evaluation
+from fid.checks import check_samples
 from fid.cli import main
 from fid.extraction import extract_all
-from fid.images import LabelledImages, Reference, check_samples, read_reference, read_samples
+from fid.images import LabelledImages, Reference, read_reference, read_samples
 from fid.moments import Gaussian
 from fid.page import markdown, published_table, setting_rows
 from fid.report import PUBLISHED_ROWS, published_rows
