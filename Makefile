@@ -1,6 +1,7 @@
 # make demo       train, sample and evaluate on handwritten digits; a few minutes on two cores, nothing is downloaded
 # make demo-text  the same by caption, on emoji that EMOJI holds; says how to get them
 # make test       the quick tests           make test-slow   the long ones (trainings, kills, sanitizers)
+# make gpu        ten minutes on a GPU: correctness, times, models, into benchmarks/results/gpu.json and gpu.md
 # make lint       style and types           make docs        the documentation site, into build/site
 # make install    the environment in .venv that all of these use
 
@@ -14,7 +15,7 @@ EMOJI ?= data/emoji
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo demo-text test test-slow lint docs clean
+.PHONY: install demo demo-text gpu test test-slow lint docs clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +42,10 @@ demo-text: install
 		"$(BIN)/python -m gspn_dit.prepare.emoji --packages packages --out $(EMOJI) --size 32"; exit 2; }
 	$(BIN)/python train.py --config configs/demo_text.yaml --data.path $(EMOJI) --resume auto
 	$(BIN)/python -m benchmarks.demo_text --run runs/demo_text --data $(EMOJI) --out runs/demo_text/grid.png
+
+# No environment of its own: the machine's Python has a PyTorch for its GPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out benchmarks/results/gpu.json
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu"

@@ -71,20 +71,29 @@ def forward_backward(inputs: list[Tensor], directions: Sequence[str], backend: s
     return [y, *torch.autograd.grad(y, leaves, grad_y)]
 
 
+def errors(
+    shape: Sequence[int], groups: int, window: int | None, dtype: torch.dtype, device: str, backend: str
+) -> dict[str, float]:
+    """Return the largest error of y and of each gradient against the float64 reference, relative above 1."""
+    inputs = make_inputs(shape, 4, groups, dtype, device)
+    grad_y = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    exact = [tensor.double() for tensor in inputs]
+    results = []
+    for tensors, name, gradient in ((inputs, backend, grad_y), (exact, "reference", grad_y.double())):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        y = gspn_scan(*leaves, window=window, backend=name)
+        results.append([y, *torch.autograd.grad(y, leaves, gradient)])
+    return {
+        name: ((value.double() - expected).abs() / (1 + expected.abs())).max().item()
+        for name, value, expected in zip(("y", "x", "logits", "input_gate", "output_gate", "merge"), *results)
+    }
+
+
 def correctness_error(device: str, backend: str) -> str | None:
     """Compare with the float64 reference; return a sentence about the first disagreement, or None."""
     for shape, groups, window in (((2, 5, 7, 40), 40, None), ((1, 9, 6, 48), 3, 4), ((1, 33, 17, 132), 132, None)):
         for dtype, tolerance in TOLERANCES.items():
-            inputs = make_inputs(shape, 4, groups, dtype, device)
-            grad_y = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-            exact = [tensor.double() for tensor in inputs]
-            results = []
-            for tensors, name, gradient in ((inputs, backend, grad_y), (exact, "reference", grad_y.double())):
-                leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-                y = gspn_scan(*leaves, window=window, backend=name)
-                results.append([y, *torch.autograd.grad(y, leaves, gradient)])
-            for name, value, expected in zip(("y", "x", "logits", "input_gate", "output_gate", "merge"), *results):
-                error = ((value.double() - expected).abs() / (1 + expected.abs())).max().item()
+            for name, error in errors(shape, groups, window, dtype, device, backend).items():
                 if not error <= tolerance:
                     return f"{name} at {shape}, {groups} groups, {dtype}: error {error:.1e} above {tolerance:.0e}"
     return None

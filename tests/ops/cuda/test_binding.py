@@ -123,6 +123,16 @@ def test_a_scan_is_launched_by_names_that_cupy_and_torch_have(
         assert 0 <= shared_bytes <= harness.H100.shared_bytes
 
 
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.bfloat16, "projected_forward"), (torch.float32, "scan_forward")])
+def test_a_projected_scan_is_fused_where_tensor_cores_are(h100: FakeCupy, dtype: torch.dtype, kernels: str) -> None:
+    """float32 goes through memory, whose products are PyTorch's."""
+    x, proxy = torch.zeros(2, 5, 6, 8, dtype=dtype), torch.zeros(2, 5, 6, 4, dtype=dtype)
+    weights = [torch.zeros(count * 8, 4, dtype=dtype) for count in (12, 4, 4)]
+    y = cuda.projected_forward(x, proxy, weights, torch.ones(4), torch.zeros(8, 4, dtype=dtype), [0, 1, 2, 3], 0)
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    assert {name for name, *_ in h100.launches} == {f"gspn_{kernels}_kernel"}
+
+
 def test_the_fake_has_what_cupy_has_and_no_more() -> None:
     """Each of these lines is a mistake that only a machine with a GPU used to show."""
     cupy = fake_cupy()
