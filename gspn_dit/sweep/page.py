@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gspn_dit.training.run_page import COLOURS, STYLE, chart
+from gspn_dit.training.charts import COLOURS, chart, document
 
 PAGE = "index.html"
 TABLE = """
@@ -119,12 +119,10 @@ def page(sweep: Mapping[str, Any]) -> str:
         f"The chosen setting has the lowest {name} of those tried, so its score of the same images flatters it; that "
         "of fresh images does not. Scores of different numbers of images do not compare."
     )
-    title = html.escape(f"Sweep by {name}")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<title>{title}</title><style>{STYLE}{TABLE}</style></head><body>"
-        f"<h1>{title}</h1><p>{html.escape(facts)}</p><main>"
+    title = f"Sweep by {name}"
+    body = (
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(facts)}</p><main>"
         f'<section class="wide"><h2>Choice</h2>{_choice(sweep)}<p>{html.escape(warning)}</p></section>{"".join(panels)}'
-        f'<section class="wide"><h2>All that was tried</h2>{_tried(sweep)}</section></main></body></html>\n'
+        f'<section class="wide"><h2>All that was tried</h2>{_tried(sweep)}</section></main>'
     )
+    return document(title, body, style=TABLE)

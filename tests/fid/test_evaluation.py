@@ -88,7 +88,8 @@ def test_a_metric_is_one_entry(
     assert result["intervals"]["ink"]["low"] < result["scores"]["ink"] < result["intervals"]["ink"]["high"]
     report.write_report(result, drawn, tmp_path / "report")
     rows = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert f"| mean of the pixels | {result['scores']['ink']:.4g} | {result['held_out']['ink']:.4g} |" in rows
+    shown = f"{result['scores']['ink']:#.3g} [{result['intervals']['ink']['low']:#.3g}, "
+    assert f"| mean of the pixels | {shown}" in rows and f" | {result['held_out']['ink']:#.3g} |\n" in rows
 
 
 def test_training_images_as_samples_are_found_out(net: FeatureNet, digits: Reference) -> None:
@@ -161,8 +162,8 @@ def test_the_command_writes_the_report(samples: Path, tmp_path: Path, capsys: py
     stored = json.loads((out / "report.json").read_text())
     assert stored["scores"]["n"] == 100 and stored["comparison"]["n"] == 100
     text = (out / "report.md").read_text()
-    value = f"{stored['scores']['FD-digits']:.4g}"
-    assert f"| FD-digits | {value} |" in text and "![samples by class](grid.png)" in text
+    value = f"{stored['scores']['FD-digits']:#.3g}"
+    assert f"| FD-digits | {value} [" in text and "![samples by class](grid.png)" in text
     assert f"| feature_net.sha256 | {stored['settings']['feature_net']['sha256']} |" in text
     html = (out / "index.html").read_text()
     picture = base64.b64encode((out / "grid.png").read_bytes()).decode()

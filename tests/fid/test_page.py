@@ -17,7 +17,7 @@ from PIL import Image
 import fid
 from fid.extraction import extract_all
 from fid.images import LabelledImages, Reference, read_reference
-from fid.page import page
+from fid.page import interval_methods, page, score_rows
 from fid.report import TILE_SIZE, write_report
 from tests.browser import chromium
 from tests.fid.conftest import noise_images, tiny_net
@@ -33,6 +33,7 @@ addEventListener("load", () => {
     tables: [...document.querySelectorAll("table")].map(
       (table) => [...table.rows].map((row) => [...row.cells].map(text))),
     headings: [...document.querySelectorAll("h1, h2")].map(text),
+    folded: [...document.querySelectorAll("details:not([open]) > summary")].map(text),
     captions: [...document.querySelectorAll("figcaption")].map(text),
     fetched: performance.getEntriesByType("resource").map((e) => e.name).filter((name) => !name.startsWith("data:")),
   };
@@ -41,6 +42,11 @@ addEventListener("load", () => {
 });
 </script>
 """
+
+
+def number_text(value: float) -> str:
+    """Three digits that count, none of them lost before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def opened(path: Path, profile: Path) -> dict[str, Any]:
@@ -77,15 +83,19 @@ def test_the_report_opens_whole_and_alone(tmp_path: Path) -> None:
         "FID report",
         "Scores",
         "Samples against real images",
-        "95 % intervals",
         "Published figures",
         "Nearest real images in feature space",
-        "Settings",
         "Notes",
     ]
-    scores, _, intervals, published, settings = found["tables"]
-    assert ["FID", f"{report['scores']['FID']:.4g}", f"{report['held_out']['FID']:.4g}"] in scores
-    assert [row[0] for row in intervals[1:]] == ["FID", "sFID", "IS", "KID", "precision", "recall"]
+    assert found["folded"] == ["Settings"]
+    scores, _, published, settings = found["tables"]
+    by_name = {row[0]: row[1:] for row in scores}
+    for name in ("FID", "sFID", "precision", "recall"):
+        interval = report["intervals"][name]
+        expected = [number_text(value) for value in (report["scores"][name], interval["low"], interval["high"])]
+        assert by_name[name][0] == "{} [{}, {}]".format(*expected)
+        assert by_name[name][1] == number_text(report["held_out"][name])
+    assert all("[" in by_name[name][0] for name in ("IS", "KID"))
     assert [row[0] for row in published[1:3]] == ["these samples", "real images"] and len(published) == 7
     assert ["protocol.reference_file", "VIRTUAL_imagenet256_labeled.npz"] in settings
     assert ["generation.guidance_scale", "1.0"] in settings
@@ -115,3 +125,25 @@ def test_large_images_are_shown_smaller_and_neighbours_are_the_nearest(tmp_path:
     write_report(report, drawn, tmp_path / "report", reference=real)
     with Image.open(tmp_path / "report" / "grid.png") as grid:
         assert grid.height < 2 * (TILE_SIZE + 10) and grid.width > 10 * TILE_SIZE
+
+
+def test_a_score_has_its_interval_beside_it_in_three_digits() -> None:
+    report = {
+        "scores": {"fd": 0.2604, "is": {"mean": 9.8, "std": 0.129}, "agreement": 1.0, "n": 1000},
+        "held_out": {"fd": 1234.5, "is": {"mean": 9.7955, "std": 0.1}, "agreement": None, "n": 360},
+        "intervals": {
+            "fd": {"low": 0.22111, "high": 0.31999, "method": "a jackknife"},
+            "is": {"low": 9.7, "high": 9.9, "method": "a jackknife"},
+        },
+        "titles": {"fd": "FD"},
+        "comparison": None,
+    }
+    assert score_rows(report) == [
+        ("score", "samples", "real, held out"),
+        ("FD", "0.260 [0.221, 0.320]", "1,234"),
+        ("is", "9.80 [9.70, 9.90]", "9.80 ± 0.1"),
+        ("agreement", "1.00", "–"),
+        ("images", "1,000", "360"),
+    ]
+    assert interval_methods(report) == "In brackets: 95 % intervals (FD, is: a jackknife)."
+    assert interval_methods({**report, "intervals": {}}) == ""

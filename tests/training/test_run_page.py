@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from gspn_dit.errors import UserError
-from gspn_dit.training.run_page import MAX_GRIDS, main, read_metrics, render, thin, ticks, write_run_page
+from gspn_dit.training.charts import Axis, chart, read_metrics, thin, tick_texts, ticks
+from gspn_dit.training.run_page import MAX_GRIDS, main, render, write_run_page
 from tests.browser import chromium
 from tests.training.conftest import run_training, tiny_config
 
@@ -31,15 +32,66 @@ def path_of(page: str, name: str) -> list[tuple[float, float]]:
 
 
 def test_curve_is_drawn_where_its_values_are(tmp_path: Path) -> None:
-    """Steps 0 to 100 fill the width from 58 to 430, the values 1 to 3 the height from 214 up to 14."""
+    """Steps 0 to 100 fill the width from 58 to 430, the values 1 to 3 the height from 224 up to 24."""
     write_metrics(tmp_path, *({"step": step, "loss": loss} for step, loss in ((0, 3.0), (50, 2.0), (100, 1.0))))
-    assert path_of(render(tmp_path), "loss") == [(58.0, 14.0), (244.0, 114.0), (430.0, 214.0)]
+    assert path_of(render(tmp_path), "loss") == [(58.0, 24.0), (244.0, 124.0), (430.0, 224.0)]
 
 
 def test_what_spans_much_is_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
     write_metrics(tmp_path, *({"step": step, "grad_norm": 10.0**-step} for step in range(3)))
     heights = [y for _, y in path_of(render(tmp_path), "gradient norm")]
-    assert heights == [14.0, 114.0, 214.0]
+    assert heights == [24.0, 124.0, 224.0]
+
+
+def labels_of(svg: str) -> list[str]:
+    """The texts of a chart, the unit first if there is one, in the order in which they are drawn."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_the_learning_rate_is_drawn_from_zero_on_a_linear_axis(tmp_path: Path) -> None:
+    """A warm-up over three decades: the values 1e-5, 5e-3 and 1e-2 lie 0.2, 100 and 200 pixels above zero at 224."""
+    write_metrics(tmp_path, *({"step": n, "learning_rate": rate} for n, rate in enumerate((1e-5, 5e-3, 1e-2))))
+    page = render(tmp_path)
+    assert [y for _, y in path_of(page, "learning rate")] == [223.8, 124.0, 24.0]
+    assert labels_of(page)[:6] == ["0.000", "0.002", "0.004", "0.006", "0.008", "0.010"]
+
+
+def test_memory_and_arithmetic_have_units(tmp_path: Path) -> None:
+    lines = ({"step": n, "peak_memory_bytes": 1.04e9 * n, "model_flops_per_second": 2.5e13 * n} for n in (1, 2))
+    write_metrics(tmp_path, *lines)
+    page = render(tmp_path)
+    assert {"GB", "0.5", "2.0", "TFLOP/s"} <= set(labels_of(page))
+    assert "<b>2.08 GB</b>" in page and "<b>50 TFLOP/s</b>" in page and "e+0" not in page
+
+
+@pytest.mark.parametrize(
+    "values", [[0.4251, 0.4259], [1e-6, 3e-6], [123_456, 987_654], [5e6, 4e8], [-3.25, 1234.5], [2e-9, 1.0], [7, 7]]
+)
+def test_labels_of_the_axis_fit_before_it_and_differ(values: list[float]) -> None:
+    """52 pixels are left of the axis, and a digit is at most 7 wide."""
+    labels = [text for text in labels_of(chart({"a": list(enumerate(values))}, "")) if text]
+    assert max(map(len, labels)) * 7 <= 52
+    of_values = labels[: labels.index("0.0") if "0.0" in labels else len(labels)]
+    assert len(set(of_values)) == len(of_values)
+
+
+def test_a_unit_takes_the_prefix_of_the_largest_value() -> None:
+    assert [Axis("B", scaled=True).fit(value) for value in (12, 5e3, 2e12)] == [(1, "B"), (1e3, "kB"), (1e12, "TB")]
+    assert Axis("images/s").fit(5e3) == (1, "images/s")
+
+
+@pytest.mark.parametrize(
+    "values, texts",
+    [
+        ([0.424, 0.426], ["0.424", "0.426"]),
+        ([0.0, 0.5, 1.0], ["0.0", "0.5", "1.0"]),
+        ([0.0, 2e-6], ["0", "2e-06"]),
+        ([0.0, 20_000.0], ["0", "20,000"]),
+        ([0.0], ["0"]),
+    ],
+)
+def test_texts_of_ticks(values: list[float], texts: list[str]) -> None:
+    assert tick_texts(values) == texts
 
 
 def test_null_and_half_written_lines_are_left_out(tmp_path: Path) -> None:
@@ -113,7 +165,7 @@ def test_browser_shows_the_page_of_a_training(tmp_path: Path) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/u"]
     address = (run / "index.html").as_uri()
     document = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, timeout=120)
-    for words in ("Training loss", "Validation loss by time t", "Learning rate", "Gradient norm", "Images per second"):
+    for words in ("Training loss", "Validation loss by time t", "Learning rate", "Gradient norm", "images/s"):
         assert words in document.stdout
     assert len(path_of(document.stdout, "loss")) == 4 and len(path_of(document.stdout, "t &lt; ¼ (nearly clean)")) == 2
     assert document.stdout.count('<img alt="samples at step') == 2 and "step 4 of 4" in document.stdout
