@@ -1,5 +1,6 @@
 # make demo       train, sample and evaluate on handwritten digits; a few minutes on two cores, nothing is downloaded
 # make demo-text  the same by caption, on emoji that EMOJI holds; says how to get them
+# make demo-colour  classes of emoji in colour, from the same set
 # make test       the quick tests           make test-slow   the long ones (trainings, kills, sanitizers)
 # make gpu        ten minutes on a GPU: correctness, times, models, into benchmarks/results/gpu.json and gpu.md
 # make lint       style and types           make docs        the documentation site, into build/site
@@ -15,7 +16,7 @@ EMOJI ?= data/emoji
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo demo-text gpu test test-slow lint docs clean
+.PHONY: install demo demo-text demo-colour have-emoji gpu test test-slow lint docs clean
 
 install: $(VENV)/.installed
 
@@ -35,13 +36,21 @@ demo: install
 	$(BIN)/python -m fid --samples $(DEMO)/samples.npz --reference digits --features digits \
 		--out $(DEMO)/report --overwrite
 
-demo-text: install
+have-emoji:
 	@test -d $(EMOJI) || { echo "$(EMOJI) is missing; get it by: mkdir -p packages && (cd packages && npm pack" \
 		"@iconify-json/noto @iconify-json/twemoji @iconify-json/openmoji @iconify-json/fluent-emoji-flat" \
 		"@iconify-json/fluent-emoji @iconify-json/emojione emojibase-data) &&" \
 		"$(BIN)/python -m gspn_dit.prepare.emoji --packages packages --out $(EMOJI) --size 32"; exit 2; }
+
+demo-text: have-emoji install
 	$(BIN)/python train.py --config configs/demo_text.yaml --data.path $(EMOJI) --resume auto
 	$(BIN)/python -m benchmarks.demo_text --run runs/demo_text --data $(EMOJI) --out runs/demo_text/grid.png
+
+demo-colour: have-emoji install
+	test -d $(EMOJI)_classes || $(BIN)/python -m gspn_dit.prepare.emoji_classes --data $(EMOJI) --out $(EMOJI)_classes
+	$(BIN)/python train.py --config configs/demo_colour.yaml --data.path $(EMOJI)_classes --resume auto
+	$(BIN)/python sample.py --checkpoint runs/demo_colour --per-class 8 --guidance-scale 2.5 \
+		--out runs/demo_colour/grid.png
 
 # No environment of its own: the machine's Python has a PyTorch for its GPU.
 gpu:
