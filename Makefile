@@ -4,6 +4,7 @@
 # make test       the quick tests           make test-slow   the long ones (trainings, kills, sanitizers)
 # make gpu        ten minutes on a GPU: correctness, times, models, into benchmarks/results/gpu.json and gpu.md
 # make lint       style and types           make docs        the documentation site, into build/site
+# make wheels     an sdist and a manylinux wheel, into dist
 # make install    the environment in .venv that all of these use
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ EMOJI ?= data/emoji
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo demo-text demo-colour have-emoji gpu test test-slow lint docs clean
+.PHONY: install demo demo-text demo-colour have-emoji gpu test test-slow lint docs wheels lock clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +66,17 @@ test-slow: install
 docs: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# The wheel is built from the sdist, and gets the oldest manylinux tag that its compiled kernels allow.
+wheels: install
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+
+# uv.lock with the versions of constraints.txt, for `uv sync`. Pillow is older there: Gradio does not take 13 yet.
+lock:
+	uv lock $(foreach pin,$(shell sed -nE '/^pillow/d; s/^([^#;]+); .*/\1/p' constraints.txt),-P "$(pin); python_version >= '3.11'")
 
 lint: install
 	$(BIN)/ruff check .

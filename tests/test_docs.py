@@ -41,7 +41,7 @@ def commands(text: str) -> list[list[str]]:
 def target(words: list[str]) -> tuple[str, list[str]]:
     """What a command runs, "-m NAME" or a file, and the arguments that this gets; launchers' own are skipped."""
     if words[0] in SCRIPTS:
-        return f"-m {SCRIPTS[words[0]].removesuffix('.cli')}", words[1:]
+        return f"-m {SCRIPTS[words[0]].removesuffix('.cli').removesuffix('.__main__')}", words[1:]
     rest = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:]
     while rest and rest[0] in LAUNCHERS:
         rest = rest[1 + LAUNCHERS[rest[0]] :]
@@ -97,6 +97,12 @@ def test_a_documented_command_says_what_it_takes(
         shown = capsys.readouterr().out
         assert "usage" in shown.lower()
         assert not {flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", shown)}, program
+
+
+def test_the_site_has_every_page() -> None:
+    listed = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    docs = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(set(docs) - set(listed)) == [], "enter the page in mkdocs.yml"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

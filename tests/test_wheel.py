@@ -1,4 +1,4 @@
-"""A wheel, built and installed in a fresh environment, works away from the checkout."""
+"""An sdist, and the wheel built from it, installed in a fresh environment, work away from the checkout."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ assert images.shape == (2, 8, 8, 1) and images.std() > 50, images
 class Installation:
     """An environment with the wheel, which takes everything else from the one that runs the tests."""
 
+    sdist: Path
     wheel: Path
     prefix: Path
     elsewhere: Path
@@ -72,15 +73,18 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 
 def build_and_install(directory: Path, **environment: str) -> Installation:
-    """Build a wheel from a copy of the sources and install it in a new environment."""
+    """Build an sdist from a copy of the sources, a wheel from the sdist, and install it in a new environment."""
     pytest.importorskip("pip", reason="building a wheel needs pip")
     # A copy, so that nothing of an earlier build is picked up and nothing is left behind.
     sources, prefix, elsewhere = directory / "sources", directory / "environment", directory / "elsewhere"
     shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
     elsewhere.mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(directory)!r})"
+    run(sys.executable, "-c", code, cwd=sources)
+    (sdist,) = directory.glob("*.tar.gz")
     pip = (sys.executable, "-m", "pip", "--quiet")
     options = ("--no-deps", "--no-index")
-    run(*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", str(directory), str(sources), cwd=elsewhere,
+    run(*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", str(directory), str(sdist), cwd=elsewhere,
         **environment)  # fmt: skip
     (wheel,) = directory.glob("*.whl")
     shutil.rmtree(sources)
@@ -93,7 +97,7 @@ def build_and_install(directory: Path, **environment: str) -> Installation:
     )
     others = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
     (site_packages / "outer.pth").write_text("\n".join(others) + "\n")
-    return Installation(wheel, prefix, elsewhere)
+    return Installation(sdist, wheel, prefix, elsewhere)
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +128,22 @@ def test_the_checkpoint_in_the_package_draws(installation: Installation) -> None
     installation.python("-c", DRAW)
 
 
-def test_a_source_distribution_holds_the_checkpoint(tmp_path: Path) -> None:
-    sources = tmp_path / "sources"
-    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
-    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
-    run(sys.executable, "-c", build, cwd=sources)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as opened:
-        names = {name.partition("/")[2] for name in opened.getnames()}
-    assert BUILTIN and {path.relative_to(ROOT).as_posix() for path in BUILTIN} <= names
+def test_the_sdist_holds_the_sources_and_nothing_else(installation: Installation) -> None:
+    with tarfile.open(installation.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tops = {name.partition("/")[0] for name in names} - {"", "PKG-INFO", "gspn_dit.egg-info"}
+    files = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg", "setup.py"}
+    assert tops - {"tests"} == {"cuda", "fid", "gspn_dit", *files}
+    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "gspn_dit/ops/csrc").iterdir()]
+    builtin = {path.relative_to(ROOT).as_posix() for path in BUILTIN}
+    assert builtin and {*sources, *builtin, "cuda/common.cuh", "cuda/long_lines.cu"} <= names
+
+
+def test_the_commands_are_installed(installation: Installation) -> None:
+    for command in ("gspn-train", "gspn-sample", "gspn-fid"):
+        assert f"usage: {command}" in run(
+            str(installation.prefix / "bin" / command), "--help", cwd=installation.elsewhere
+        )
 
 
 def test_a_scan_away_from_the_checkout(installation: Installation) -> None:

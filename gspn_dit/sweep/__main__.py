@@ -39,7 +39,6 @@ def parse_own(text: str) -> float | None:
 def build_parser() -> ArgumentParser:
     """The arguments of `python -m gspn_dit.sweep`."""
     parser = ArgumentParser(
-        prog="python -m gspn_dit.sweep",
         description="Choose how a checkpoint is sampled by a small fixed set of images.",
         formatter_class=argparse.HelpFormatter,
     )
@@ -107,5 +106,10 @@ def main() -> None:
     run(options)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `gspn-sweep`."""
     run_cli(main, "what is there is kept; continue with --resume")
+
+
+if __name__ == "__main__":
+    cli()
