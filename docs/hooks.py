@@ -17,6 +17,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "cuda/README.md": "kernels.md",
+    "examples/README.md": "examples.md",
 }
 """Files of the repository that are pages of the site, and the page's name."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
