@@ -24,7 +24,10 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 ROOMS = {
     "gspn_dit": "The package",
     **{f"gspn_dit.{name}": f"gspn_dit.{name}" for name in ("ops", "models", "diffusion", "data", "config", "tasks")},
-    **{f"gspn_dit.{name}": f"gspn_dit.{name}" for name in ("training", "sweep", "highres", "prepare", "importers")},
+    **{
+        f"gspn_dit.{name}": f"gspn_dit.{name}"
+        for name in ("training", "sweep", "playground", "highres", "prepare", "importers")
+    },
     "fid": "fid",
 }
 """The packages that have a page of the reference each, and its title."""

@@ -94,7 +94,7 @@ def everything(home: Path) -> None:
 README = Page(
     "README.md",
     everything,
-    {"make": "minutes; one step stands in for the demo", ". .venv": INSTALLS},
+    {"make": "minutes; one step stands in for the demo", ". .venv": INSTALLS, "gspn-play": "serves until stopped"},
     ("grid.png", "report/index.html", "digits_report/index.html", "runs/mine/index.html", "runs/python/index.html"),
 )
 TUTORIALS = (
