@@ -37,7 +37,6 @@ MODELS = {
 SMALLER = {
     "--per-class": "2",
     "--num-samples": "70",
-    "--model.name": "GSPN-N/4",
     "--data.image_size": "8",
     "--image-size": "8",
     "--encoder": "ENCODER",
@@ -128,13 +127,14 @@ def run(words: list[str]) -> int:
     program, arguments = target(words)
     assert program, f"{' '.join(words)}: run it, or list it with the reason"
     for flag, value in SMALLER.items():
-        if flag in arguments and arguments[arguments.index(flag) + 1] != "gspn_nano":
+        if flag in arguments:
             arguments[arguments.index(flag) + 1] = value
     if program in ("train.py", "-m gspn_dit.train"):
         text = any("text" in word for word in arguments)
         kind = "classification" if "classification" in arguments else "text" if text else "class"
         arguments += [word for key, value in (RUN | MODELS[kind]).items() for word in (f"--{key}", str(value))]
         arguments += ["--text.encoder", "ENCODER"] if text else []
+        arguments += ["--data.image_size", "8"] if any("own_images" in word for word in arguments) else []
     arguments += ADDED["sample"] if program in ("sample.py", "-m gspn_dit.sample", "-m gspn_dit.generate") else []
     with pytest.MonkeyPatch.context() as patch:
         return call(program, arguments + ADDED.get(program, []), patch)
