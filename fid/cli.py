@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory, run_cli
 from gspn_dit.paths import path_argument
+from gspn_dit.protocols import INCEPTION, PROTOCOLS, find_protocol
 
 if TYPE_CHECKING:
     from typing import Any
@@ -38,11 +39,22 @@ def build_parser() -> ArgumentParser:
         help="real images: 'digits', an image folder, a data set saved with save_to_disk, a directory of PNGs, or "
         "an NPZ, ADM's with mu and sigma too; a set with a validation split also gives the real images' own scores",
     )
-    parser.add_argument(
-        "--protocol", help="adm-50k, adm-50k-512, coco-30k, quick or digits: net and every setting under a name"
-    )
+    parser.add_argument("--protocol", help=f"net and every setting under a name: {', '.join(PROTOCOLS)}")
     parser.add_argument(
         "--features", type=path_argument, help="without --protocol: 'digits' or a file that fid.train_features wrote"
+    )
+    parser.add_argument(
+        "--also",
+        type=path_argument,
+        nargs="+",
+        default=(),
+        metavar="NET",
+        help="further feature nets for a Fréchet distance each, in the same pass: files, digits or inception",
+    )
+    parser.add_argument(
+        "--paired",
+        action="store_true",
+        help="without --protocol: image i of --samples is a reconstruction of image i of --reference; PSNR and SSIM",
     )
     parser.add_argument("--out", type=path_argument, required=True, help="directory of the report")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in --out")
@@ -86,9 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     if options.protocol and options.features:
         raise UserError(f"--protocol {options.protocol} brings its own feature net; leave --features out")
+    if options.protocol and options.paired:
+        raise UserError(f"--protocol {options.protocol} says itself whether images are paired; leave --paired out")
     if options.protocol and options.seed is not None:
         raise UserError(f"--protocol {options.protocol} brings its own seed; leave --seed out")
-    from gspn_dit.protocols import INCEPTION, find_protocol
 
     protocol = find_protocol(options.protocol) if options.protocol else None
     from fid.images import require_samples
@@ -118,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dinov2=options.dinov2,
             clip=options.clip,
             texts=options.texts,
+            also=tuple(options.also),
+            paired=options.paired,
             held_out=options.held_out,
             cache=cache,
             overwrite=options.overwrite,

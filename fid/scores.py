@@ -5,6 +5,7 @@ A metric is one entry of `METRICS`: the reports take its name, title, figure and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from fid.metrics import (
     nearest_features,
 )
 from fid.moments import Gaussian, Moments
+from fid.reconstruction import WINDOW, pairs, psnr, ssim
 from fid.retrieval import CaptionMap, retrieved
 from gspn_dit.protocols import Protocol
 
@@ -102,6 +104,13 @@ class Scoring:
         knobs = self.protocol.kid_subsets, self.protocol.kid_seed
         return kernel_distances(self.images.features, self.target.real.features, self.subset, *knobs)
 
+    @cached_property
+    def reconstruction(self) -> tuple[np.ndarray, np.ndarray]:
+        """PSNR and SSIM of every image and its original."""
+        found = [(psnr(*pair), ssim(*pair)) for pair in pairs(self.images.images, self.target.real.images)]
+        ratios, similarities = zip(*found, strict=True)
+        return np.concatenate(ratios), np.concatenate(similarities)
+
     def has(self, layer: str) -> bool:
         """Tell whether both sides have moments of a layer."""
         return layer in self.images.extraction.moments and layer in self.target.gaussians
@@ -157,6 +166,11 @@ def _class_agreement(scoring: Scoring) -> float | None:
     return None if labels is None or logits is None else class_agreement(logits, labels)
 
 
+def _draws(scoring: Scoring) -> bool:
+    """Tell whether the images are samples, and no reconstructions."""
+    return not scoring.protocol.paired
+
+
 def _nearest_distance(scoring: Scoring) -> float | None:
     nearest = _pixel_distances(scoring.images.images, scoring.target.real.images)
     return None if nearest is None else float(np.median(nearest))
@@ -172,17 +186,30 @@ METRICS: dict[str, Metric] = {
         lambda scoring: scoring.distance_interval(scoring.images.extraction.spatial, "spatial"),
         applies=lambda scoring: scoring.has("spatial"),
     ),
+    "psnr": Metric(
+        lambda scoring: float(scoring.reconstruction[0].mean()),
+        lambda scoring: intervals.mean(scoring.reconstruction[0], greatest=math.inf),
+        title="PSNR (dB), mean of the images",
+        applies=lambda scoring: scoring.protocol.paired,
+    ),
+    "ssim": Metric(
+        lambda scoring: float(scoring.reconstruction[1].mean()),
+        lambda scoring: intervals.mean(scoring.reconstruction[1]),
+        title="SSIM, mean of the images",
+        applies=lambda scoring: scoring.protocol.paired and min(scoring.images.images.pixels.shape[1:3]) >= WINDOW,
+    ),
     "is": Metric(
         lambda scoring: _spread(scoring.inception_scores),
         lambda scoring: intervals.student(scoring.inception_scores, "consecutive splits"),
-        applies=lambda scoring: scoring.images.logits is not None,
+        applies=lambda scoring: scoring.images.logits is not None and _draws(scoring),
     ),
-    "kid": Metric(lambda scoring: _spread(scoring.kernel_distances), _kernel_interval),
+    "kid": Metric(lambda scoring: _spread(scoring.kernel_distances), _kernel_interval, applies=_draws),
     "precision": Metric(
         lambda scoring: float(scoring.membership[0].mean()),
         lambda scoring: intervals.mean(scoring.membership[0], scoring.images.strata),
+        applies=_draws,
     ),
-    "recall": Metric(lambda scoring: float(scoring.membership[1].mean()), _recall_interval),
+    "recall": Metric(lambda scoring: float(scoring.membership[1].mean()), _recall_interval, applies=_draws),
     "retrieval": Metric(
         lambda scoring: float(scoring.retrieved.mean()),
         lambda scoring: intervals.mean(scoring.retrieved, scoring.images.strata),
@@ -203,17 +230,21 @@ METRICS: dict[str, Metric] = {
     "nearest_distance": Metric(
         _nearest_distance,
         title="median distance to nearest reference image",
-        applies=lambda scoring: scoring.protocol.pixel_distances,
+        applies=lambda scoring: scoring.protocol.pixel_distances and _draws(scoring),
     ),
 }
 """By key: `FeatureNet.names` calls some of them after the feature extractor; the others' key is their name."""
 
 
 def score_names(net: FeatureNet, protocol: Protocol, count: int) -> dict[str, str]:
-    """What the scores are called; on the published net outside of a comparable protocol their number is in the name."""
-    if net.score_suffix or protocol.comparable:
-        return net.names
-    return {key: f"{name}-{count}" for key, name in net.names.items()}
+    """What the scores are called; on the published net outside of a comparable protocol its name says so.
+
+    An "r" is in front of distances of reconstructions to their originals.
+    """
+    suffix = protocol.suffix if protocol.suffix is not None else "" if protocol.comparable else str(count)
+    ending = f"-{suffix}" if suffix and not net.score_suffix else ""
+    beginning = {"fd": "r", "sfd": "r"} if protocol.paired else {}
+    return {key: f"{beginning.get(key, '')}{name}{ending}" for key, name in net.names.items()}
 
 
 def scores_of(scoring: Scoring) -> dict[str, Any]:

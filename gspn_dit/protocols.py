@@ -63,6 +63,10 @@ class Protocol:
     """Whether fewer samples than feature dimensions + 1 are refused: a Fréchet distance of fewer is mostly bias."""
     comparable: bool = False
     """Whether the scores may stand beside published ones."""
+    suffix: str | None = None
+    """What names of scores on the published Inception end in; None: nothing where they compare, else the number."""
+    paired: bool = False
+    """Whether sample i is a reconstruction of reference image i: rFID, PSNR and SSIM are measured then, and no more."""
     intervals: bool = True
     pixel_distances: bool = True
     """Whether the nearest reference image is also searched pixel by pixel."""
@@ -101,6 +105,16 @@ PROTOCOLS = {
     for protocol in (
         ADM_50K,
         dataclasses.replace(ADM_50K, name="adm-50k-512", image_size=512, reference_file="VIRTUAL_imagenet512.npz"),
+        dataclasses.replace(
+            ADM_50K,
+            name="balanced-50k",
+            required=(("weights", "ema"), ("labels", "balanced"), ("uint8", "truncate")),
+            order="interleaved",
+            comparable=False,
+            suffix="balanced",
+            generation=dataclasses.replace(ADM_50K.generation, labels="balanced"),
+        ),
+        Protocol(name="reconstruction", features=INCEPTION, full_rank=False, pixel_distances=False, paired=True),
         Protocol(
             name="quick",
             features=INCEPTION,
@@ -142,6 +156,11 @@ def apply_protocol(options: argparse.Namespace) -> None:
     """Fill in what was not given to generation; raises UserError for what contradicts the protocol."""
     name = options.protocol
     protocol = None if name is None else find_protocol(name)
+    if protocol is not None and protocol.paired:
+        raise UserError(
+            f"the protocol {name} scores reconstructions, which python -m gspn_dit.prepare.reconstruct makes; "
+            "leave --protocol out"
+        )
     generation = Generation() if protocol is None else protocol.generation
     fixed = {"num_samples": protocol and protocol.num_samples}
     fixed |= {key: getattr(generation, key) for key in ("labels", "classes", "weights")}

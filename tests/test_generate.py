@@ -381,9 +381,16 @@ def test_a_damaged_part_is_found(run_directory: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "how many images? give --num-samples N, or a --protocol that says it: adm-50k, adm-50k-512"),
+        ((), "how many images? give --num-samples N, or a --protocol that says it: adm-50k, adm-50k-512, balanced-50k"),
+        (
+            ("--protocol", "reconstruction"),
+            "the protocol reconstruction scores reconstructions, which python -m gspn_dit",
+        ),
         (("--num-samples", 0), "--num-samples is 0, but must be at least 1"),
-        (("--protocol", "adm"), "unknown protocol 'adm'; allowed are adm-50k, adm-50k-512, quick, digits; did you"),
+        (
+            ("--protocol", "adm"),
+            "unknown protocol 'adm'; allowed are adm-50k, adm-50k-512, balanced-50k, reconstruction, quick",
+        ),
         (
             ("--protocol", "adm-50k", "--num-samples", 10),
             "--num-samples 10 contradicts the protocol adm-50k, which has",
