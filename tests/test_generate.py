@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from gspn_dit import generate, rng
+from gspn_dit.config import Config, ObjectiveConfig
 from gspn_dit.errors import LocalUserError, UserError
 from gspn_dit.files import is_temporary, write_atomically
 from gspn_dit.generate import parse_arguments, run
@@ -82,6 +83,36 @@ def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray]:
     with np.load(file, allow_pickle=False) as stored:
         assert sorted(stored.files) == ["arr_0", "arr_1"]
         return stored["arr_0"], stored["arr_1"]
+
+
+# -- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_times_are_shifted_as_config_or_call_says(tmp_path: Path) -> None:
+    """The config's shift, the pipeline's and the command's are one value, and generation.json has it."""
+    shifted = Config(objective=ObjectiveConfig(sampling_shift=3.0)).to_dict()
+    plain, run_of_three = write_run(tmp_path / "plain"), write_run(tmp_path / "three", config=shifted)
+    sets = {
+        "config": make(run_of_three, tmp_path / "config", count=5),
+        "option": make(plain, tmp_path / "option", "--sampling-shift", 3, count=5),
+    }
+    pipeline = GSPNPipeline.from_checkpoint(run_of_three)
+    assert pipeline.scheduler.config.shift == 3
+    labels = draw_labels("uniform", 0, 5, range(5)).tolist()
+    expected = pipeline(labels, num_inference_steps=2, output_type="np").images
+    same = GSPNPipeline.from_checkpoint(plain)(
+        labels, num_inference_steps=2, output_type="np", sampling_shift=3.0
+    ).images
+    np.testing.assert_array_equal(same, expected)
+    for folder in sets.values():
+        np.testing.assert_array_equal(read_folder(folder)[0][..., None], expected)
+        assert (read_settings(folder) or {})["sampling_shift"] == 3
+    unshifted = make(plain, tmp_path / "unshifted", count=5)
+    assert not np.array_equal(read_folder(unshifted)[0][..., None], expected)
+    assert (read_settings(unshifted) or {})["sampling_shift"] == 1
+    assert "--sampling-shift is 0.0, but must be finite and above 0" in refusal(
+        plain, tmp_path / "none", "--sampling-shift", 0, count=5
+    )
 
 
 # -- labels ----------------------------------------------------------------------------------------------------------
