@@ -22,13 +22,11 @@ _HOMES = {
     "DiffusionModel": "gspn_dit.models.base",
     "GSPNTransformer": "gspn_dit.models.gspn",
 }
-_OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "second_time")
+_OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "mixer", "num_heads", "second_time")
 _OPTIONS = {
     "GSPN": (*_OF_BOTH, "long_skips", "conditioning"),
     "DiT": (
         *_OF_BOTH,
-        "num_heads",
-        "mixer",
         "lpu",
         "norm",
         "mlp",
@@ -44,9 +42,8 @@ _OPTIONS = {
 def _options_by_family() -> dict[str, list[str]]:
     from gspn_dit.models.mixers import MIXERS, option_names
 
-    of_family = {"GSPN": ["gspn"], "DiT": list(MIXERS)}
-    names = {family: [name for mixer in mixers for name in option_names(mixer)] for family, mixers in of_family.items()}
-    return {family: list(dict.fromkeys([*own, *names[family]])) for family, own in _OPTIONS.items()}
+    of_mixers = [name for mixer in MIXERS for name in option_names(mixer)]
+    return {family: list(dict.fromkeys([*own, *of_mixers])) for family, own in _OPTIONS.items()}
 
 
 def __getattr__(name: str) -> Any:
@@ -71,9 +68,9 @@ def create_model(
         latent_channels: channels of the latent.
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
-        overrides: `hidden_size`, `depth`, `drop_path_rate`, `second_time`; for GSPN also `long_skips`, `conditioning`
-            ("additive", the default, or "adaln-zero") and those of `ScanOptions`; for DiT also `mixer` (of `MIXERS`;
-            "attention" is the default), its options, `num_heads`, `lpu` and the rest of `DiT`'s. None keeps the
+        overrides: `hidden_size`, `depth`, `drop_path_rate`, `second_time`, `mixer` (of `MIXERS`; by default "gspn" for
+            GSPN, "attention" for DiT), its options, `num_heads`; for GSPN also `long_skips` and `conditioning`
+            ("additive", the default, or "adaln-zero"); for DiT also `lpu` and the rest of `DiT`'s. None keeps the
             preset's.
 
     Raises:

@@ -1,4 +1,7 @@
-"""The GSPN generative transformer (arXiv 2501.12381): a U-shaped stack of blocks whose token mixer is the scan."""
+"""The GSPN generative transformer (arXiv 2501.12381): a U-shaped stack of blocks whose token mixer is the scan.
+
+Other mixers may stand in the scan's place, for comparisons of mixers in this block.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from gspn_dit.models.base import DiffusionModel
 from gspn_dit.models.convolution import DepthwiseConv
 from gspn_dit.models.embeddings import Modulation, modulated_norm
-from gspn_dit.models.mixers import GSPNMixer, ScanOptions, read_options
+from gspn_dit.models.mixers import MIXERS, GSPNMixer, Mixer, ScanOptions, option_names, read_options
 from gspn_dit.ops.recompute import norm_linear, squared_relu_linear
 
 CONDITIONINGS = ("additive", "adaln-zero")
@@ -20,17 +23,18 @@ class GSPNBlock(nn.Module):
     """Residual branch: norm, local context, scan, and a squared-ReLU gate (v·ReLU(v)).
 
     A modulated block (adaLN-Zero) takes the norm's shift and scale, and a gate on the branch that starts shut, from the
-    conditioning.
+    conditioning. The scan is followed by a linear map; another mixer ends with its own.
     """
 
-    def __init__(self, channels: int, options: ScanOptions | None = None, modulated: bool = False) -> None:
+    def __init__(self, channels: int, mixer: Mixer | None = None, modulated: bool = False) -> None:
         super().__init__()
+        mixer = mixer or ScanOptions().create(channels)
         self.modulation = Modulation(channels, 3) if modulated else None
         self.norm = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=not modulated)
         self.in_proj = nn.Linear(channels, channels, bias=False)
         self.local_conv = DepthwiseConv(channels, 7, bias=True)
-        self.mixer: GSPNMixer = (options or ScanOptions()).create(channels)
-        self.mixer_proj = nn.Linear(channels, channels, bias=False)
+        self.mixer = mixer
+        self.mixer_proj = nn.Linear(channels, channels, bias=False) if isinstance(mixer, GSPNMixer) else nn.Identity()
         self.gate_conv = DepthwiseConv(channels, 3, bias=False)
         self.out_proj = nn.Linear(channels, channels, bias=False)
 
@@ -67,10 +71,12 @@ class GSPNTransformer(DiffusionModel):
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         long_skips: join the output of each encoder block to its mirror in the decoder.
         conditioning: "additive" adds timestep and class to the tokens, once; "adaln-zero" modulates every block.
-        scan_options: of `ScanOptions`, by name.
+        mixer: of `MIXERS`; "gspn" is the scan itself, between the maps that the block has.
+        num_heads: of a mixer that has heads.
+        mixer_options: the mixer's own, by name.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or an option of another mixer.
     """
 
     def __init__(
@@ -85,7 +91,9 @@ class GSPNTransformer(DiffusionModel):
         long_skips: bool = True,
         conditioning: str = "additive",
         second_time: bool = False,
-        **scan_options: Any,
+        mixer: str = "gspn",
+        num_heads: int = 6,
+        **mixer_options: Any,
     ) -> None:
         super().__init__(num_classes, in_channels, out_channels, hidden_size, patch_size, second_time=second_time)
         if depth < 2 or depth % 2:
@@ -93,8 +101,15 @@ class GSPNTransformer(DiffusionModel):
         if conditioning not in CONDITIONINGS:
             raise ValueError(f"unknown conditioning '{conditioning}'; allowed are {', '.join(CONDITIONINGS)}")
         self.modulated = conditioning == "adaln-zero"
-        options = read_options("gspn", scan_options)
-        self.blocks = nn.ModuleList(GSPNBlock(hidden_size, options, self.modulated) for _ in range(depth + 1))
+        if "num_heads" in option_names(mixer):
+            mixer_options["num_heads"] = num_heads
+        options = read_options(mixer, mixer_options)
+
+        def new_mixer() -> Mixer:
+            return options.create(hidden_size) if mixer == "gspn" else MIXERS[mixer][0](hidden_size, options)
+
+        self.mixer = mixer
+        self.blocks = nn.ModuleList(GSPNBlock(hidden_size, new_mixer(), self.modulated) for _ in range(depth + 1))
         skips = depth // 2 if long_skips else 0
         self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in range(skips))
         self._finish(drop_path_rate)

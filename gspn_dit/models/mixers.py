@@ -19,131 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspn_dit.models.attention import (
+    AttentionMixer,
+    AttentionOptions,
+    HeadOptions,
+    LinearAttentionMixer,
+    NeighbourhoodMixer,
+    NeighbourhoodOptions,
+)
 from gspn_dit.models.convolution import DepthwiseConv
-from gspn_dit.models.embeddings import rotate
-from gspn_dit.models.flops import attention_multiply_adds, scan_multiply_adds
+from gspn_dit.models.flops import scan_multiply_adds
+from gspn_dit.models.mixer import UNSEEN, Mixer, maps_multiply_adds
 from gspn_dit.ops import DIRECTIONS, gspn_scan_from_proxy
-from gspn_dit.ops.contract import autocast_dtype, direction_codes, without_autocast
+from gspn_dit.ops.contract import direction_codes
 
 PROXY_RATIO = 16
-
-UNSEEN = {"unseen": True}
-"""Metadata of an option that weights of the same shapes depend on, so that fine-tuning must compare it."""
-
-
-class Mixer(nn.Module):
-    """Mixes tokens [B, H, W, C] to [B, H, W, C]."""
-
-    kind = "mixers"
-    """What messages call those of this class."""
-    needs_positions = False
-    """Whether a model adds positions to the tokens unless it is told otherwise."""
-
-    def multiply_adds(self, height: int, width: int) -> int:
-        """Return the multiply-adds of an image of height × width tokens, linear maps and convolutions included."""
-        raise NotImplementedError
-
-    def working_elements(self, height: int, width: int) -> int:
-        """Return how many elements the backward pass recomputes for an image; they come and go with each mixer."""
-        return 0
-
-    def initialise(self) -> None:
-        """Draw what shall not start by Xavier's rule, which the model applies to all linear maps before."""
-
-
-def maps_multiply_adds(module: nn.Module, tokens: int) -> int:
-    """Return the multiply-adds of a mixer's own linear maps and convolutions, not of modules within its modules."""
-    maps = [part for part in module.children() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    return tokens * sum(part.weight.numel() for part in maps)
-
-
-# -- attention -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """Of `LinearAttentionMixer`, and of `AttentionMixer` with more."""
-
-    num_heads: int = dataclasses.field(default=6, metadata=UNSEEN)
-    """Divides the channels."""
-
-
-@dataclass(frozen=True)
-class AttentionOptions(HeadOptions):
-    """Of `AttentionMixer`."""
-
-    rotary: bool = dataclasses.field(default=False, metadata=UNSEEN)
-    """Rotate queries and keys by their place; 4 divides the channels of a head."""
-
-
-def _check_heads(channels: int, num_heads: int) -> None:
-    if num_heads < 1 or channels % num_heads:
-        raise ValueError(f"num_heads {num_heads} does not divide the {channels} channels")
-
-
-class AttentionMixer(Mixer):
-    """Multi-head self-attention over all tokens, by `scaled_dot_product_attention`."""
-
-    kind = "attention"
-    needs_positions = True
-
-    def __init__(self, channels: int, options: AttentionOptions) -> None:
-        super().__init__()
-        _check_heads(channels, options.num_heads)
-        if options.rotary and channels // options.num_heads % 4:
-            raise ValueError(f"rotary needs heads whose channels 4 divides, not {channels // options.num_heads}")
-        self.num_heads, self.rotary = options.num_heads, options.rotary
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens [B, H, W, C] to [B, H, W, C]."""
-        projected = self.qkv(tokens.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, C/heads]
-        query, key, value = projected.permute(2, 0, 3, 1, 4)  # [B, heads, N, C/heads]
-        if self.rotary:
-            query, key = (rotate(part.unflatten(2, tokens.shape[1:3])).flatten(2, 3) for part in (query, key))
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(tokens.shape))
-
-    def multiply_adds(self, height: int, width: int) -> int:
-        tokens = height * width
-        return maps_multiply_adds(self, tokens) + attention_multiply_adds(tokens, self.proj.in_features)
-
-
-class LinearAttentionMixer(Mixer):
-    """ReLU linear attention with a depthwise convolution of the values beside it (LiT, arXiv 2501.12976; SANA,
-    2410.10629): with φ = ReLU, token n becomes φ(q_n)ᵀ Σ_m φ(k_m) v_mᵀ / φ(q_n)ᵀ Σ_m φ(k_m), plus conv3×3(v)_n.
-    """
-
-    kind = "linear attention"
-
-    def __init__(self, channels: int, options: HeadOptions) -> None:
-        super().__init__()
-        _check_heads(channels, options.num_heads)
-        self.num_heads = options.num_heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.local_conv = DepthwiseConv(channels, 3, bias=True)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens [B, H, W, C] to [B, H, W, C]."""
-        values = self.qkv(tokens)
-        heads = values.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, h, N, d]
-        if autocast_dtype(tokens.device.type) is not None:
-            heads = heads.float()  # sums over all tokens
-        with without_autocast(tokens.device.type):
-            query, key = F.relu(heads[0]), F.relu(heads[1])
-            summed = key.transpose(-1, -2) @ F.pad(heads[2], (0, 1), value=1.0)  # [B, h, d, d+1]; Σφ(k) is the last
-            mixed = query @ summed
-            mixed = mixed[..., :-1] / (mixed[..., -1:] + 1e-6)
-        mixed = mixed.transpose(1, 2).reshape(tokens.shape).to(values.dtype)
-        return self.proj(mixed + self.local_conv(values[..., -tokens.shape[-1] :]))
-
-    def multiply_adds(self, height: int, width: int) -> int:
-        tokens, channels = height * width, self.proj.in_features
-        products = 2 * tokens * channels * (channels // self.num_heads + 1)  # keys with values and ones, then queries
-        return maps_multiply_adds(self, tokens) + products
-
 
 # -- scans -----------------------------------------------------------------------------------------------------------
 
@@ -322,6 +212,7 @@ MIXERS: dict[str, tuple[type[Mixer], type[Any]]] = {
     "gspn": (ScanMixer, ScanOptions),
     "conv": (ConvMixer, ConvOptions),
     "linear": (LinearAttentionMixer, HeadOptions),
+    "neighbourhood": (NeighbourhoodMixer, NeighbourhoodOptions),
 }
 """Mixer, made from a width and its options, and the dataclass of the options, by the name that `mixer` gives it."""
 

@@ -25,8 +25,11 @@ from gspn_dit.models.mixers import (
     GSPNMixer,
     LinearAttentionMixer,
     Mixer,
+    NeighbourhoodMixer,
+    NeighbourhoodOptions,
     ScanMixer,
     ScanOptions,
+    option_names,
     read_options,
 )
 from gspn_dit.pipeline import GSPNPipeline
@@ -72,6 +75,48 @@ def test_linear_attention_is_finite_where_no_key_answers() -> None:
         mixer.local_conv.bias.zero_()
     output = mixer(tokens_of(4))
     assert torch.equal(output, mixer.proj.bias.expand(output.shape))
+
+
+@pytest.mark.parametrize(("height", "width", "count"), [(5, 7, 3), (4, 2, 3), (3, 4, 9)])
+def test_neighbourhood_attention_by_its_formula(height: int, width: int, count: int) -> None:
+    """Softmax over the nearest k×k tokens that the image has, each token on its own."""
+    mixer = made(NeighbourhoodMixer(8, NeighbourhoodOptions(num_heads=2, neighbourhood=count)))
+    tokens = tokens_of(8, height, width)
+    query, key, value = mixer.qkv(tokens).split(8, dim=-1)
+    mixed = torch.zeros_like(tokens)
+    for row in range(height):
+        for column in range(width):
+            top = min(max(row - count // 2, 0), max(height - count, 0))
+            left = min(max(column - count // 2, 0), max(width - count, 0))
+            near = (slice(None), slice(top, top + count), slice(left, left + count))
+            for head in (slice(0, 4), slice(4, 8)):
+                keys, values = (part[near][..., head].flatten(1, 2) for part in (key, value))
+                weights = (keys @ query[:, row, column, head, None] / 4**0.5).softmax(1)
+                mixed[:, row, column, head] = (weights * values).sum(1)
+    torch.testing.assert_close(mixer(tokens), mixer.proj(mixed), rtol=1e-10, atol=1e-10)
+
+
+def test_a_neighbourhood_of_everything_is_attention() -> None:
+    tokens = tokens_of(8, 3, 4)
+    local = made(NeighbourhoodMixer(8, NeighbourhoodOptions(num_heads=2, neighbourhood=5)))
+    whole = made(AttentionMixer(8, AttentionOptions(num_heads=2)))
+    whole.load_state_dict(local.state_dict())
+    torch.testing.assert_close(local(tokens), whole(tokens), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match=r"^neighbourhood is 4, but must be an odd number of at least 1$"):
+        NeighbourhoodMixer(8, NeighbourhoodOptions(num_heads=2, neighbourhood=4))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_in_the_u_shaped_block(mixer: str) -> None:
+    """Its parameters all learn; only the scan, which has no map of its own, is followed by one."""
+    heads = {"num_heads": 2} if "num_heads" in option_names(mixer) else {}
+    model = create_model("GSPN-N/2", 3, 1, 8, hidden_size=32, depth=2, mixer=mixer, **heads)
+    lively(model)
+    latents, times, labels = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 3])
+    model(latents, times, labels).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert isinstance(model.blocks[0].mixer_proj, nn.Linear) == (mixer == "gspn")
+    assert forward_multiply_adds(model, 8, 8) > 0
 
 
 def test_convolution_with_channel_attention_by_its_formula() -> None:

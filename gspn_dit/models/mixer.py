@@ -1,0 +1,34 @@
+"""What every token mixer is: a module over tokens that says what it costs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+UNSEEN = {"unseen": True}
+"""Metadata of an option that weights of the same shapes depend on, so that fine-tuning must compare it."""
+
+
+class Mixer(nn.Module):
+    """Mixes tokens [B, H, W, C] to [B, H, W, C]."""
+
+    kind = "mixers"
+    """What messages call those of this class."""
+    needs_positions = False
+    """Whether a model adds positions to the tokens unless it is told otherwise."""
+
+    def multiply_adds(self, height: int, width: int) -> int:
+        """Return the multiply-adds of an image of height × width tokens, linear maps and convolutions included."""
+        raise NotImplementedError
+
+    def working_elements(self, height: int, width: int) -> int:
+        """Return how many elements the backward pass recomputes for an image; they come and go with each mixer."""
+        return 0
+
+    def initialise(self) -> None:
+        """Draw what shall not start by Xavier's rule, which the model applies to all linear maps before."""
+
+
+def maps_multiply_adds(module: nn.Module, tokens: int) -> int:
+    """Return the multiply-adds of a mixer's own linear maps and convolutions, not of modules within its modules."""
+    maps = [part for part in module.children() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    return tokens * sum(part.weight.numel() for part in maps)
