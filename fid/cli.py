@@ -41,7 +41,9 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--protocol", help=f"net and every setting under a name: {', '.join(PROTOCOLS)}")
     parser.add_argument(
-        "--features", type=path_argument, help="without --protocol: 'digits' or a file that fid.train_features wrote"
+        "--features",
+        type=path_argument,
+        help="without --protocol: 'digits', a file that fid.train_features wrote, or a run of task classification",
     )
     parser.add_argument(
         "--also",

@@ -106,7 +106,8 @@ def evaluate(
     Args:
         samples: a directory of PNGs or an NPZ, see `fid.images.read_samples`.
         reference: real images, see `fid.images.read_reference`.
-        features: "digits", or a file that `python -m fid.train_features` wrote; not used with a protocol.
+        features: "digits", a file that `python -m fid.train_features` wrote, or a run of task classification; not used
+            with a protocol.
         out: directory of the report, new, empty, or (with `overwrite`) holding an earlier report.
         options: fields of `Settings`.
 

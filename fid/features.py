@@ -77,17 +77,25 @@ class FeatureNet:
 
 
 def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
-    """The bundled net of that name, or one from a file that `python -m fid.train_features` wrote.
+    """The bundled net of that name, one from a file that `python -m fid.train_features` wrote, or a trained classifier.
+
+    Args:
+        source: a bundled name, a file, or a run directory or checkpoint of task classification.
 
     Raises:
-        UserError: no such net, or the file is something else.
+        UserError: no such net, or the file or run is something else.
     """
     name = str(source)
+    if name not in BUNDLED and Path(source).is_dir():
+        from fid.trained import facts_of_run
+
+        return FeatureNet(**facts_of_run(source))
     path = BUNDLED.get(name, Path(source))
     if not path.is_file():
         known = ", ".join(f"'{bundled}'" for bundled in BUNDLED)
         raise UserError(
-            f"no feature net '{name}': it is neither a file nor a bundled net ({known}){nearest(name, BUNDLED)}"
+            f"no feature net '{name}': it is neither a file, nor a run of task classification, nor a bundled net "
+            f"({known}){nearest(name, BUNDLED)}"
         )
     classifier = load_classifier(path)
     info = classifier.info

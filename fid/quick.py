@@ -55,8 +55,9 @@ def load_scorer(
     """Return the scorer for images of a size.
 
     Args:
-        source: a bundled net ("digits"), a file that `python -m fid.train_features` wrote, "inception" (weights at
-            torch-fidelity's usual place) or a file of its weights (.pth); None for the one bundled for the data.
+        source: a bundled net ("digits"), a file that `python -m fid.train_features` wrote, a run of task
+            classification, "inception" (weights at torch-fidelity's usual place) or a file of its weights (.pth); None
+            for the one bundled for the data.
         data_name: the data set's name.
         image_size: height and width of the images in pixels.
         channels: 1 or 3.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gspn_dit.checkpoint import load_weights, read_manifest, resolve_checkpoint
 from gspn_dit.config import Config, config_from_dict
-from gspn_dit.data.augment import Augmentation
+from gspn_dit.data.augment import Augmentation, central, normalise
 from gspn_dit.data.classified import ClassifiedBatches
 from gspn_dit.data.images import ImageSet, load_splits
 from gspn_dit.errors import UserError
@@ -65,6 +65,11 @@ class ImageClassifier:
         return self.manifest["image_size"]
 
     @property
+    def stored_size(self) -> int:
+        """Height and width of images whose centre is `image_size`; see `classification.evaluation_crop`."""
+        return round(self.image_size / self.config.classification.evaluation_crop)
+
+    @property
     def channels(self) -> int:
         """1 for greyscale, 3 for RGB."""
         return self.manifest["model"]["in_channels"]
@@ -86,6 +91,16 @@ class ImageClassifier:
     def features(self, inputs: Tensor) -> Tensor:
         """Return what the last linear map sees, float32 [B, num_features], of normalised inputs [B, C, H, W]."""
         return self._in_batch(lambda images: penultimate(self.model, images), inputs)
+
+    def features_and_logits(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the last linear map sees and what it answers, of normalised inputs, in one pass."""
+        features = self.features(inputs)
+        return features, self.model.get_classifier()(features)  # type: ignore[operator]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return uint8 images [B, C, H, W] as inputs: the centred square of each, resized and normalised."""
+        settings = self.config.classification
+        return normalise(central(images, self.image_size, settings), settings)
 
     @torch.no_grad()
     def _in_batch(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

@@ -365,7 +365,8 @@ class TrainingConfig(Section):
     """Steps between quick Fréchet distances of few samples, a trend that compares with no figure; null: none."""
     fd_samples: int = 1_000
     fd_features: str | None = None
-    """Feature net: a bundled one, a file of fid.train_features, or inception; null: the one bundled for the data."""
+    """Feature net: a bundled one, a file of fid.train_features, a run of task classification, or inception; null: the
+    one bundled for the data."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:

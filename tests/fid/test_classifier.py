@@ -103,7 +103,8 @@ def write_net(path: Path, **changes: object) -> Path:
 def test_files_that_are_no_feature_net_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     with pytest.raises(
-        UserError, match=r"no feature net 'digit': it is neither a file nor a bundled net .*did you mean"
+        UserError,
+        match=r"no feature net 'digit': it is neither a file, nor a run of task classification, nor a .*did you mean",
     ):
         load_feature_net("digit")
     for content in (b"", b"\x80\x04N.", b"x" * 100):
