@@ -13,11 +13,13 @@ share order and augmentation of the images: differences are paired. What is done
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import calibration
+from benchmarks.markdown import mean_and_interval, plural, provenance, table
 from benchmarks.study import best_rate, interval, once, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -114,6 +116,45 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for model in dict.fromkeys(cell["model"] for cell in cells)
     }
+
+
+def classification_table(result: dict[str, Any]) -> str:
+    """Tabulate the study: what each model costs, its rate, and its scores."""
+    rows = []
+    for model, found in result["summary"].items():
+        facts, own = result["models"][model], [cell for cell in result["cells"] if cell["model"] == model]
+        rate = result["rates"][model]
+        rows.append(
+            [
+                facts["name"],
+                f"{facts['parameters']:,}",
+                f"{facts['multiply_adds'] / 1e6:.1f}M",
+                f"{result['cpu_milliseconds_per_step'][model]:.0f} ms",
+                f"{own[0]['steps']:,}",
+                f"{rate['best']:g}{' (at an end)' if rate['at_an_end'] else ''}",
+                mean_and_interval({key: 100 * value for key, value in found["val_top1"].items()}),
+                "" if model == BASELINE else points(found["top1_minus_gspn"]),
+                mean_and_interval(found["val_loss"]),
+            ]
+        )
+    heads = ["model", "parameters", "multiply-adds", "a step", "steps", "rate", "top-1, %", "minus GSPN, points"]
+    commits = ", ".join(sorted({cell["commit"] for cell in result["cells"]}))
+    seeds = len({cell["seed"] for cell in result["cells"]})
+    return (
+        table([*heads, "cross-entropy"], rows)
+        + f"\n{result['seconds']:g} seconds of one thread for each model, {plural(seeds, 'paired seed')}, rates "
+        + f"searched in {result['search_seconds']:g} seconds each. Trained at {commits}. {provenance(result)}\n"
+    )
+
+
+def points(found: dict[str, float]) -> str:
+    """Write a difference of shares and its 95% interval in points, with signs.
+
+    >>> points({"mean": -0.012, "low": -0.02, "high": 0.003})
+    '-1.20 [-2.00, +0.30]'
+    """
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f}" if math.isnan(low) else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def model_facts(data: str, root: str) -> dict[str, Any]:
