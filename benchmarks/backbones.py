@@ -112,7 +112,7 @@ def backbones_table(result: dict[str, Any]) -> str:
 
 def _published(figures: tuple[float, float, float]) -> tuple[str, str, str]:
     parameters, multiply_adds, top1 = figures
-    return f"{parameters:g}M", f"{multiply_adds:g}", f"{top1:g}"
+    return f"{parameters:g}M", f"{multiply_adds:.1f}", f"{top1:.1f}"
 
 
 def main() -> None:
