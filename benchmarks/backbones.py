@@ -88,7 +88,7 @@ def backbones_table(result: dict[str, Any]) -> str:
     peers = [
         [f"{family}, {size}", "", "", *_published(figures)]
         for family, sizes in result["peers"].items()
-        for size, figures in zip("TSB", sizes, strict=True)
+        for size, figures in zip("TSB", sizes, strict=False)
     ]
     head = ["model", "parameters", "10⁹ multiply-adds at 224²", "published parameters", "10⁹", "top-1, %"]
     takes = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.classification import DATA_SETS, MODELS, arguments, main, summary
+from benchmarks.classification import DATA_SETS, MODELS, arguments, classification_table, main, points, summary
 from gspn_dit.config import Config, parse_train_arguments
 from gspn_dit.errors import UserError
 
@@ -59,6 +59,28 @@ def test_differences_are_of_pairs() -> None:
     assert difference["mean"] == pytest.approx(-0.03)
     assert difference["high"] + 0.03 == pytest.approx(12.7062 * 0.02 / math.sqrt(2) / math.sqrt(2), rel=1e-4)
     assert found["vit"]["val_top1"]["mean"] == pytest.approx(0.82)
+
+
+def test_the_table_says_what_the_study_found() -> None:
+    cells = [{**cell(model, seed, top), "steps": 300, "commit": "1234567"} for model, seed, top in (
+        ("gspn", 0, 0.90), ("vit", 0, 0.88), ("gspn", 1, 0.80), ("vit", 1, 0.76),
+    )]  # fmt: skip
+    facts = {"name": "net", "parameters": 614_234, "multiply_adds": 20_710_656}
+    text = classification_table(
+        {
+            **{"seconds": 60, "search_seconds": 12, "cells": cells, "summary": summary(cells)},
+            "models": {"gspn": facts, "vit": facts},
+            "cpu_milliseconds_per_step": {"gspn": 131.2, "vit": 215.0},
+            "rates": {"gspn": {"best": 0.004, "at_an_end": False}, "vit": {"best": 0.001, "at_an_end": True}},
+            "machine": {"processor": "a chip", "cores": 2, "kernels": "kernels (AVX2)"},
+            "software": {"torch": "2.0", "commit": "abc"},
+        }
+    )
+    own, other = text.splitlines()[2:4]
+    assert own.startswith("| net | 614,234 | 20.7M | 131 ms | 300 | 0.004 | 85.0 ± 64 |  | 0.500 ± ")
+    assert "| 0.001 (at an end) | 82.0 ± 76 | -3.00 [-15.71, +9.71] |" in other
+    assert "60 seconds of one thread for each model, 2 paired seeds, rates searched in 12 seconds each." in text
+    assert points({"mean": 0.01, "low": math.nan, "high": math.nan}) == "+1.00"
 
 
 def test_data_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
