@@ -158,7 +158,7 @@ def central(image: Tensor, size: int, settings: ClassificationConfig) -> Tensor:
 
 def normalise(images: Tensor, settings: ClassificationConfig) -> Tensor:
     """Return (pixels / 255 - mean) / std, float32, of uint8 images [B, C, H, W]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (settings.mean, settings.std))
     return (images.float() / 255 - mean) / std
 
 
