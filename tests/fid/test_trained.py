@@ -55,13 +55,14 @@ def test_it_is_called_after_its_data_and_known_by_its_weights(run: Path) -> None
 
 
 def test_a_report_is_scored_with_it(run: Path, digits: Reference) -> None:
-    images = digits.images
+    images, net = digits.images, load_feature_net(run)
     assert images.labels is not None
-    samples = LabelledImages(images.pixels[:300], "some digits", images.labels[:300])
-    report = fid.score(samples, digits, load_feature_net(run))
-    assert report["settings"]["feature_net"]["source"] == str(run)
-    assert 0 <= report["scores"]["FD-digits"] < 0.1
-    assert report["comparable"] is False
+    real, negative = (
+        fid.score(LabelledImages(pixels, "some digits", images.labels[:300]), digits, net)
+        for pixels in (images.pixels[:300], 255 - images.pixels[:300])
+    )
+    assert real["settings"]["feature_net"]["source"] == str(run) and real["comparable"] is False
+    assert 0 <= 10 * real["scores"]["FD-digits"] < negative["scores"]["FD-digits"]
 
 
 def test_training_watches_a_distance_with_it(run: Path) -> None:
