@@ -22,6 +22,7 @@ CACHE_SECONDS = (600, 3600)
 CSS = """
 .gradio-container { max-width: 90rem !important; margin: auto; }
 .picture img { image-rendering: pixelated; }
+.picture .image-container { padding-top: 2.3rem; }
 footer { display: none !important; }
 """
 
