@@ -179,9 +179,9 @@ def demo_table(result: Result) -> str:
     run, setting = result["run"], result["setting"]
     return (
         table(["score", "samples", "real, held out"], rows)
-        + f"\n{run['steps']:,} steps in {run['training_seconds'] / 60:.0f} minutes, {setting['steps']} steps of "
-        + f"sampling, guidance {setting['guidance_scale']}; {result['machine']['cores']} cores, torch "
-        + f"{result['versions']['torch']}, commit {result['git_commit'][:7]}.\n"
+        + f"\n{run['steps']:,} steps in {run['processor_seconds']:.0f} s of processor time on one thread, "
+        + f"{setting['steps']} steps of sampling, guidance {setting['guidance_scale']}; {result['machine']['cores']} "
+        + f"cores, torch {result['versions']['torch']}, commit {result['git_commit'][:7]}.\n"
     )
 
 
