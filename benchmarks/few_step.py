@@ -107,11 +107,24 @@ def arguments(recipe: Recipe, steps: int, seed: int, teacher: Path | None) -> li
     return ["--config", str(ROOT / "configs" / "demo.yaml"), *words]
 
 
-def train_all(runs: Path, seed: int, counts: Mapping[str, int]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Train every recipe with a seed, teachers first, and return the runs with their last metrics."""
+def with_teachers(names: Sequence[str]) -> list[str]:
+    """Return recipes and those that they start from, teachers first."""
+    teachers = {RECIPES[name].teacher for name in names}
+    return [name for name in RECIPES if name in names or name in teachers]
+
+
+def directory(runs: Path, seed: int, name: str) -> Path:
+    """Return where a recipe's run of a seed is kept."""
+    return runs / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")
+
+
+def train_all(
+    names: Sequence[str], runs: Path, seed: int, counts: Mapping[str, int]
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Train recipes with a seed, teachers first, and return the runs with their last metrics."""
     done: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name, recipe in RECIPES.items():
-        run = runs / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")
+    for name in with_teachers(names):
+        run, recipe = directory(runs, seed, name), RECIPES[name]
         teacher = done[recipe.teacher][0] if recipe.teacher else None
         done[name] = run, train(arguments(recipe, counts[name], seed, teacher), run)
     return done
@@ -228,15 +241,16 @@ def judged(found: Mapping[str, Any], speed: Mapping[str, Mapping[str, float]]) -
     return rows
 
 
-def study(runs: Path, seconds: float, seeds: Sequence[int]) -> dict[str, Any]:
+def study(names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int]) -> dict[str, Any]:
     """Train and score what is not there yet, seed by seed, and return figures and intervals."""
     words = {name: arguments(Recipe(name, 1), 100, 0, None) for name in OWN}
     milliseconds = calibration.calibrated(runs / "calibration.json", words, clock=time.process_time)
     counts = {name: steps_of(recipe, seconds, milliseconds) for name, recipe in RECIPES.items()}
     rows = []
     for seed in seeds:
-        trained = train_all(runs, seed, counts)
-        for name, (run, metrics) in trained.items():
+        trained = train_all(names, runs, seed, counts)
+        for name in names:
+            run, metrics = trained[name]
             file = run.with_name(f"{run.name}.scores.json")
             scores = once(file, functools.partial(score_run, run, steps_to_score(name), seed))
             facts = {key: metrics[key] for key in ("val_loss", "nonfinite_steps", "commit")}
@@ -244,8 +258,8 @@ def study(runs: Path, seconds: float, seeds: Sequence[int]) -> dict[str, Any]:
                 {"recipe": name, "seed": seed, "steps": counts[name], "sampling_steps": int(count), **facts, **scored}
                 for count, scored in scores.items()
             ]
-    names = [trained[name][0] for name in (BASELINE, "flow_map, half + half")]
-    speed = once(runs / "speeds.json", functools.partial(speeds, *names))
+    timed = [directory(runs, seeds[0], name) for name in (BASELINE, "flow_map, half + half")]
+    speed = once(runs / "speeds.json", functools.partial(speeds, *timed))
     found = summary(rows)
     return {
         "setting": {"samples": SAMPLES, "seconds": seconds, "guidance_scale": GUIDANCE_SCALE, "batch": BATCH},
@@ -267,7 +281,7 @@ def draw_picture(runs: Path, file: Path) -> None:
     rows += [(f"{name}, half + half", steps) for name in ("flow_map", "mean_flow") for steps in STEPS[:-1]]
     drawn = []
     for name, steps in rows:
-        images = draw(load(runs / "seed-0" / name.replace(", ", "-").replace(" ", "-")), steps, 20, 0)
+        images = draw(load(directory(runs, 0, name)), steps, 20, 0)
         drawn.append(np.concatenate(list(np.pad(images[..., 0], ((0, 0), (1, 1), (1, 1)))), axis=1))
     Image.fromarray(np.concatenate(drawn)).resize((20 * 30, len(rows) * 30), Image.Resampling.NEAREST).save(file)
 
@@ -277,11 +291,13 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.few_step", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/few_step"), help="where the runs are kept")
     parser.add_argument("--seconds", type=float, default=40, help="of the processor, for a recipe of share 1")
+    scored = [name for name in RECIPES if name != "velocity, half"]  # that one is a teacher alone
+    parser.add_argument("--recipes", nargs="+", choices=scored, default=scored, help="what is trained and scored")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="of the paired runs")
     parser.add_argument("--picture", type=Path, help="PNG file of images side by side")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
-    text = json.dumps(study(options.runs, options.seconds, options.seeds), indent=1)
+    text = json.dumps(study(options.recipes, options.runs, options.seconds, options.seeds), indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
     if options.picture:

@@ -41,10 +41,15 @@ def test_recipes_differ_in_what_they_learn_from_alone(tmp_path: Path) -> None:
     assert first["seed"] == 3 and first["training"]["max_steps"] == 40
 
 
+def test_recipes_bring_their_teachers() -> None:
+    assert few_step.with_teachers(["mean_flow, half + half"]) == ["velocity, half", "mean_flow, half + half"]
+    assert few_step.with_teachers(["flow_map, twice as long", "velocity"]) == ["velocity", "flow_map, twice as long"]
+
+
 def test_teachers_come_first_and_are_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained: dict[str, list[str]] = {}
     monkeypatch.setattr(few_step, "train", lambda words, run: trained.update({run.name: words}) or {"step": 1})
-    done = few_step.train_all(tmp_path, 2, dict.fromkeys(RECIPES, 10))
+    done = few_step.train_all(list(RECIPES), tmp_path, 2, dict.fromkeys(RECIPES, 10))
     teacher = str(tmp_path / "seed-2" / "velocity-half")
     assert teacher in trained["mean_flow-half-+-half"] and teacher not in trained["mean_flow-twice-as-long"]
     assert list(trained)[:2] == ["velocity", "velocity-half"] and done["velocity"] == (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gspn_dit.checkpoint import find_checkpoints, load_tensors, read_manifest
-from gspn_dit.config import Config
+from gspn_dit.config import Config, load_config
 from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.sample import parse_arguments, run
@@ -81,6 +81,13 @@ def test_a_velocity_run_is_learnt_on_from(tmp_path: Path, name: str) -> None:
     assert load_tensors(find_checkpoints(tmp_path / "few")[4], "model")["span_embed.mix.weight"].abs().max() > 0
 
 
+def test_digits_in_one_step_are_learnt_from_the_demo() -> None:
+    """The recipe names the demo's run, and the same model and data; it draws in one step."""
+    demo, one = (load_config(f"configs/{name}.yaml") for name in ("demo", "digits_one_step"))
+    assert one.training.initialize_from == demo.output_dir
+    assert (one.model, one.data, one.latent, one.sampling.steps) == (demo.model, demo.data, demo.latent, 1)
+
+
 def test_a_few_step_run_is_no_velocity_run(tmp_path: Path) -> None:
     run_training(few_step(tmp_path / "few", "flow_map"))
     with pytest.raises(UserError, match=r"belongs to another model: 'span_embed\.expand\.bias'"):
@@ -135,8 +142,9 @@ def test_exact_derivatives_train_on_the_cpu_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @BOTH
 def test_bfloat16_stays_finite_over_the_length_of_the_demo(tmp_path: Path, name: str) -> None:
-    config = few_step(tmp_path, name, max_steps=300, batch_size=64, mixed_precision="bf16", learning_rate=2e-3)
-    run_training(changed(config, training={"log_every": 10, "checkpoint_every": 300}))
+    steps = load_config("configs/demo.yaml").training.max_steps
+    config = few_step(tmp_path, name, max_steps=steps, batch_size=64, mixed_precision="bf16", learning_rate=2e-3)
+    run_training(changed(config, training={"log_every": 10, "checkpoint_every": steps}))
     lines = [line for line in metrics_of(tmp_path) if "loss" in line]
-    assert len(lines) == 30 and lines[-1]["nonfinite_steps"] == 0
+    assert len(lines) == steps / 10 and lines[-1]["nonfinite_steps"] == 0
     assert all(math.isfinite(line["error"]) for line in lines)
