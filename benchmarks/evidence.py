@@ -210,9 +210,9 @@ def few_step_table(result: Result) -> str:
     return (
         table(["to be shown", "bound", "best of equal training time", "met"], shown)
         + f"\n{table(head, rows)}\n{table(['objective, steps', 'images per second', 'spread'], speed)}"
-        + f"\n{plural(seeds, 'paired seed')}, {setting['seconds']:g} s of one thread for a recipe of equal training "
-        + f"time, {setting['samples']:,} samples each, guidance {setting['guidance_scale']} (two calls a step of a "
-        + f"velocity model). Trained at {', '.join(sorted({cell['commit'] for cell in result['cells']}))}. "
+        + f"\n{setting['model']}, {plural(seeds, 'paired seed')}, {setting['seconds']:g} s of one thread for equal "
+        + f"training time, {setting['samples']:,} samples each, guidance {setting['guidance_scale']} (a velocity model "
+        + f"is called twice a step). Trained at {', '.join(sorted({cell['commit'] for cell in result['cells']}))}. "
         + f"{provenance(result)}\n"
     )
 

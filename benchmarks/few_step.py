@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import calibration
 from benchmarks.measure import CpuDevice, software
-from benchmarks.study import ROOT, interval, once, paired_ratio, train
+from benchmarks.study import interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, run_cli
 
 if TYPE_CHECKING:
@@ -36,7 +36,14 @@ MANY = 50
 STEPS = (1, 2, 4, MANY)
 GUIDANCE_SCALE = 1.5
 COMMON: dict[str, Any] = {
+    "model.name": "GSPN-N/2",
+    "model.drop_path_rate": 0.0,
+    "data.name": "digits",
+    "training.batch_size": 64,
     "training.learning_rate": 4e-3,
+    "training.learning_rate_schedule": "cosine",
+    "training.weight_decay": 0.01,
+    "training.validation_images": 360,
     "training.ema_decay": 0.99,
     "training.trackers": [],
     "sampling.per_class": 1,
@@ -100,11 +107,12 @@ def arguments(recipe: Recipe, steps: int, seed: int, teacher: Path | None) -> li
         "training.max_steps": steps,
         "training.warmup_steps": min(100, steps // 10),
         "training.log_every": max(1, steps // 10),
-        **{f"training.{kind}_every": steps for kind in ("validate", "sample", "checkpoint")},
+        **{f"training.{kind}_every": steps for kind in ("validate", "sample")},
+        "training.checkpoint_every": max(1, steps // 4),
         **({"training.initialize_from": teacher} if teacher else {}),
     }
     words = (word for key, value in values.items() for word in (f"--{key}", str(value)))
-    return ["--config", str(ROOT / "configs" / "demo.yaml"), *words]
+    return list(words)
 
 
 def with_teachers(names: Sequence[str]) -> list[str]:
@@ -262,7 +270,13 @@ def study(names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int]
     speed = once(runs / "speeds.json", functools.partial(speeds, *timed))
     found = summary(rows)
     return {
-        "setting": {"samples": SAMPLES, "seconds": seconds, "guidance_scale": GUIDANCE_SCALE, "batch": BATCH},
+        "setting": {
+            "model": COMMON["model.name"],
+            "samples": SAMPLES,
+            "seconds": seconds,
+            "guidance_scale": GUIDANCE_SCALE,
+            "batch": BATCH,
+        },
         "processor_milliseconds_per_step": milliseconds,
         "targets": judged(found, speed),
         "summary": found,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import evidence
+from benchmarks.few_step import summary as few_step_summary
 from benchmarks.quality import METRICS, summary
 from gspn_dit.errors import UserError
 
@@ -111,6 +112,31 @@ def test_a_study_of_quality_by_hand() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     assert rows(evidence.quality_table(study(seeds=1)))[-1][5:8] == ["1.000", "1.000", "10.0"]
+
+
+def test_few_steps_by_hand() -> None:
+    """FD 2 and 4 in one step over 1 and 1 in many; the mean is 3, the ratio √8."""
+    cells = [
+        {"recipe": name, "sampling_steps": count, "seed": seed, "fd": fd, "class_agreement": 0.9}
+        | {"steps": 700, "commit": "1234567"}
+        for name, count, fds in (("velocity", 50, (1, 1)), ("flow_map, half + half", 1, (2, 4)))
+        for seed, fd in enumerate(fds)
+    ]
+    result = {
+        "setting": {"model": "a model", "samples": 1000, "seconds": 40.0, "guidance_scale": 1.5},
+        "targets": [{"target": "a", "bound": "<= 2.0", "value": 2.828, "recipe": "b", "met": False}],
+        "summary": few_step_summary(cells),
+        "speed": {"flow_map, 1": {"images_per_second": 1234.5, "spread": 0.05}},
+        "cells": cells,
+        "machine": MACHINE,
+        "software": SOFTWARE,
+    }
+    text = evidence.few_step_table(result)
+    assert ["a", "<= 2.0", "2.83 (b)", "no"] in rows(text)
+    (row,) = (row for row in rows(text) if row[0].startswith("flow_map, half"))
+    assert row[1:4] == ["700", "1", "3.00 ± 13"] and row[4].startswith("2.828 [") and row[5] == "0.900"
+    assert ["flow_map, 1", "1,234", "5%"] in rows(text)
+    assert "a model, 2 paired seeds, 40 s of one thread" in text and "Trained at 1234567. a chip" in text
 
 
 def test_mixers_and_resolution() -> None:

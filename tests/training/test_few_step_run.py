@@ -82,10 +82,14 @@ def test_a_velocity_run_is_learnt_on_from(tmp_path: Path, name: str) -> None:
 
 
 def test_digits_in_one_step_are_learnt_from_the_demo() -> None:
-    """The recipe names the demo's run, and the same model and data; it draws in one step."""
+    """The recipe has the demo's model and data, and the packaged weights load; it draws in one step."""
     demo, one = (load_config(f"configs/{name}.yaml") for name in ("demo", "digits_one_step"))
-    assert one.training.initialize_from == demo.output_dir
     assert (one.model, one.data, one.latent, one.sampling.steps) == (demo.model, demo.data, demo.latent, 1)
+    assert one.training.initialize_from == "builtin:digits"
+    task = create_task(one)
+    before = task.model.patch_embed.weight.clone()
+    task.start_from(one.training.initialize_from)
+    assert not torch.equal(task.model.patch_embed.weight, before)
 
 
 def test_a_few_step_run_is_no_velocity_run(tmp_path: Path) -> None:
