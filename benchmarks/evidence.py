@@ -22,11 +22,13 @@ from benchmarks.classification import classification_table
 from benchmarks.markdown import mean_and_interval, plural, provenance, ratio_and_interval, short, table
 from benchmarks.quality import METRICS
 from benchmarks.study import paired_ratio
+from benchmarks.text_tables import text_quality_table, text_to_image_table
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README, EVIDENCE, SCALE, KERNELS = "README.md", "docs/evidence.md", "docs/scale.md", "cuda/README.md"
 OBJECTIVES, CLASSIFICATION = "docs/objectives.md", "docs/classification.md"
+TEXT = "docs/text_to_image.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 RATIO = "paired_ratio_to_"
@@ -350,6 +352,8 @@ STUDIES = {
     "backbones": Study(CLASSIFICATION, backbones_table),
     "classification_fashion": Study(CLASSIFICATION, classification_table),
     "classification_emoji": Study(CLASSIFICATION, classification_table),
+    "text_quality": Study(TEXT, text_quality_table),
+    "text_to_image": Study(TEXT, text_to_image_table),
 }
 
 

@@ -94,19 +94,27 @@ def trained(run: Path, words: list[str]) -> dict[str, Any]:
     return {"steps": found["step"], **facts, **({"loss_layers": layers} if layers else {})}
 
 
+def draw(run: Path, judge: Judge, options: Any) -> None:
+    """Draw an image of each caption of each set into `drawn-SET.npy` of a run."""
+    captions = [caption for name in SETS for caption in judge.captions[name]]
+    sampler, guidance = TextSampler.from_checkpoint(run), Guidance(options.guidance_scale)
+    drawn = sampler.draw(captions, options.sampler_steps, guidance, seed=7)
+    ends = np.cumsum([len(judge.captions[name]) for name in SETS])[:-1]
+    for name, images in zip(SETS, np.split(drawn, ends), strict=True):
+        np.save(run / f"drawn-{name}.npy", images)
+
+
 def evaluate(run: Path, judge: Judge, options: Any) -> dict[str, float]:
-    """Draw an image of each caption of each set and score them, by "METRIC_SET"; kept in the run."""
+    """Score images of each caption of each set, by "METRIC_SET"; images and scores are kept in the run."""
 
     def measure() -> dict[str, float]:
-        captions = [caption for name in SETS for caption in judge.captions[name]]
-        sampler, guidance = TextSampler.from_checkpoint(run), Guidance(options.guidance_scale)
-        drawn = sampler.draw(captions, options.sampler_steps, guidance, seed=7)
-        ends = np.cumsum([len(judge.captions[name]) for name in SETS])[:-1]
-        scores = {}
-        for name, images in zip(SETS, np.split(drawn, ends), strict=True):
-            np.save(run / f"drawn-{name}.npy", images)
-            scores |= {f"{metric}_{name}": value for metric, value in judge.scores(name, images).items()}
-        return scores
+        if not (run / f"drawn-{SETS[-1]}.npy").exists():
+            draw(run, judge, options)
+        return {
+            f"{metric}_{name}": value
+            for name in SETS
+            for metric, value in judge.scores(name, np.load(run / f"drawn-{name}.npy")).items()
+        }
 
     return once(run / "scores.json", measure)
 

@@ -4,7 +4,8 @@
 
 Forward passes of one sample, as guidance runs them in turn. Attention is diffusers' with
 `scaled_dot_product_attention`. At the grids of a 16384×8192 image scans are measured; attention is extrapolated from
-its largest measured grid with the square of the tokens, and marked so.
+its largest measured grid with the square of the tokens, and marked so. Each grid is measured once and kept in
+`--work`, so that the command can be stopped, and goes on when it is given again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from benchmarks.measure import CpuDevice, software
-from gspn_dit.errors import ArgumentParser, run_cli
+from benchmarks.study import once
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.models.unet import GSPNSelfAttention
 
 WIDTHS = {640: (1024, 512), 1280: (512, 256)}
@@ -63,7 +66,8 @@ def measure(layers: Layers, grid: tuple[int, int], names: tuple[str, ...], secon
         once = time.perf_counter() - began
         facts = timings[name].as_json() if name in timings else {"best_ms": round(1e3 * once, 1), "runs": 1}
         place = {"shape": [*grid, layers.width], "mixer": name, "tokens": grid[0] * grid[1]}
-        entries.append({**place, **facts, "extra_bytes": extra, "extrapolated": False})
+        load = round(os.getloadavg()[0], 1)
+        entries.append({**place, **facts, "extra_bytes": extra, "extrapolated": False, "load_average": load})
         print(f"{place['shape']} {name}: {facts['best_ms']:.1f} ms, {(extra or 0) / 1e6:.0f} MB", flush=True)
     return entries
 
@@ -83,18 +87,37 @@ def extrapolate(entries: list[dict[str, Any]], grid: tuple[int, int]) -> dict[st
     return {"shape": [*grid, known["shape"][2]], **facts, "from_tokens": known["tokens"]}
 
 
-def study(sides: tuple[int, ...], whole: bool, seconds: float) -> dict[str, Any]:
-    """Measure both widths; `whole` adds the grids of 16384×8192."""
+class Clock:
+    """When to stop: no grid is begun after so many seconds."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise UserError where the time is over."""
+        if time.monotonic() > self.end:
+            raise UserError("the time is over, and some grids are left; give the same command again to go on")
+
+
+def study(sides: tuple[int, ...], whole: bool, seconds: float, work: Path, clock: Clock) -> dict[str, Any]:
+    """Measure both widths; `whole` adds the grids of 16384×8192. Raises UserError when the clock has run down."""
     entries, exponents = [], {}
     totals = {"attention": 0.0, "gspn": 0.0}
+
+    def kept(layers: Layers, grid: tuple[int, int], names: tuple[str, ...]) -> list[dict[str, Any]]:
+        file = work / f"{layers.width}-{grid[0]}x{grid[1]}-{'-'.join(names)}.json"
+        if not file.exists():
+            clock.check()
+        return once(file, lambda: measure(layers, grid, names, seconds))
+
     for width, grid in WIDTHS.items():
         layers = Layers(width)
         for side in sides:
-            entries += measure(layers, (side, side), ("attention", "gspn"), seconds)
+            entries += kept(layers, (side, side), ("attention", "gspn"))
         mine = {name: [e for e in entries if e["shape"][2] == width and e["mixer"] == name] for name in totals}
         exponents[str(width)] = {name: round(exponent(of_name), 3) for name, of_name in mine.items()}
         if whole:
-            large = [*measure(layers, grid, ("gspn",), seconds), extrapolate(mine["attention"], grid)]
+            large = [*kept(layers, grid, ("gspn",)), extrapolate(mine["attention"], grid)]
             entries += large
             for entry in large:
                 totals[entry["mixer"]] += LAYERS[width] * entry["best_ms"] / 1e3
@@ -115,10 +138,13 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES), help="of square grids of tokens")
     parser.add_argument("--no-whole", action="store_true", help="leave the grids of a 16384×8192 image out")
     parser.add_argument("--seconds", type=float, default=30, help="for the rivals on one grid, after a few rounds")
+    parser.add_argument("--work", type=Path, default=Path("runs/text_to_image"), help="where measured grids are kept")
+    parser.add_argument("--at-most", type=float, metavar="SECONDS", help="begin no grid after so long, and stop")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     facts = {"device": CpuDevice().describe(), "software": software(), "dtype": "float32"}
-    result = {**facts, **study(tuple(options.sides), not options.no_whole, options.seconds)}
+    clock = Clock(options.at_most)
+    result = {**facts, **study(tuple(options.sides), not options.no_whole, options.seconds, options.work, clock)}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: result[key] for key in ("exponents", "ratio") if key in result}))

@@ -6,10 +6,13 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import text_quality
+from benchmarks.text_judge import colours
 from benchmarks.text_quality import SCORES, arguments, budgets, summary
+from fid.retrieval import retrieved
 from gspn_dit.config import parse_train_arguments
 
 
@@ -56,3 +59,14 @@ def test_ratios_and_differences_are_of_pairs() -> None:
     assert difference["mean"] == pytest.approx(0.2)
     assert difference["high"] - 0.2 == pytest.approx(12.7062 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
     assert found["means"]["attention"]["fd_train"]["mean"] == 1
+
+
+def test_pictures_of_their_own_colours_are_the_nearest() -> None:
+    """Of two pictures, red at the left and red at the right, darker and noisy copies are nearer to their own."""
+    red = np.zeros((2, 8, 8, 3), np.uint8)
+    red[0, :, :4, 0] = red[1, :, 4:, 0] = 200
+    noise = np.random.default_rng(0).integers(0, 40, red.shape, dtype=np.uint8)
+    drawn = colours(red // 2 + noise)
+    assert drawn.shape == (2, 48)
+    assert retrieved(drawn, colours(red), ["left", "right"]).all()
+    assert not retrieved(drawn.flip(0), colours(red), ["left", "right"]).any()
