@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def drawings(sources: Sequence[Source], settings: Settings) -> Iterator[tuple[in
     Raises UserError or ValueError where a source cannot draw them.
     """
     for number, source in enumerate(sources):
-        for step, images in stream(lambda emit, source=source: _draw(source, settings, emit)):  # type: ignore[misc]
+        for step, images in stream(partial(_draw, source, settings)):
             yield number, step, class_grid(images, settings.rows, settings.subjects)
 
 
@@ -80,7 +81,7 @@ def write_files(
     (only, *others) = grids.values()
     save_png(side_by_side(grids) if others else only, place / "grid.png")
     facts = {
-        f"{sources[0].subject}es" if sources[0].subject == "class" else "prompts": settings.subjects,
+        {"class": "classes", "prompt": "prompts"}[sources[0].subject]: settings.subjects,
         "images_of_each": settings.per_subject,
         "seed": settings.seed,
         "guidance_scale": settings.guidance_scale,

@@ -114,14 +114,14 @@ class Source(ABC):
     def _command(self, settings: Settings) -> list[str]:
         return [
             *("python", "sample.py", "--checkpoint", self.checkpoint, "--weights", self.weights),
-            *(word for name in settings.subjects for word in self._subject_option(name)),
+            *self._subject_words(settings.subjects),
             *("--per-class", str(settings.per_subject), "--seed", str(settings.seed)),
             *("--guidance-scale", f"{settings.guidance_scale:g}", "--steps", str(settings.steps), "--out", "grid.png"),
         ]
 
     @abstractmethod
-    def _subject_option(self, name: str) -> list[str]:
-        """Return the words of a command line that ask for a class or prompt."""
+    def _subject_words(self, subjects: Sequence[str]) -> list[str]:
+        """Return the words of a command line that ask for classes or prompts."""
 
 
 class ClassSource(Source):
@@ -162,12 +162,8 @@ class ClassSource(Source):
         assert isinstance(images, np.ndarray)
         return images
 
-    def _subject_option(self, name: str) -> list[str]:
-        return []
-
-    def _command(self, settings: Settings) -> list[str]:
-        ids = ",".join(str(number) for number in self.pipeline.class_ids(settings.subjects))
-        return [*super()._command(settings), "--classes", ids]
+    def _subject_words(self, subjects: Sequence[str]) -> list[str]:
+        return ["--classes", ",".join(str(number) for number in self.pipeline.class_ids(subjects))]
 
 
 class TextSource(Source):
@@ -205,8 +201,8 @@ class TextSource(Source):
             on_step_end=on_step_end,
         )
 
-    def _subject_option(self, name: str) -> list[str]:
-        return ["--prompt", name]
+    def _subject_words(self, subjects: Sequence[str]) -> list[str]:
+        return [word for prompt in subjects for word in ("--prompt", prompt)]
 
 
 def weights_title(weights: str) -> str:
