@@ -14,7 +14,7 @@ captions. Scores (`benchmarks/text_judge.py`) are taken on captions that were se
 not, and on captions that were not.
 
 The student is the first teacher's UNet with scans, which alone are trained, for a third of its teacher's time. Beside
-it stand two controls: the same student after two steps, and scans that learn for as long without a teacher.
+it stands a control, the same student after two steps.
 """
 
 from __future__ import annotations
@@ -234,31 +234,24 @@ def run_name(mixer: str, steps: int, seed: int) -> str:
 
 
 def distil(options: Any, judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
-    """Train and score the student of the first seed's longest run with attention, its controls, and it in bf16."""
+    """Train and score the student of the first seed's longest run with attention, and its control."""
     seed = options.seeds[0]
     taught = max(
         (cell for cell in found["cells"] if (cell["variant"], cell["seed"]) == ("attention", seed)),
         key=lambda cell: cell["steps"],
     )
     teacher = options.runs / run_name("attention", taught["steps"], seed)
-    best = found["rates"]["gspn"]["best"]
-    rate = options.student_rate or best
+    rate = options.student_rate or found["rates"]["gspn"]["best"]
     words = functools.partial(arguments, options, seed=seed, rate=rate, mixer="gspn", teacher=teacher)
     milliseconds = calibrated(options, "student", {"student": words(100)})["student"]
     seconds = SHARE_OF_TEACHER * taught["processor_seconds"]
     steps = max(3, int(1e3 * seconds / milliseconds))
-    alone = max(3, int(1e3 * seconds / found["processor_milliseconds_per_step"]["gspn"]))
     runs = {
         "student": Run("student", words(steps)),
         "two steps": Run("student-2-steps", words(2)),
-        "no teacher": Run(run_name("gspn", alone, seed), arguments(options, alone, seed, best, mixer="gspn")),
-        "bf16": Run("student-bf16", [*words(steps), "--training.mixed_precision", "bf16"], False),
     }
     of = dict(zip(runs, make(list(runs.values()), judge, options), strict=True))
-    ratios = {
-        who: {name: of[who][f"fd_{name}"] / taught[f"fd_{name}"] for name in SETS}
-        for who in ("student", "two steps", "no teacher")
-    }
+    ratios = {who: {name: run[f"fd_{name}"] / taught[f"fd_{name}"] for name in SETS} for who, run in of.items()}
     layers = list(of["student"]["loss_layers"].values())
     tenth = max(1, len(layers) // 10)
     return {
@@ -273,7 +266,7 @@ def distil(options: Any, judge: Judge, found: dict[str, Any]) -> dict[str, Any]:
                 float(np.mean(layers[-tenth:]) / np.mean(layers[:tenth])),
                 1.0,
             ],
-            "non-finite steps in bf16": [of["bf16"]["nonfinite_steps"], 0],
+            "non-finite steps": [of["student"]["nonfinite_steps"], 0],
         },
     }
 

@@ -72,11 +72,10 @@ def _setting(result: Result) -> str:
 
 
 def _distillation(result: Result) -> str:
-    """Tabulate what the student, and both controls, reach of their teacher."""
+    """Tabulate what the student and its control reach of their teacher."""
     found = result["distillation"]
     teacher, runs = found["teacher"], found["runs"]
-    names = {"student": "distilled scans", "two steps": "control: the same, after two steps",
-             "no teacher": "control: scans from scratch, as long"}  # fmt: skip
+    names = {"student": "distilled scans", "two steps": "control: the same, after two steps"}
     rows = [["teacher (attention)", f"{teacher['steps']:,}", *(short(teacher[f"fd_{name}"]) for name in SETS), "1"]]
     for who, title in names.items():
         fds = [short(runs[who][f"fd_{name}"]) for name in SETS]
