@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
     from gspn_dit.pipeline import GSPNPipeline
 
-SAMPLES = 1_044
-"""116 of each of 9 classes, about as many as there are held-out images."""
-ROUNDS = 12
+ROUNDS = 8
 SAMPLES_PER_CLASS = 4
 MINUTES_TARGET = 20
 
@@ -43,11 +41,11 @@ def minutes(run: Path, vae: Path, steps: int) -> dict[str, float]:
     return {key: round(value, 2) for key, value in found.items()}
 
 
-def draw(pipeline: GSPNPipeline, steps: int, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
+def draw(pipeline: GSPNPipeline, count: int, steps: int, guidance_scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Return samples, uint8 [n, H, W, 3], and their classes, in turn."""
     import numpy as np
 
-    labels = np.arange(SAMPLES) % len(pipeline.class_names)
+    labels = np.arange(count) % len(pipeline.class_names)
     images = pipeline(
         labels.tolist(), num_inference_steps=steps, guidance_scale=guidance_scale, seed=0, output_type="np"
     ).images
@@ -56,7 +54,7 @@ def draw(pipeline: GSPNPipeline, steps: int, guidance_scale: float) -> tuple[np.
 
 
 def measure(
-    run: Path, data: Path, vae: Path, features: Path, steps: int, guidance_scale: float, picture: Path
+    run: Path, data: Path, vae: Path, features: Path, samples: int, steps: int, guidance_scale: float, picture: Path
 ) -> dict[str, Any]:
     """Draw the picture and return the figures."""
     import numpy as np
@@ -79,7 +77,7 @@ def measure(
     assert isinstance(latent, AutoencoderLatent)
     training, held_out = (load_images("imagefolder", str(data), split, channels=3) for split in ("train", "validation"))
     originals, decoded = reconstruct(held_out, latent, np.arange(len(held_out)))
-    images, labels = draw(pipeline, steps, guidance_scale)
+    images, labels = draw(pipeline, samples, steps, guidance_scale)
     real = LabelledImages(training.pixels(), "training images", training.labels)
     own = LabelledImages(originals, "held-out images", held_out.labels)
     of_decoded = LabelledImages(decoded, "held-out images, decoded", held_out.labels)
@@ -129,12 +127,20 @@ def main() -> None:
     for name in ("run", "data", "vae", "features"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--picture", type=Path, required=True, help="PNG of originals, decoded images and samples")
+    parser.add_argument("--samples", type=int, default=1_044, help="classes in turn")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
     result = measure(
-        options.run, options.data, options.vae, options.features, options.steps, options.guidance_scale, options.picture
+        options.run,
+        options.data,
+        options.vae,
+        options.features,
+        options.samples,
+        options.steps,
+        options.guidance_scale,
+        options.picture,
     )
     text = json.dumps(result, indent=2)
     print(text)
