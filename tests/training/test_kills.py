@@ -93,7 +93,7 @@ def test_rank_that_dies_ends_the_job_and_is_named(tmp_path: Path, death: str, wo
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)),
             *("--config", "configs/demo.yaml", "--output_dir", str(tmp_path / "run"), "--training.max_steps", "1000"),
-            *("--model.name", "GSPN-N/4", "--model.hidden_size", "16", "--model.depth", "2"),
+            *("--model.name", "DiT-N/4", "--model.hidden_size", "16", "--model.depth", "2"),
             *("--training.checkpoint_every", "2", "--training.trackers", "[]", "--sampling.steps", "2"),
         ],
         cwd=ROOT,

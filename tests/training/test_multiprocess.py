@@ -28,7 +28,7 @@ def command(output_dir: Path, processes: int, *options: str, script: str = "trai
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [
         *(*launcher, script, "--config", "configs/demo.yaml", "--output_dir", str(output_dir)),
-        *("--model.name", "GSPN-N/4", "--model.hidden_size", "16", "--model.depth", "2", "--sampling.steps", "2"),
+        *("--model.name", "DiT-N/4", "--model.hidden_size", "16", "--model.depth", "2", "--sampling.steps", "2"),
         *("--training.batch_size", "64", "--training.trackers", "[]", "--training.num_processes", str(processes)),
         *("--training.checkpoint_every", "25", "--training.log_every", "25", *options),
     ]
