@@ -4,7 +4,7 @@
 
 trains the demo anew, on one thread, and counts its processor time, which a busy machine stretches little. The setting
 is fixed beforehand: 1,000 samples, seed 0, and the demo's sampler steps and guidance. The judge of class agreement is
-a support vector machine trained on the training split: another kind of classifier than the feature net.
+a support vector machine trained on the training split: another kind of classifier than the feature extractor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A judge of class agreement: another kind of classifier than the feature nets, trained on the training split."""
+"""A judge of class agreement: another kind of classifier than the feature extractors, trained on the training split."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class DataSet:
     config: str
     patch: int
     features: str
-    """Weights of the feature net: "digits", or a file that `fid.train_features` made."""
+    """Weights of the feature extractor: "digits", or a file that `fid.train_features` made."""
     images: tuple[str, str | None]
     """Name and path of the real images, for `load_images`."""
 

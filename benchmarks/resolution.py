@@ -9,7 +9,7 @@ A model without positions is given another grid, and nothing else changes. One w
 twice: with positions that continue beyond the training grid, and with positions squeezed into its range. Every size is
 scored twice. Crops of the training size, as many at every size and at places drawn once, are compared with the training
 images: is the picture made of the right parts? Whole images, shrunk by averaging k×k pixels, are classified by the
-feature net: does the picture show what was asked for? Images of the validation split say how good either can get.
+feature extractor: does the picture show what was asked for? Images of the validation split say how good either can get.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import posixpath
 import re
 from pathlib import Path
@@ -60,11 +59,8 @@ def modules_of(package: str) -> list[str]:
 
 
 def reference(package: str, title: str) -> str:
-    """The Markdown of a package's page: what it is, where its public names are, then every module."""
+    """The Markdown of a package's page: what it makes public, then every module."""
     lines = [f"# {title}", "", f"::: {package}", "    options: {show_root_heading: false}", ""]
-    homes = getattr(importlib.import_module(package), "_HOMES", {}) if package in ("gspn_dit", "fid") else {}
-    lines += [f"- [`{package}.{name}`][{home}.{name}]" for name, home in homes.items()]
-    lines += [""]
     for module in modules_of(package):
         lines += [f"::: {module}", ""]
     return "\n".join(lines)

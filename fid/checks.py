@@ -72,7 +72,7 @@ def check_set(
     height, width, channels = images.pixels.shape[1:]
     if net.image_size is not None and (height, width, channels) != (net.image_size, net.image_size, net.channels):
         raise UserError(
-            f"the {what} ({images.source}) are {height}x{width} with {channels} channel(s); the feature net "
+            f"the {what} ({images.source}) are {height}x{width} with {channels} channel(s); the feature extractor "
             f"'{net.source}' reads {net.image_size}x{net.image_size} with {net.channels}"
         )
     for each in (net, *others) if counted is not None else ():
@@ -87,7 +87,7 @@ def check_set(
     known = len(net.class_names)
     if known and images.labels is not None and images.class_names is None and images.labels.max() >= known:
         raise UserError(
-            f"the {what} ({images.source}) have the class id {images.labels.max()}; the feature net "
+            f"the {what} ({images.source}) have the class id {images.labels.max()}; the feature extractor "
             f"'{net.source}' knows the ids 0 to {known - 1}"
         )
 
@@ -197,7 +197,7 @@ def notes_on(
             "Inception score is too low."
         )
     elif drawn.labels is None and net.class_names:
-        notes.append("The samples' class names are not the feature net's: class agreement was not measured.")
+        notes.append("The samples' class names are not the feature extractor's: class agreement was not measured.")
     if drawn.was_sorted:
         notes.append("The samples are stored class by class: they were interleaved for the Inception score's splits.")
     if held_out is None:

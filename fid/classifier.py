@@ -137,8 +137,8 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise UserError(f"no feature net at {path}: there is no such file")
-    advice = "a feature net is a safetensors file that `python -m fid.train_features` wrote"
+        raise UserError(f"no feature extractor at {path}: there is no such file")
+    advice = "a feature extractor is a safetensors file that `python -m fid.train_features` wrote"
     try:
         with safe_open(str(path), framework="pt") as file:
             document = (file.metadata() or {}).get(METADATA_KEY)
@@ -168,7 +168,7 @@ def _parse_info(document: str, path: str | os.PathLike[str]) -> ClassifierInfo:
         info = ClassifierInfo(**fields)
         sizes = {name: int(getattr(info, name)) for name in LIMITS}
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the metadata of {path} is not that of a feature net") from error
+        raise UserError(f"the metadata of {path} is not that of a feature extractor") from error
     if info.architecture not in ARCHITECTURES:
         hint = nearest(str(info.architecture), ARCHITECTURES)
         raise UserError(

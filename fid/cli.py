@@ -51,7 +51,7 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         default=(),
         metavar="NET",
-        help="further feature nets for a Fréchet distance each, in the same pass: files, digits or inception",
+        help="further feature extractors for a Fréchet distance each, in the same pass: files, digits or inception",
     )
     parser.add_argument(
         "--paired",
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return compare(arguments[1:])
     options = build_parser().parse_args(arguments)
     if options.protocol and options.features:
-        raise UserError(f"--protocol {options.protocol} brings its own feature net; leave --features out")
+        raise UserError(f"--protocol {options.protocol} brings its own feature extractor; leave --features out")
     if options.protocol and options.paired:
         raise UserError(f"--protocol {options.protocol} says itself whether images are paired; leave --paired out")
     if options.protocol and options.seed is not None:

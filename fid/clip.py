@@ -60,7 +60,7 @@ class CLIPExtractor(LayeredExtractor):
 
 
 def load_clip(directory: str | os.PathLike[str]) -> tuple[FeatureNet, Texts]:
-    """Return a CLIP's image half as a feature net, and its text half.
+    """Return a CLIP's image half as a feature extractor, and its text half.
 
     Raises:
         UserError: a file is missing, `transformers` is not installed, or the directory holds something else.

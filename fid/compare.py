@@ -17,7 +17,7 @@ MARK = "*"
 # what two reports must share to be compared, as (words, where it lies in the report)
 CONDITIONS = (
     ("the protocol", ("settings", "protocol")),
-    ("the feature net", ("settings", "feature_net", "sha256")),
+    ("the feature extractor", ("settings", "feature_net", "sha256")),
     ("the other nets", ("settings", "other_nets")),
     ("the reference", ("settings", "reference", "sha256")),
     ("the reference's statistics", ("settings", "reference", "statistics")),

@@ -75,7 +75,7 @@ class Settings:
     device: str = "cpu"
     """Where the nets run; "cuda" under a launcher is each process's own."""
     also: Sequence[str | os.PathLike[str]] = ()
-    """Further feature nets, on each of which a Fréchet distance is computed in the same pass: as `features`, or
+    """Further feature extractors, on each of which a Fréchet distance is computed in the same pass: as `features`, or
     "inception"."""
     paired: bool = False
     """Without a protocol: sample i is a reconstruction of reference image i, see `Protocol.paired`."""
@@ -177,7 +177,7 @@ def _load_further(net: FeatureNet, settings: Settings) -> list[FeatureNet]:
     taken = {net.sha256}
     for place, other in enumerate(found):
         if other.sha256 in taken:
-            raise UserError(f"--also {other.source}: the same feature net is there already; leave it out")
+            raise UserError(f"--also {other.source}: the same feature extractor is there already; leave it out")
         names = {each.score_suffix for each in (net, *found[:place])}
         if other.score_suffix in names:
             found[place] = dataclasses.replace(other, score_suffix=f"{other.score_suffix}-{other.sha256[:6]}")

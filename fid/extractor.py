@@ -1,4 +1,4 @@
-"""What the feature nets of this package have in common as torch-fidelity extractors."""
+"""What the feature extractors of this package have in common as torch-fidelity extractors."""
 
 from __future__ import annotations
 

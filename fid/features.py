@@ -41,7 +41,7 @@ class ClassifierExtractor(LayeredExtractor):
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A feature net with all that a report says about it; another protocol adds another loader of these."""
+    """A feature extractor with all that a report says about it; another protocol adds another loader of these."""
 
     extractor: FeatureExtractorBase
     """Maps uint8 [B, C, H, W] to layers: "features", mostly "logits", perhaps "spatial"."""
@@ -94,7 +94,7 @@ def load_feature_net(source: str | os.PathLike[str] = "digits") -> FeatureNet:
     if not path.is_file():
         known = ", ".join(f"'{bundled}'" for bundled in BUNDLED)
         raise UserError(
-            f"no feature net '{name}': it is neither a file, nor a run of task classification, nor a bundled net "
+            f"no feature extractor '{name}': it is neither a file, nor a run of task classification, nor a bundled net "
             f"({known}){nearest(name, BUNDLED)}"
         )
     classifier = load_classifier(path)

@@ -165,8 +165,8 @@ def read_reference(reference: str | os.PathLike[str], image_size: int | None) ->
     An NPZ may bring ADM's statistics (mu, sigma, mu_s, sigma_s) of the real set beside images of it.
 
     The bundled set, and folders and saved sets with a validation split, give that split as held-out images. Images of
-    a folder or saved set are centre-cropped and resized to `image_size` (the feature net's) as for training; PNGs of
-    a flat directory and arrays are taken as they are.
+    a folder or saved set are centre-cropped and resized to `image_size` (the feature extractor's) as for training; PNGs
+    of a flat directory and arrays are taken as they are.
     """
     name, location = require_utf8(str(reference)), Path(reference)
     bundled = [word for word, source in image_sources().items() if source.bundled]

@@ -222,5 +222,5 @@ def nearest_distances(pixels: np.ndarray, reference: np.ndarray) -> np.ndarray |
 
 
 def class_agreement(logits: torch.Tensor, labels: np.ndarray) -> float:
-    """Share of images that the feature net assigns to their label; logits [n, classes], labels [n]."""
+    """Share of images that the feature extractor assigns to their label; logits [n, classes], labels [n]."""
     return float((logits.argmax(dim=1).cpu().numpy() == labels).mean())

@@ -1,4 +1,4 @@
-"""The Fréchet distance that training watches: a feature net and a distance, handed in by `train.py`.
+"""The Fréchet distance that training watches: a feature extractor and a distance, handed in by `train.py`.
 
 Training knows neither nets nor metrics, and this module knows no models: it sees images.
 """
@@ -71,8 +71,8 @@ def load_scorer(
     if source is None and data_name not in BUNDLED:
         asking = "training.fd_every" if key == "training.fd_features" else "this"
         raise UserError(
-            f"{asking} needs a feature net, and none is bundled for the data set '{data_name}'; give {key}: a file "
-            "that python -m fid.train_features wrote, or inception"
+            f"{asking} needs a feature extractor, and none is bundled for the data set '{data_name}'; give {key}: a "
+            "file that python -m fid.train_features wrote, or inception"
         )
     source = data_name if source is None else source
     if source == INCEPTION or source.endswith(".pth"):

@@ -1,4 +1,4 @@
-"""`python -m fid.train_features`: train a small classifier on real images, to be used as a feature net."""
+"""`python -m fid.train_features`: train a small classifier on real images, to be used as a feature extractor."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def accuracy(model: Classifier, images: ImageSet) -> float:
 
 def build_parser() -> ArgumentParser:
     """The arguments of `python -m fid.train_features`."""
-    parser = ArgumentParser(prog="python -m fid.train_features", description="Train a feature net for python -m fid.")
+    parser = ArgumentParser(
+        prog="python -m fid.train_features", description="Train a feature extractor for python -m fid."
+    )
     parser.add_argument("--data", default="digits", help="data set: digits, imagefolder or hf")
     parser.add_argument(
         "--data-path", type=path_argument, default=None, help="directory of an imagefolder or hf data set"

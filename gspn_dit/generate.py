@@ -71,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--sweep", type=path_argument, metavar="DIR",
                         help="sample as this sweep chose, and say so; see python -m gspn_dit.sweep")  # fmt: skip
     parser.add_argument("--tf32", action="store_true", help="let NVIDIA GPUs round matrix products to TF32")
-    parser.add_argument("--resume", action="store_true", help="go on with --out, or start it")
+    parser.add_argument("--resume", action="store_true", help="continue --out, or start it")
     parser.add_argument("--overwrite", action="store_true", help="replace the set that --out holds")
     options = parser.parse_args(arguments)
     if options.sweep is not None:

@@ -35,7 +35,7 @@ class Protocol:
 
     name: str
     features: str
-    """"inception", or the feature net's name or file."""
+    """"inception", or the feature extractor's name or file."""
     num_samples: int | None = None
     """How many samples there must be, no more and no fewer; None: any number that the metrics allow."""
     image_size: int | None = None

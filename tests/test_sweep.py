@@ -310,7 +310,7 @@ def test_what_contradicts_the_choice_is_refused(trained: Path, swept: Path, tmp_
         (("--sampler", "ddpm"), "unknown sampler 'ddpm'; allowed are euler"),
         (("--num-samples", 60), "--num-samples is 64 images, but FD-digits needs at least 65"),
         (("--guidance-scales", 1.5), "there is nothing to choose from: guidance 1.5 alone"),
-        (("--features", "nothing"), "no feature net 'nothing'"),
+        (("--features", "nothing"), "no feature extractor 'nothing'"),
         (("--reference", "nothing"), "nothing"),
         (("--classes", "0-99"), "99"),
     ],

@@ -66,7 +66,7 @@ def captions_of(latents: LatentSet) -> list[tuple[str, ...]]:
     except OSError as error:
         raise UserError(f"the captions {place} cannot be read: {error}") from None
     if hashlib.sha256(content).hexdigest() != kept["sha256"]:
-        raise UserError(f"the captions {place} are damaged (checksum); go on with gspn_dit.prepare.encode --resume")
+        raise UserError(f"the captions {place} are damaged (checksum); continue with gspn_dit.prepare.encode --resume")
     captions = [tuple(json.loads(line)) for line in content.splitlines()]
     return [captions[row] for row in latents.rows]
 

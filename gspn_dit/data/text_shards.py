@@ -65,7 +65,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         unfinished = (directory / PLAN).exists()
         remedy = (
-            "it is unfinished: go on with --resume" if unfinished else "write them with gspn_dit.prepare.encode_text"
+            "it is unfinished: continue with --resume" if unfinished else "write them with gspn_dit.prepare.encode_text"
         )
         raise UserError(f"{directory} holds no encoded texts (no {MANIFEST}); {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@
     python train.py --config configs/demo_text.yaml --text.table texts
 
 Each shard is complete or absent, and a function of the captions and the encoder alone; the manifest is written last.
-`--resume` goes on with an unfinished encoding, `--verify` checks what was written.
+`--resume` continues an unfinished encoding, `--verify` checks what was written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", default="cpu", help="where the encoder runs")
     parser.add_argument("--shard-texts", type=int, default=4096, help="texts per shard")
     parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where the shards go")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished encoding")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished encoding")
     parser.add_argument("--verify", action="store_true", help="check the shards in --out, and encode a few texts again")
     options = parser.parse_args(arguments)
     for name, least in (("max_tokens", 2), ("shard_texts", 1)):
@@ -124,7 +124,7 @@ def encode(options: argparse.Namespace) -> None:
             write_atomically(out / MANIFEST, to_json({**plan, "shards": entries}))
             (out / PLAN).unlink()
         except OSError as error:
-            raise UserError(f"cannot write {out}: {error}; make room and go on with --resume") from None
+            raise UserError(f"cannot write {out}: {error}; make room and continue with --resume") from None
     print(f"{out}: {len(ordered):,} texts in {len(entries)} shards, {encoder.width} channels")
 
 
@@ -140,7 +140,7 @@ def _encode_shard(out: Path, number: int, encoder: Encoder, plan: dict[str, Any]
         part = encode_part(encoder, texts, f"shard {number + 1} of {_shards(plan)}")
         write_atomically(path, part_bytes(part, texts))
     elif read_part(path)[1] != texts:
-        raise UserError(f"the shard {path} holds other texts; delete it and go on with --resume")
+        raise UserError(f"the shard {path} holds other texts; delete it and continue with --resume")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return {"file": path.name, "texts": len(texts), "bytes": len(content), "sha256": digest}

@@ -65,7 +65,7 @@ def build_parser() -> ArgumentParser:
     add("--sampler", help="(default: that of the checkpoint's previews)")
     add("--seed", type=int, default=0, help="of noise (default: 0)")
     add("--device", help="cpu, cuda, … (default: the accelerator if there is one, else cpu)")
-    add("--resume", action="store_true", help="go on with --out, or start it")
+    add("--resume", action="store_true", help="continue --out, or start it")
     add("--overwrite", action="store_true", help="replace the sweep that --out holds")
     return parser
 

@@ -43,8 +43,8 @@ REFUSALS_OF_THE_DISK = (
 def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) -> None:
     """Train as `train.py` was asked to; raises UserError before anything is written if that cannot be done.
 
-    `load_scorer` finds the feature net of `training.fd_every`. In a job of several processes the launcher prints the
-    traceback of the process that failed first.
+    `load_scorer` finds the feature extractor of `training.fd_every`. In a job of several processes the launcher prints
+    the traceback of the process that failed first.
     """
     mistakes: list[UserError] = []
 

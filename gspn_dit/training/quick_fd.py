@@ -57,7 +57,7 @@ def create_quick_fd(
     if not isinstance(task, GenerativeTask):
         raise UserError(f"training.fd_every: task {config.task} draws no images to score; leave it out")
     if load_scorer is None:
-        raise UserError("training.fd_every needs a feature net, which train.py hands in; start train.py")
+        raise UserError("training.fd_every needs a feature extractor, which train.py hands in; start train.py")
     return QuickFD(config, task, accelerator, load_scorer)
 
 

@@ -1,4 +1,4 @@
-"""The feature net: its accuracy, its features, its file, and how it is made."""
+"""The feature extractor: its accuracy, its features, its file, and how it is made."""
 
 from __future__ import annotations
 
@@ -104,18 +104,20 @@ def test_files_that_are_no_feature_net_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     with pytest.raises(
         UserError,
-        match=r"no feature net 'digit': it is neither a file, nor a run of task classification, nor a .*did you mean",
+        match=r"no feature extractor 'digit': it is neither a file, nor a run of task .*, nor a .*did you mean",
     ):
         load_feature_net("digit")
     for content in (b"", b"\x80\x04N.", b"x" * 100):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read as safetensors; a feature net is a safetensors file that"):
+        with pytest.raises(
+            UserError, match="cannot be read as safetensors; a feature extractor is a safetensors file that"
+        ):
             load_feature_net(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="has no 'feature_net' metadata; a feature net is"):
+    with pytest.raises(UserError, match="has no 'feature_net' metadata; a feature extractor is"):
         load_feature_net(path)
     save_file({"weight": torch.zeros(2)}, path, metadata={METADATA_KEY: "[1"})
-    with pytest.raises(UserError, match=r"metadata of .* is not that of a feature net"):
+    with pytest.raises(UserError, match=r"metadata of .* is not that of a feature extractor"):
         load_feature_net(path)
     for changes, message in (
         ({"format_version": 2}, "has format_version 2; this version reads 1"),
@@ -123,8 +125,8 @@ def test_files_that_are_no_feature_net_are_refused(tmp_path: Path) -> None:
         ({"image_size": 10**9}, "out of range: image_size"),
         ({"data_set": "a/b"}, "out of range"),
         ({"class_names": []}, "out of range"),
-        ({"feature_dim": "many"}, "is not that of a feature net"),
-        ({"unknown": 1}, "is not that of a feature net"),
+        ({"feature_dim": "many"}, "is not that of a feature extractor"),
+        ({"unknown": 1}, "is not that of a feature extractor"),
         ({"image_size": 16}, "the tensors in .* do not fit its metadata"),
     ):
         with pytest.raises(UserError, match=message):

@@ -62,7 +62,7 @@ def test_one_table_with_intervals(
     [
         ("settings.protocol.name", "other", "the protocol (features / other)"),
         ("settings.protocol.neighbourhood", 5, "the protocol's neighbourhood 3 / 5"),
-        ("settings.feature_net.sha256", "ab" * 32, "the feature net ("),
+        ("settings.feature_net.sha256", "ab" * 32, "the feature extractor ("),
         ("settings.reference.sha256", "ab" * 32, "the reference ("),
         ("settings.reference.statistics", "ab" * 32, "the reference's statistics (None / abababababab)"),
         ("settings.samples.n", 99, "the number of samples (100 / 99)"),

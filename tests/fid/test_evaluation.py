@@ -132,7 +132,7 @@ def test_classes_are_matched_by_name(net: FeatureNet, digits: Reference) -> None
     strangers = LabelledImages(images.pixels, "strangers", images.labels, tuple("abcdefghij"))
     result = fid.score(strangers, digits, net)
     assert result["scores"]["class_agreement"] is None
-    assert any("class names are not the feature net's" in note for note in result["notes"])
+    assert any("class names are not the feature extractor's" in note for note in result["notes"])
 
 
 def test_unlabelled_samples_and_a_reference_without_a_split(net: FeatureNet, digits: Reference) -> None:
@@ -214,10 +214,14 @@ def test_sets_that_do_not_fit_the_net_are_refused(net: FeatureNet, digits: Refer
     cases = [
         (few, good, "FD-digits needs at least 65 sample images (its 64 features + 1), 64 given (few)"),
         (good, few, "FD-digits needs at least 65 reference images (its 64 features + 1), 64 given (few)"),
-        (wide, good, "the samples (wide) are 8x9 with 1 channel(s); the feature net 'digits' reads 8x8 with 1"),
-        (coloured, good, "the samples (coloured) are 8x8 with 3 channel(s); the feature net 'digits' reads 8x8 with 1"),
+        (wide, good, "the samples (wide) are 8x9 with 1 channel(s); the feature extractor 'digits' reads 8x8 with 1"),
+        (
+            coloured,
+            good,
+            "the samples (coloured) are 8x8 with 3 channel(s); the feature extractor 'digits' reads 8x8 with 1",
+        ),
         (good, coloured, "the reference (coloured) are 8x8 with 3 channel(s)"),
-        (out_of_range, good, "(range) have the class id 10; the feature net 'digits' knows the ids 0 to 9"),
+        (out_of_range, good, "(range) have the class id 10; the feature extractor 'digits' knows the ids 0 to 9"),
     ]
     for drawn, reference, message in cases:
         with pytest.raises(UserError) as caught:
@@ -231,7 +235,7 @@ def test_refusals_leave_nothing_behind(save: Callable[..., Path], samples: Path,
         ({"samples": tmp_path / "none.npz"}, "no samples at"),
         ({"samples": nan}, "has 4480 NaN or infinite values"),
         ({"reference": "digitz"}, "no reference 'digitz'"),
-        ({"features": "digitz"}, "no feature net 'digitz'"),
+        ({"features": "digitz"}, "no feature extractor 'digitz'"),
         ({"batch_size": 0}, "batch size must be at least 1, not 0"),
         ({"device": "gpu"}, "the device 'gpu' cannot be used here"),
     ):

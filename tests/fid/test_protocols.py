@@ -243,7 +243,7 @@ def test_protocols_and_weights_go_together(tmp_path: Path, save: Callable[..., P
     path = save(np.zeros((70, 8, 8, 1), np.uint8))
     with pytest.raises(UserError, match="are for the Inception net; protocol digits uses 'digits'"):
         evaluation.evaluate(path, "digits", protocol="digits", weights="w.pth")
-    with pytest.raises(UserError, match="brings its own feature net; leave --features out"):
+    with pytest.raises(UserError, match="brings its own feature extractor; leave --features out"):
         main(
             [
                 "--samples",

@@ -166,7 +166,7 @@ def test_several_encoders_in_one_pass_each_named(tmp_path: Path, digits: Referen
     # features are divided by twice as much, and a shift moves both sides alike
     assert report["scores"][name] == pytest.approx(report["scores"]["FD-digits"] / 4, rel=1e-4)
     assert report["intervals"][name]["low"] < report["scores"][name]
-    with pytest.raises(UserError, match="--also digits: the same feature net is there already; leave it out"):
+    with pytest.raises(UserError, match="--also digits: the same feature extractor is there already; leave it out"):
         main([*command, "--also", "digits", "--out", str(tmp_path / "again")])
 
 

@@ -61,7 +61,7 @@ def test_an_unfinished_encoding_is_resumed_to_the_same_bytes(tmp_path: Path, pla
     (out / "shard-00001.safetensors").unlink()
     with pytest.raises(UserError, match="holds encoded texts already; --resume goes on"):
         make(out, places)
-    with pytest.raises(UserError, match="unfinished: go on with --resume"):
+    with pytest.raises(UserError, match="unfinished: continue with --resume"):
         open_texts(str(out), places[1], 8)
     make(out, places, "--resume")
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".lock"} == before

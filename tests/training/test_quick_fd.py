@@ -155,8 +155,8 @@ def test_what_the_scorer_is_asked_for(tmp_path: Path) -> None:
             load_scorer,
             "training.fd_samples is 64, but FD-digits has 64 features and needs at least 65",
         ),
-        ({"fd_features": "missing"}, load_scorer, "no feature net 'missing'"),
-        ({}, None, "training.fd_every needs a feature net, which train.py hands in; start train.py"),
+        ({"fd_features": "missing"}, load_scorer, "no feature extractor 'missing'"),
+        ({}, None, "training.fd_every needs a feature extractor, which train.py hands in; start train.py"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_anything_is_written(
