@@ -465,6 +465,7 @@ def no_default() -> Config:
             **dict(ema_sigma_rel=[0.05, 0.13], ema_snapshot_every=17, ema_snapshot_dtype="float32", tf32=True),
             **dict(compile=True, activation_checkpointing=True, sharding="fsdp"),
             **dict(repa_features="features.npy", repa_weight=0.25, repa_depth=3),
+            **dict(repa_projector="conv", repa_normalise=True),
             **dict(fd_every=13, fd_samples=15, fd_features="digits"),
             **dict(initial_learning_rate=1e-9, final_learning_rate=2e-9, decay_vectors=False, layer_decay=0.75),
         ),

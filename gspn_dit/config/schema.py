@@ -335,11 +335,16 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = False
     """Keep the inputs of blocks alone and recompute each block in the backward pass: less memory, a third more time."""
     repa_features: str | None = None
-    """Features of the training images, .npy [images, tokens, dimensions], to align hidden tokens with; null: none."""
+    """Features of the training images to align hidden tokens with: of `gspn_dit.prepare.features`, or a .npy [images,
+    tokens, dimensions]; null: none."""
     repa_weight: float = 0.5
     """Weight of the alignment in the loss (arXiv 2410.06940)."""
     repa_depth: int = 8
     """Block whose output is aligned; the first is 1."""
+    repa_projector: Literal["mlp", "conv"] = "mlp"
+    """What maps tokens to features: three linear maps (REPA), or a 3×3 convolution (iREPA, arXiv 2512.10794)."""
+    repa_normalise: bool = False
+    """Subtract the features' mean over an image and divide by their deviation, as iREPA does."""
     sharding: Literal["none", "fsdp", "zero1", "zero2"] = "none"
     """What is split over the processes. fsdp: weights, gradients, averages and optimiser state; zero1: the optimiser
     state alone, by DeepSpeed; zero2: the gradients, too."""

@@ -283,15 +283,18 @@ def open_latents(
             for key in ("class_names", "latent"):
                 if train[key] != validation[key]:
                     raise UserError(f"{directory}: '{key}' of {splits[0]} and {splits[1]} differ; encode both alike")
-            return _open(directory / splits[0 if split == "train" else 1], has_validation=True)
-    everything = _open(directory)
+            return open_shards(directory / splits[0 if split == "train" else 1], has_validation=True)
+    everything = open_shards(directory)
+    if "latent" not in everything.manifest:
+        raise UserError(f"{directory} holds features, not latents; they are for training.repa_features")
     if validation_fraction == 0 and split == "train":
         return everything
     rows = split_rows(everything.labels, split, validation_fraction, f"set of latents {directory}")
     return LatentSet(directory, everything.manifest, everything.shards, rows)
 
 
-def _open(directory: Path, has_validation: bool = False) -> LatentSet:
+def open_shards(directory: Path, has_validation: bool = False) -> LatentSet:
+    """Open one directory of shards, all of it; raises UserError as `open_latents` does."""
     manifest = read_manifest(directory)
     for entry in manifest["shards"]:
         if damage := find_damage(directory, entry, thorough=False):

@@ -141,6 +141,11 @@ class AutoencoderLatent(Latent):
         return self.autoencoder.module
 
     @property
+    def device(self) -> torch.device:
+        """Where the autoencoder is."""
+        return self.vae.device
+
+    @property
     def moment_channels(self) -> int:
         """Channels of `moments`: mean and log-variance, or the latent alone."""
         return self.channels * (2 if self.has_posterior else 1)

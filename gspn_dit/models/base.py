@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class DiffusionModel(nn.Module, ABC):
     output: ModulatedOutput
     drop_path_rates: list[float]
     """Probability of each block that stochastic depth drops its branch."""
+    on_block: Callable[[nn.Module, Tensor], None] | None = None
+    """Called with each block and the tokens that it gave, compiled or recomputed as it may be."""
     origin: tuple[dict[str, Any], str] | None = None
     """Manifest of the checkpoint that the weights are from, and which of its weights: "ema" or "model"."""
 
@@ -140,8 +143,12 @@ class DiffusionModel(nn.Module, ABC):
         if autocast_dtype(tokens.device.type) is not None:
             tokens = tokens.float()
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return block(tokens, *arguments)
+            tokens = checkpoint(block, tokens, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = block(tokens, *arguments)
+        if self.on_block is not None:
+            self.on_block(block, tokens)
+        return tokens
 
     def _branch_scales(self, keep_mask: Tensor | None) -> list[Tensor | None]:
         """Return what each block's branch is multiplied by: keep / probability of keeping."""

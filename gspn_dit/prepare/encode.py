@@ -75,11 +75,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             if getattr(options, name) is None:
                 raise UserError(f"--{name} is missing")
         refuse_if_held(Path(options.out), "--out")
-        _check_out(Path(options.out), options.resume)
+        check_out(Path(options.out), options.resume)
     return options
 
 
-def _check_out(out: Path, resume: bool) -> None:
+def check_out(out: Path, resume: bool) -> None:
+    """Raise UserError where shards cannot be written, or were begun and nothing says to continue."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a directory")
     if not out.is_dir() or all(is_temporary(file.name) or file.name == LOCK for file in out.iterdir()):
@@ -190,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
     accelerator = create_accelerator()
     advice = f"--batch-size is {options.batch_size}; lower it, and begin again in another --out"
     with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
-        _check_out(Path(options.out), options.resume)  # again: another job may have been here meanwhile
+        check_out(Path(options.out), options.resume)  # again: another job may have been here meanwhile
         _run_alone(options, accelerator, lock)
 
 

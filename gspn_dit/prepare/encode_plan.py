@@ -89,10 +89,11 @@ def check_same_plan(before: dict[str, Any], now: dict[str, Any], out: Path) -> N
     if {**(before.get("captions") or {}), "sha256": None} != {**(now.get("captions") or {}), "sha256": None}:
         raise UserError(f"--out {out} was begun with other captions; give what it was begun with, or another directory")
     try:
-        refuse_other_vae(before.get("latent", {}), now["latent"])
+        if "latent" in now:
+            refuse_other_vae(before.get("latent", {}), now["latent"])
     except UserError as error:
         raise UserError(f"--out {out} was begun with another VAE: {error}") from None
-    places = ("source.name", "latent.vae")
+    places = ("source.name", "latent.vae", "features.encoder")
     old, new = dict(flatten(before)), dict(flatten(now))
     for key in new:
         if key not in places and old.get(key) != new[key]:

@@ -8,15 +8,31 @@ import functools
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from gspn_dit.data.images import ImageSet, decode_cell
 from gspn_dit.data.latent_shards import shard_bytes
-from gspn_dit.data.latents import AutoencoderLatent
 from gspn_dit.errors import LocalUserError, UserError
+
+
+class Encodes(Protocol):
+    """What turns images into what is stored of them: the latents of an autoencoder, or features."""
+
+    place: str
+    """How messages call it."""
+    size: int
+    """Rows and columns of what is stored."""
+
+    @property
+    def moment_channels(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def moments(self, images: np.ndarray, batch_size: int) -> torch.Tensor:
+        """Return float32 [n, moment_channels, size, size] on the CPU of uint8 images [n, H, W, C]."""
 
 
 class Encoder:
@@ -25,11 +41,11 @@ class Encoder:
     On a CPU a batch is computed by one thread, and several at once: how many threads share a sum decides its rounding.
     """
 
-    def __init__(self, images: ImageSet, latent: AutoencoderLatent, options: argparse.Namespace) -> None:
+    def __init__(self, images: ImageSet, latent: Encodes, options: argparse.Namespace) -> None:
         self.images, self.latent, self.options = images, latent, options
         self.skipped = 0
         """Images that this process has left out."""
-        self.on_cpu = latent.vae.device.type == "cpu"
+        self.on_cpu = latent.device.type == "cpu"
         self.batches_at_once = torch.get_num_threads() if self.on_cpu else 1
 
     @contextlib.contextmanager
@@ -101,13 +117,13 @@ class Encoder:
 
     def _moments(self, pixels: np.ndarray) -> np.ndarray:
         """Encode images and their mirror images, float16 [n, 2, channels, h, w]."""
-        device = self.latent.vae.device.type
+        device = self.latent.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.options.precision == "bf16"):
             both = [self.latent.moments(side, len(pixels)).numpy() for side in (pixels, pixels[:, :, ::-1])]
         with np.errstate(over="ignore"):
             moments = np.stack(both, axis=1).astype(np.float16)
         if not np.isfinite(moments).all():
-            raise LocalUserError(f"the VAE {self.latent.place} encodes images to values that float16 cannot hold")
+            raise LocalUserError(f"{self.latent.place} encodes images to values that float16 cannot hold")
         return moments
 
     def count_skipped(self, count: int, error: UserError | str) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspn_dit import rng
 from gspn_dit.config import Config
+from gspn_dit.data.batches import draw_flips
+from gspn_dit.data.features import Features, open_features
 from gspn_dit.diffusion import create_objective
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
@@ -25,82 +25,104 @@ WIDTH = 2048
 """Hidden width of the projector."""
 
 
-def load_features(path: str, tokens: int, images: int | None = None) -> np.ndarray:
-    """Map a .npy of features [images, tokens, dimensions], tokens row by row; raises UserError if it does not fit."""
-    try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"training.repa_features {path} cannot be read: {error}") from None
-    if not isinstance(features, np.ndarray) or features.dtype.kind != "f":
-        raise UserError(f"training.repa_features {path} holds no floating-point array; save one with numpy.save")
-    images = features.shape[0] if images is None and features.ndim else images
-    if features.ndim != 3 or features.shape[:2] != (images, tokens):
-        raise UserError(
-            f"training.repa_features {path} has shape {list(features.shape)}, but {images} training images of {tokens} "
-            f"tokens need [{images}, {tokens}, dimensions]"
-        )
-    return features
+class ConvProjector(nn.Conv2d):
+    """A 3×3 convolution from planes of tokens to features (iREPA, arXiv 2512.10794)."""
+
+    def __init__(self, channels: int, dimensions: int) -> None:
+        super().__init__(channels, dimensions, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [B, h, w, C] to [B, h·w, dimensions]."""
+        return super().forward(tokens.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+
+class MLPProjector(nn.Sequential):
+    """Three linear maps (arXiv 2410.06940)."""
+
+    def __init__(self, channels: int, dimensions: int) -> None:
+        width = min(WIDTH, 4 * channels)
+        last = nn.Linear(width, dimensions)
+        super().__init__(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [B, h, w, C] to [B, h·w, dimensions]."""
+        return super().forward(tokens.flatten(1, -2))
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {"mlp": MLPProjector, "conv": ConvProjector}
+
+
+def spatially_normalised(features: Tensor) -> Tensor:
+    """Return features [B, N, D] less their mean over an image's N tokens, over their deviation (arXiv 2512.10794).
+
+    What all tokens of an image share says what it shows; what is left says where things are.
+    """
+    centred = features - features.mean(dim=1, keepdim=True)
+    return centred / (centred.std(dim=1, keepdim=True) + 1e-6)
 
 
 class Alignment:
     """Projects the tokens of a block and compares them with the features of their images.
 
     Args:
-        config: of the run; `training.repa_features`, `repa_weight` and `repa_depth` are used.
+        config: of the run; the keys `training.repa_*` are used.
         model: whose block's output is read.
-        latent_size: of an image.
+        features: of the training images.
     """
 
-    def __init__(self, config: Config, model: DiffusionModel, latent_size: int) -> None:
+    def __init__(self, config: Config, model: DiffusionModel, features: Features) -> None:
         settings = config.training
-        assert settings.repa_features is not None
-        self.features = load_features(settings.repa_features, image_tokens(model, latent_size))
+        self.features, self.flip = features, config.data.horizontal_flip
         self.seed, self.weight, self.depth = config.seed, settings.repa_weight, settings.repa_depth
-        hidden, width = model.patch_embed.out_features, min(WIDTH, 4 * model.patch_embed.out_features)
+        self.normalise = settings.repa_normalise
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.projector = nn.Sequential(
-                nn.Linear(hidden, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                nn.Linear(width, self.features.shape[2]),
-            ).to(model.patch_embed.weight.dtype)  # fmt: skip
+            projector = PROJECTORS[settings.repa_projector](model.patch_embed.out_features, features.dimensions)
+            self.projector = projector.to(model.patch_embed.weight.dtype)
         self.tokens: Tensor | None = None
 
     @contextmanager
     def reading(self, model: DiffusionModel) -> Iterator[None]:
         """Remember the tokens of the forward pass made inside, for `loss`."""
+        aligned = model.blocks[self.depth - 1]
 
-        def remember(block: nn.Module, arguments: Any, output: Tensor) -> None:
-            self.tokens = output
+        def remember(block: nn.Module, output: Tensor) -> None:
+            if block is aligned:
+                self.tokens = output
 
-        hook = model.blocks[self.depth - 1].register_forward_hook(remember)
+        model.on_block = remember
         try:
             yield
         finally:
-            hook.remove()
+            model.on_block = None
 
-    def loss(self, numbers: Sequence[int]) -> Tensor:
-        """Return weight · (1 - mean cosine) of the tokens that were read, whose sample numbers these are."""
+    def loss(self, numbers: Sequence[int], indices: np.ndarray) -> Tensor:
+        """Return weight · (1 - mean cosine) of the tokens that were read, of these sample numbers and images."""
         assert self.tokens is not None
         tokens, self.tokens = self.tokens, None
-        chosen = self.features[rng.data_indices(self.seed, numbers, len(self.features))]
-        target = torch.from_numpy(chosen.astype(np.float32)).to(tokens.device)
-        projected = self.projector(tokens.flatten(1, -2))
-        return self.weight * (1 - F.cosine_similarity(projected.float(), target, dim=-1).mean())
+        found = self.features.rows(indices, draw_flips(self.seed, numbers, self.flip))
+        target = torch.from_numpy(found).to(tokens.device)
+        if self.normalise:
+            target = spatially_normalised(target)
+        return self.weight * (1 - F.cosine_similarity(self.projector(tokens).float(), target, dim=-1).mean())
 
 
-def image_tokens(model: DiffusionModel, latent_size: int) -> int:
-    """Return the tokens of an image."""
-    return (latent_size // model.patch_size) ** 2
+def create_alignment(config: Config, model: DiffusionModel, labels: np.ndarray, latent_size: int) -> Alignment | None:
+    """Return what `training.repa_features` asks for, None if it asks for nothing.
 
+    Args:
+        config: of the run.
+        model: on any device.
+        labels: class ids of the training images, int64 [n].
+        latent_size: height and width of a latent.
 
-def check_alignment(config: Config, model: DiffusionModel, images: int, latent_size: int) -> None:
-    """Raise UserError where a config asks for an alignment that cannot be, before anything is written."""
+    Raises:
+        UserError: it cannot be had.
+    """
     settings = config.training
     if settings.repa_features is None:
-        return
+        return None
     for key, excluded in (
-        ("training.compile", settings.compile),
-        ("data.horizontal_flip", config.data.horizontal_flip),  # the features are of images as they are
         ("data.streaming", config.data.streaming),
         ("data.buckets", bool(config.data.buckets)),
         # Several passes a step, of which one alone could be read.
@@ -110,4 +132,11 @@ def check_alignment(config: Config, model: DiffusionModel, images: int, latent_s
             raise UserError(f"training.repa_features does not go with {key}; leave one of them out")
     if settings.repa_depth > len(model.blocks):
         raise UserError(f"training.repa_depth is {settings.repa_depth}, but the model has {len(model.blocks)} blocks")
-    load_features(settings.repa_features, image_tokens(model, latent_size), images)
+    grid = latent_size // model.patch_size
+    features = open_features(settings.repa_features, grid, labels, config.data.validation_fraction)
+    if config.data.horizontal_flip and not features.mirrored:
+        raise UserError(
+            f"training.repa_features {settings.repa_features} has no features of mirrored images, as "
+            "data.horizontal_flip needs; extract them with gspn_dit.prepare.features, or leave one of them out"
+        )
+    return Alignment(config, model, features)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gspn_dit import rng
 from gspn_dit.config import Config
 from gspn_dit.data.buckets import BucketBatches
 from gspn_dit.data.build import build_data
@@ -23,7 +24,7 @@ from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
 from gspn_dit.models.mixers import GSPNMixer, Mixer
 from gspn_dit.sampling_options import check_guided_channels
-from gspn_dit.tasks.alignment import Alignment, check_alignment
+from gspn_dit.tasks.alignment import create_alignment
 from gspn_dit.tasks.base import GenerativeTask
 from gspn_dit.tasks.draws import Draws, by_quartile, training_draws, validation_draws
 from gspn_dit.tasks.finetune import pretrained_weights
@@ -60,10 +61,9 @@ class ClassConditional(GenerativeTask):
         _check_buckets(config, self.latent.factor * self.model.patch_size)
         self.latents_found: tuple[str, ...] = ()
         """What a look at a few of them said, once they are on the device."""
-        self.alignment: Alignment | None = None
-        check_alignment(config, self.model, data.facts["images"], self.latent.size)
-        if config.training.repa_features is not None:
-            self.alignment = Alignment(config, self.model, self.latent.size)
+        labels = np.array([]) if config.data.streaming else self.train_data.images.labels  # type: ignore[attr-defined]
+        self.alignment = create_alignment(config, self.model, labels, self.latent.size)
+        if self.alignment is not None:
             self.companions = {"repa": self.alignment.projector}
 
     @classmethod
@@ -103,10 +103,6 @@ class ClassConditional(GenerativeTask):
             blocks=len(model.blocks),
             working_elements=max(mixer.working_elements(side, side) for mixer in mixers),
         )
-
-    @classmethod
-    def excludes_sharding(cls, config: Config) -> str | None:
-        return None if config.training.repa_features is None else "training.repa_features"
 
     def to(self, device: torch.device) -> None:
         if self.config.objective.derivative == "jvp" and device.type != "cpu":
@@ -151,7 +147,8 @@ class ClassConditional(GenerativeTask):
         means = {name: loss.mean() for name, loss in losses.items()}
         if self.alignment is not None:
             with self.autocast():
-                means["loss"] = means["loss"] + self.alignment.loss(numbers)
+                images = rng.data_indices(self.config.seed, numbers, len(self.train_data.images))
+                means["loss"] = means["loss"] + self.alignment.loss(numbers, images)
         return means
 
     def _inputs(self, model: nn.Module, latents: Tensor, draws: Draws) -> tuple[Conditioned, Tensor, Tensor]:

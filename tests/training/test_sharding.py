@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -79,6 +80,16 @@ def options(steps: int, sharding: str, *more: str) -> list[str]:
         *("--training.ema_sigma_rel", "[0.05,0.1]", "--training.ema_snapshot_every", "6"),
         *("--training.gradient_accumulation_steps", "2", *more),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_alignment_trains_sharded_as_it_does_replicated(tmp_path: Path) -> None:
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).normal(size=(1437, 4, 6)).astype(np.float16))
+    aligned = {"repa_features": str(tmp_path / "features.npy"), "repa_depth": 2, "repa_projector": "conv"}
+    train_in_turn(tmp_path, *({"name": name, "sharding": name, **aligned} for name in ("none", "fsdp")))
+    stems = ("model", "ema", "repa")
+    assert_close(*(exports(tmp_path / name, 4, *stems) for name in ("fsdp", "none")), 1e-5)
 
 
 @pytest.mark.slow
@@ -209,8 +220,6 @@ def test_launch_file_or_config_choose_what_is_split() -> None:
         choose("none", Launched(DistributedType.FSDP, fsdp=1))
     with pytest.raises(UserError, match=r"the launch file asks for fsdp, training\.sharding for zero2"):
         choose("zero2", fsdp)
-    with pytest.raises(UserError, match="repa_features does not go with sharding"):
-        choose("none", fsdp, repa_features="features.npy")
 
 
 def test_the_task_says_whether_its_state_can_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
