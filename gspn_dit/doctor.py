@@ -16,7 +16,7 @@ from typing import Any
 
 from gspn_dit import environment
 from gspn_dit.environment import installed_version
-from gspn_dit.errors import ArgumentParser, run_cli
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 PACKAGES = ("torch", "numpy", "diffusers", "accelerate", "datasets", "torch-fidelity", "safetensors")
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
@@ -226,15 +226,37 @@ def _format_toolchain(tools: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the diagnosis; exit code 0 if the CPU path works, else 1."""
+    """Print the diagnosis; exit code 0 if the CPU path works, else 1. --golden compares samples instead."""
     parser = ArgumentParser(
         description="Say what is installed, which scan backends work here, and what would fix the others.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--golden", action="store_true", help="draw samples of builtin:digits, and compare them with "
+                        "those that the package was made with")  # fmt: skip
+    parser.add_argument(
+        "--device", help="of --golden: cpu, cuda, … (default: the accelerator if there is one, else cpu)"
+    )
+    options = parser.parse_args(arguments)
+    if options.golden:
+        sys.exit(0 if _check_golden(options.device, options.json) else 1)
+    if options.device:
+        raise UserError("--device is for --golden; leave it out")
+    as_json = options.json
     diagnosis = diagnose()
     print(json.dumps(diagnosis, indent=2) if as_json else format_report(diagnosis))
     sys.exit(0 if diagnosis["ok"] else 1)
+
+
+def _check_golden(device: str | None, as_json: bool) -> bool:
+    """Print how far golden samples are from the stored ones, and tell whether they are near enough."""
+    from gspn_dit.golden import compare
+    from gspn_dit.sampling_options import choose_device
+
+    found = compare(choose_device(device))
+    print(json.dumps({**asdict(found), "passed": found.passed}) if as_json else found)
+    if not found.passed and not as_json:
+        print("this machine computes something else: look at the scan backends by python -m gspn_dit.doctor")
+    return found.passed
 
 
 def cli() -> None:

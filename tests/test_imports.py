@@ -27,11 +27,11 @@ FLOORS = (
     {"hub", "sample_sets", "sampling_options", "text"},
     {"config", "processes"},
     {"data", "diffusion", "models"},
-    {"doctor", "importers", "model_card", "prepare", "tasks"},
+    {"importers", "model_card", "prepare", "tasks"},
     {"saved_pipeline", "timm", "training"},
     {"classifier", "highres", "pipeline", "text_sampler"},
-    {"evaluate", "sample", "train"},
-    {"generate", "playground"},
+    {"evaluate", "golden", "sample", "train"},
+    {"doctor", "generate", "playground"},
     {"sweep"},
 )
 """The rooms of gspn_dit, from the ground up: each imports rooms of lower floors alone, even lazily or for types. The

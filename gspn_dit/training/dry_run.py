@@ -18,6 +18,17 @@ from gspn_dit.training.optimizer import muon_matrices
 from gspn_dit.training.strategy.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
+PEAK_TFLOPS = {
+    "A100": (312, 156, 19.5),
+    "H100": (989, 494, 67),
+    "H200": (989, 494, 67),
+    "B200": (2250, 1100, 75),
+    "L40S": (362, 183, 91.6),
+    "RTX 4090": (165, 82.6, 82.6),
+}
+"""Dense peaks that NVIDIA states, in 10¹² FLOP a second: bfloat16, TF32, and float32."""
+UTILISATION = 0.4
+"""Share of the peak that a training is taken to reach, for want of a measurement."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +208,8 @@ def kept_checkpoints(config: Config) -> int:
 
 def report(config: Config, figures: Estimate) -> str:
     """Return the figures as text."""
-    rows = [*_model_rows(figures), *_run_rows(config, figures), *_memory_rows(figures.memory)]
+    rows = [*_model_rows(figures), *_run_rows(config, figures), *_time_rows(config, figures)]
+    rows += _memory_rows(figures.memory)
     rows += _written_rows(config, figures)
     return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
@@ -217,6 +229,26 @@ def _run_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
         ("batch", f"{settings.batch_size} images = {shares} × {figures.micro_batch}"),
         ("run", f"{settings.max_steps:,} steps, {images:,} images, {images / plan.images:.4g} epochs, {flops} FLOP"),
         ("data", plan.data),
+    ]
+
+
+def hours_on(flops: float, processes: int, settings: TrainingConfig) -> dict[str, float]:
+    """Return the hours that so many FLOP take on a number of GPUs of each kind, at `UTILISATION` of the peak."""
+    kind = 0 if settings.mixed_precision == "bf16" else 1 if settings.tf32 else 2
+    rates = {name: UTILISATION * 1e12 * peaks[kind] * processes for name, peaks in PEAK_TFLOPS.items()}
+    return {name: flops / rate / 3600 for name, rate in rates.items()}
+
+
+def _time_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
+    settings = config.training
+    flops = figures.training_flops * settings.max_steps * settings.batch_size
+    hours = hours_on(flops, figures.processes, settings)
+    precision = "bf16" if settings.mixed_precision == "bf16" else "TF32" if settings.tf32 else "float32"
+    text = ", ".join(f"{name} {value:,.3g}" for name, value in hours.items())
+    return [
+        ("hours", f"{text}; on {figures.processes} of them"),
+        ("", f"at {UTILISATION:.0%} of the {precision} peak that NVIDIA states, which is assumed, not measured; scans"),
+        ("", "are bound by memory and reach less; metrics.jsonl says images_per_second after the first steps"),
     ]
 
 

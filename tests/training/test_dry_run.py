@@ -20,7 +20,14 @@ from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
 from gspn_dit.tasks import TASKS, Plan, Task, task_class
 from gspn_dit.tasks.class_conditional import ClassConditional
-from gspn_dit.training.dry_run import Estimate, dry_run, estimate, estimate_memory, kept_checkpoints
+from gspn_dit.training.dry_run import (
+    Estimate,
+    dry_run,
+    estimate,
+    estimate_memory,
+    hours_on,
+    kept_checkpoints,
+)
 from tests.data.tiny_vae import write_vae
 
 ROOT = Path(__file__).parents[2]
@@ -291,6 +298,8 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     parameters = estimate(config, 2).parameters
     assert f"GSPN-N/2, {parameters:,} parameters" in text
     assert "8 images = 2 GPUs × 1 accumulation steps × 4" in text
+    assert re.search(r"^hours +A100 .*, H100 .*; on 2 of them$", text, re.MULTILINE)
+    assert "at 40% of the float32 peak that NVIDIA states, which is assumed, not measured" in text
     assert "100 steps, 800 images, 0.0006244 epochs" in text
     assert f"checkpoints: 2 × {20 * parameters / 1e6:.2f} MB" in text  # weights, two averages, two moments
     assert f"ema_snapshots: 4 × {2 * parameters / 1e6:.2f} MB" in text
@@ -357,3 +366,13 @@ def test_a_task_without_plans_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert str(caught.value) == "--dry-run is not known to task mine; start without it"
     with pytest.raises(UserError, match="unknown task 'txt'; allowed are"):
         dry_run(dataclasses.replace(small(), task="txt"))
+
+
+def test_hours_by_hand() -> None:
+    """40% of 312 TFLOP/s on 8 GPUs are 998.4e12 FLOP a second."""
+    flops = 998.4e12 * 3600 * 5
+    assert hours_on(flops, 8, TrainingConfig(mixed_precision="bf16"))["A100"] == pytest.approx(5)
+    assert hours_on(flops, 8, TrainingConfig(tf32=True))["A100"] == pytest.approx(10)
+    assert hours_on(flops, 8, TrainingConfig())["A100"] == pytest.approx(80)
+    one = hours_on(flops, 1, TrainingConfig(mixed_precision="bf16"))
+    assert one["A100"] == pytest.approx(40) and one["B200"] < one["H100"] == one["H200"] < one["A100"]
