@@ -37,7 +37,10 @@ COMMANDS: dict[str, list[str]] = {
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
-    "few_step": ["benchmarks.few_step", "--picture", "docs/few_step.png", "--out"],
+    "digits_one_step": [
+        *("benchmarks.few_step", "--distilled", "runs/digits_one_step", "--picture", "docs/few_step.png", "--out"),
+    ],
+    "few_step": ["benchmarks.few_step", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [

@@ -187,6 +187,27 @@ def demo_table(result: Result) -> str:
     )
 
 
+def digits_one_step_table(result: Result) -> str:
+    """Tabulate `benchmarks.few_step --distilled`: a model of few steps beside the packaged one that it started from."""
+    rows = [
+        [
+            cell["recipe"],
+            str(cell["sampling_steps"]),
+            *(short(cell[key]) for key in ("fd", "fd_ratio", "class_agreement", "recall")),
+        ]
+        for cell in result["cells"]
+    ]
+    speed = ", ".join(
+        f"{way}: {one['images_per_second']:,.0f} ± {one['spread']:.0%}" for way, one in result["speed"].items()
+    )
+    setting = result["setting"]
+    return (
+        table(["model", "steps", "FD", "FD ÷ that of 50 steps", "class agreement", "recall"], rows)
+        + f"\nOne seed, {setting['samples']:,} samples each, guidance {setting['guidance_scale']}. Images per second "
+        + f"of the processor's time, by objective and steps: {speed}. {provenance(result)}\n"
+    )
+
+
 def few_step_table(result: Result) -> str:
     """Tabulate `benchmarks.few_step`: what was to be shown, FD by number of steps, and what drawing takes."""
     setting, found = result["setting"], result["summary"]
@@ -344,6 +365,7 @@ STUDIES = {
     "ablations_block": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion_block": Study(EVIDENCE, quality_table),
     "resolution": Study(EVIDENCE, resolution_table, plot_resolution),
+    "digits_one_step": Study(OBJECTIVES, digits_one_step_table),
     "few_step": Study(OBJECTIVES, few_step_table),
     "demo": Study(README, demo_table),
     "memory": Study(SCALE, memory_table),

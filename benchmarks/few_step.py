@@ -1,6 +1,7 @@
 """Images in one to four steps: flow maps and mean flows beside the velocity model that trained for as long.
 
     python -m benchmarks.few_step --seconds 40 --out benchmarks/results/few_step.json --picture docs/few_step.png
+    python -m benchmarks.few_step --distilled runs/digits_one_step --out benchmarks/results/digits_one_step.json
 
 Digits, on one thread; the command can be stopped and started again, and resumes where it was. Every recipe trains for a
 multiple of `--seconds` of the processor's time: in all, a teacher's time included. Seconds become steps by timing the
@@ -29,7 +30,7 @@ from gspn_dit.errors import ArgumentParser, run_cli
 if TYPE_CHECKING:
     from gspn_dit.pipeline import GSPNPipeline
 
-SAMPLES, BATCH = 1_000, 250
+SAMPLES, BATCH = 1_000, 100
 """Images that are scored, and that are drawn at a time where drawing is timed."""
 MANY = 50
 """Steps of the velocity model that the others are compared with."""
@@ -76,7 +77,7 @@ RECIPES = {
     **{f"{name}, half + half": Recipe(name, 1 / 2, "velocity, half") for name in ("flow_map", "mean_flow")},
     **{f"{name}, twice as long": Recipe(name, 1, "velocity") for name in ("flow_map", "mean_flow")},
 }
-BASELINE = "velocity"
+BASELINE, PACKAGED = "velocity", "builtin:digits"
 TARGETS = {
     "FD in 1 step / FD in 50, equal training time": ("fd", 1, "<=", 2.0),
     "FD in 4 steps / FD in 50, equal training time": ("fd", 4, "<=", 1.3),
@@ -152,7 +153,7 @@ def draw(pipeline: GSPNPipeline, steps: int, count: int, seed: int) -> np.ndarra
     return images
 
 
-def load(run: Path) -> GSPNPipeline:
+def load(run: Path | str) -> GSPNPipeline:
     """Return a run's pipeline without its progress bar."""
     from gspn_dit.pipeline import GSPNPipeline
 
@@ -161,7 +162,7 @@ def load(run: Path) -> GSPNPipeline:
     return pipeline
 
 
-def score_run(run: Path, steps: Sequence[int], seed: int) -> dict[str, dict[str, float]]:
+def score_run(run: Path | str, steps: Sequence[int], seed: int) -> dict[str, dict[str, float]]:
     """Return the scores of a run's images by number of steps."""
     from benchmarks.judge import judge_agreement
     from fid.evaluation import score
@@ -181,7 +182,7 @@ def score_run(run: Path, steps: Sequence[int], seed: int) -> dict[str, dict[str,
     return found
 
 
-def time_drawing(ways: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, dict[str, float]]:
+def time_drawing(ways: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
     """Time ways to draw `BATCH` images in turn, by the processor's time; the first round is warm-up.
 
     Returns:
@@ -202,7 +203,7 @@ def time_drawing(ways: Mapping[str, Callable[[], object]], rounds: int = 5) -> d
     }
 
 
-def speeds(velocity: Path, few: Path) -> dict[str, dict[str, float]]:
+def speeds(velocity: Path | str, few: Path) -> dict[str, dict[str, float]]:
     """Return what drawing takes of one to four steps, and of many with guidance, which calls the model twice a step."""
     slow, fast = load(velocity), load(few)
     ways: dict[str, Callable[[], object]] = {f"velocity, {MANY}": functools.partial(draw, slow, MANY, BATCH, 0)}
@@ -287,15 +288,38 @@ def study(names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int]
     }
 
 
-def draw_picture(runs: Path, file: Path) -> None:
-    """Write a picture of the first seed: a column for each class, a row for each way to draw from the same noise."""
+def compare(run: Path) -> dict[str, Any]:
+    """Score a run of configs/digits_one_step.yaml beside the packaged model that it starts from, one seed of each."""
+    models: dict[str, tuple[Path | str, Sequence[int]]] = {PACKAGED: (PACKAGED, STEPS), run.name: (run, STEPS[:-1])}
+    rows = [
+        {"recipe": name, "sampling_steps": int(count), **scored}
+        for name, (model, steps) in models.items()
+        for count, scored in score_run(model, steps, 0).items()
+    ]
+    (many,) = (row["fd"] for row in rows if row["sampling_steps"] == MANY)
+    return {
+        "setting": {"samples": SAMPLES, "guidance_scale": GUIDANCE_SCALE, "batch": BATCH},
+        "cells": [{**row, "fd_ratio": row["fd"] / many} for row in rows],
+        "speed": speeds(PACKAGED, run),
+        "machine": CpuDevice().describe(),
+        "software": software(),
+    }
+
+
+def study_rows(runs: Path) -> list[tuple[Path | str, int]]:
+    """Return the runs of the first seed and the numbers of steps that a picture shows."""
+    rows: list[tuple[Path | str, int]] = [(directory(runs, 0, BASELINE), steps) for steps in (MANY, 1)]
+    names = (f"{name}, half + half" for name in ("flow_map", "mean_flow"))
+    return rows + [(directory(runs, 0, name), steps) for name in names for steps in STEPS[:-1]]
+
+
+def draw_picture(rows: Sequence[tuple[Path | str, int]], file: Path) -> None:
+    """Write a picture: columns are the classes, twice; rows models and numbers of steps, from the same noise."""
     from PIL import Image
 
-    rows = [("velocity", MANY), ("velocity", 1)]
-    rows += [(f"{name}, half + half", steps) for name in ("flow_map", "mean_flow") for steps in STEPS[:-1]]
     drawn = []
-    for name, steps in rows:
-        images = draw(load(directory(runs, 0, name)), steps, 20, 0)
+    for model, steps in rows:
+        images = draw(load(model), steps, 20, 0)
         drawn.append(np.concatenate(list(np.pad(images[..., 0], ((0, 0), (1, 1), (1, 1)))), axis=1))
     Image.fromarray(np.concatenate(drawn)).resize((20 * 30, len(rows) * 30), Image.Resampling.NEAREST).save(file)
 
@@ -310,12 +334,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="of the paired runs")
     parser.add_argument("--picture", type=Path, help="PNG file of images side by side")
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--distilled", type=Path, metavar="RUN", help="score this beside builtin:digits instead")
     options = parser.parse_args()
-    text = json.dumps(study(options.recipes, options.runs, options.seconds, options.seeds), indent=1)
+    if options.distilled:
+        found = compare(options.distilled)
+        rows: list[tuple[Path | str, int]] = [(PACKAGED, MANY), (PACKAGED, 1)]
+        rows += [(options.distilled, steps) for steps in STEPS[:-1]]
+    else:
+        found = study(options.recipes, options.runs, options.seconds, options.seeds)
+        rows = study_rows(options.runs)
+    text = json.dumps(found, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
     if options.picture:
-        draw_picture(options.runs, options.picture)
+        draw_picture(rows, options.picture)
     print(text)
 
 

@@ -139,6 +139,20 @@ def test_few_steps_by_hand() -> None:
     assert "a model, 2 paired seeds, 40 s of one thread" in text and "Trained at 1234567. a chip" in text
 
 
+def test_digits_in_one_step() -> None:
+    cell = {"recipe": "some", "sampling_steps": 1, "fd": 2.0, "fd_ratio": 1.234, "class_agreement": 0.9, "recall": 0.5}
+    result = {
+        "setting": {"samples": 1000, "guidance_scale": 1.5},
+        "cells": [cell],
+        "speed": {"flow_map, 1": {"images_per_second": 1234.5, "spread": 0.05}},
+        "machine": MACHINE,
+        "software": SOFTWARE,
+    }
+    text = evidence.digits_one_step_table(result)
+    assert rows(text)[2] == ["some", "1", "2.00", "1.23", "0.900", "0.500"]
+    assert "flow_map, 1: 1,234 ± 5%. a chip" in text
+
+
 def test_mixers_and_resolution() -> None:
     text = evidence.mixers_table(MIXERS)
     assert ["a", "<= 1.1", "1.06", "yes"] in rows(text)

@@ -92,6 +92,20 @@ def test_what_was_to_be_shown_is_judged_by_the_best_of_equal_time() -> None:
     assert rows[2]["recipe"] == "flow_map, from scratch"
 
 
+def test_a_distilled_run_is_compared_with_many_steps_of_the_packaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fds = {"builtin:digits": {1: 9.0, 2: 5.0, 4: 3.0, 50: 2.0}, tmp_path: {1: 4.0, 2: 3.0, 4: 1.0}}
+    monkeypatch.setattr(
+        few_step, "score_run", lambda run, steps, seed: {str(count): {"fd": fds[run][count]} for count in steps}
+    )
+    monkeypatch.setattr(few_step, "speeds", lambda velocity, few: {"of": (velocity, few)})
+    found = few_step.compare(tmp_path)
+    ratios = {(cell["recipe"], cell["sampling_steps"]): cell["fd_ratio"] for cell in found["cells"]}
+    assert ratios[tmp_path.name, 1] == 2 and ratios["builtin:digits", 50] == 1 and len(ratios) == 7
+    assert found["speed"] == {"of": ("builtin:digits", tmp_path)}
+
+
 def test_drawing_is_timed_in_turn_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call of a moves the clock by 5 at first and by 1, 1, 2 later; every call of b by 10."""
     clock, taken = [0.0], {"a": iter([5.0, 1.0, 1.0, 2.0]), "b": iter([10.0] * 4)}
