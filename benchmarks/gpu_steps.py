@@ -26,7 +26,10 @@ from gspn_dit.ops import DIRECTIONS, gspn_scan
 from gspn_dit.ops.materialised import projected_forward
 from gspn_dit.ops.reference import scan_reference
 
-REGIMES = {"short": (2, 16, 16, 64), "cluster": (1, 128, 96, 40), "long": (1, 250, 200, 20)}
+REGIMES = {
+    **{"short": (2, 16, 16, 64), "cluster": (1, 128, 96, 40)},
+    **{"wide": (1, 250, 200, 20), "long": (1, 2100, 64, 20)},
+}
 """A shape [B, H, W, C] that each kind of kernel runs on an H100."""
 TIMED_SHAPES = (
     *((32, 16, 16, 1152), (256, 16, 16, 1152), (1, 128, 128, 240), (1, 128, 128, 256)),

@@ -1,5 +1,5 @@
-// What every kernel of the scan shares: storage types, traced access to global memory, the problem's geometry and the
-// row-stochastic weights. Compiled once per storage dtype and vector width:
+// What every kernel of the scan shares: storage types, traced access to global memory and the problem's geometry.
+// Compiled once per storage dtype and vector width:
 //   GSPN_STORAGE          0 float32, 1 float64, 2 bfloat16, 3 float16
 //   GSPN_VECTOR           channels per thread, which are loaded and stored as one word
 //   GSPN_SHARED_WEIGHTS   0: one weight per channel (G = C), 1: weights shared by the C / G channels of a group
@@ -74,6 +74,27 @@ __device__ __forceinline__ Element narrow(Real value) {
 }
 #endif
 
+// Minus infinity as stored: the logit of a neighbour that is not there.
+#if GSPN_STORAGE == 0
+__device__ __forceinline__ Element stored_minus_infinity() { return __uint_as_float(0xff800000u); }
+#elif GSPN_STORAGE == 1
+__device__ __forceinline__ Element stored_minus_infinity() { return __longlong_as_double(0xfff0000000000000LL); }
+#else
+__device__ __forceinline__ Element stored_minus_infinity() { return GSPN_STORAGE == 2 ? 0xff80 : 0xfc00; }
+#endif
+
+#if GSPN_STORAGE >= 2
+__device__ __forceinline__ float power_of_two(float exponent) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
+    return result;
+#else
+    return exp2f(exponent);
+#endif
+}
+#endif
+
 // N channels as computed.
 template <typename Item, int N>
 struct alignas(sizeof(Item) * N) Pack {
@@ -89,6 +110,9 @@ struct alignas(sizeof(Element) * N) Stored {
 
     __device__ Real operator[](int v) const { return widen(element[v]); }
     __device__ void set(int v, Real value) { element[v] = narrow(value); }
+    __device__ void fill(Element value) {
+        for (int v = 0; v < N; ++v) element[v] = value;
+    }
 #else
     unsigned pair[N / 2];
 
@@ -96,6 +120,9 @@ struct alignas(sizeof(Element) * N) Stored {
     __device__ void set(int v, Real value) {
         const unsigned bits = static_cast<unsigned>(narrow(value)) << (16 * (v % 2));
         pair[v / 2] = v % 2 == 0 ? bits : pair[v / 2] | bits;
+    }
+    __device__ void fill(Element element) {
+        for (int i = 0; i < N / 2; ++i) pair[i] = element * 0x10001u;
     }
 #endif
 };
@@ -105,6 +132,7 @@ struct alignas(sizeof(Element)) Stored<1> {
 
     __device__ Real operator[](int) const { return widen(element); }
     __device__ void set(int, Real value) { element = narrow(value); }
+    __device__ void fill(Element value) { element = value; }
 };
 using Channels = Stored<VECTOR>;
 using Logits = Stored<SHARED_WEIGHTS ? 1 : VECTOR>;  // one for all channels of a thread where weights are shared
@@ -112,11 +140,17 @@ using Logits = Stored<SHARED_WEIGHTS ? 1 : VECTOR>;  // one for all channels of 
 // ---------------------------------------------------------------------------------------------------------------
 // Global memory. Every thread of a warp makes the same calls in the same order; `active` says which lanes take part.
 
+// Load where active, else leave the word as it was: what a loop never loads is set once, in front of it.
+template <typename Word>
+__device__ __forceinline__ void load_into(Word& word, const void* address, bool active) {
+    GSPN_TRACE(address, sizeof(Word), active);
+    if (active) word = *static_cast<const Word*>(address);
+}
+
 template <typename Word>
 __device__ __forceinline__ Word load(const void* address, bool active) {
-    GSPN_TRACE(address, sizeof(Word), active);
     Word word = {};
-    if (active) word = *static_cast<const Word*>(address);
+    load_into(word, address, active);
     return word;
 }
 
@@ -126,10 +160,34 @@ __device__ __forceinline__ void store(void* address, const Word& word, bool acti
     if (active) *static_cast<Word*>(address) = word;
 }
 
+// Two channels as stored, in one instruction where the hardware has it.
+#if GSPN_STORAGE >= 2
+__device__ __forceinline__ unsigned narrow_pair(Real low, Real high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned result;
+#if GSPN_STORAGE == 2
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+    return result;
+#else
+    return narrow(low) | static_cast<unsigned>(narrow(high)) << 16;
+#endif
+}
+#endif
+
 __device__ __forceinline__ Channels narrow_all(const Sums& sums) {
     Channels result;
+#if GSPN_STORAGE >= 2 && GSPN_VECTOR > 1
 #pragma unroll
-    for (int v = 0; v < VECTOR; ++v) result.set(v, sums.item[v]);
+    for (int i = 0; i < VECTOR / 2; ++i) result.pair[i] = narrow_pair(sums.item[2 * i], sums.item[2 * i + 1]);
+#elif GSPN_VECTOR > 1
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) result.element[v] = narrow(sums.item[v]);
+#else
+    result.element = narrow(sums.item[0]);
+#endif
     return result;
 }
 
@@ -177,21 +235,37 @@ __device__ __forceinline__ void forget(Index& value) {
     (void)value;
 #endif
 }
+// A pointer into global memory stays one: the compiler must not forget that it is, or it emits generic loads.
 template <typename Item>
 __device__ __forceinline__ void forget(Item*& value) {
 #ifdef __CUDA_ARCH__
-    asm volatile("" : "+l"(value));
+    size_t address = __cvta_generic_to_global(value);
+    asm volatile("" : "+l"(address));
+    value = static_cast<Item*>(__cvta_global_to_generic(address));
 #else
     (void)value;
 #endif
 }
-__device__ __forceinline__ void forget(int& value) {
+template <typename Item>
+__device__ __forceinline__ void forget_shared(Item*& value) {
+#ifdef __CUDA_ARCH__
+    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(value));
+    asm volatile("" : "+r"(address));
+    value = static_cast<Item*>(__cvta_shared_to_generic(address));
+#else
+    (void)value;
+#endif
+}
+template <typename Word>
+__device__ __forceinline__ void forget_word(Word& value) {
 #ifdef __CUDA_ARCH__
     asm volatile("" : "+r"(value));
 #else
     (void)value;
 #endif
 }
+__device__ __forceinline__ void forget(int& value) { forget_word(value); }
+__device__ __forceinline__ void forget(unsigned& value) { forget_word(value); }
 
 // The way of one thread over the lines of a direction: always at position n, from the line `first` on.
 struct Way {
@@ -216,31 +290,46 @@ struct Stream {
     __device__ Stream(Item* base, const Index* strides, const Way& way, Index inner)
         : at(base + (way.batch * strides[0] + way.row() * strides[1] + way.column() * strides[2] + inner)),
           step(way.signed_step(strides[1], strides[2])) {}
-    // The same in a contiguous tensor [B, H, W, size].
-    __device__ Stream(Item* base, const Problem& p, Index size, const Way& way, Index inner)
-        : at(base + (((way.batch * p.height + way.row()) * p.width + way.column()) * size + inner)),
-          step(way.signed_step(p.width * size, size)) {}
     __device__ void move(Index lines) {
         at += lines * step;
         forget(at);
     }
 };
 
-// One thread's place in the contiguous gradients of the gates [B, H, W, D, C], moving along a way. The gradients of its
-// logits [B, H, W, D, 3, C] lie at a multiple of that, so that one register pair serves all of them.
-struct GatePlace {
-    Index offset, step;
+// A token and direction, moving along a way: where its values lie in contiguous tensors [B, H, W, D, ..]. A token is one
+// of a single direction.
+struct Cell {
+    unsigned at;  // token · directions + direction
+    int step;
 
-    __device__ GatePlace(const Problem& p, const Way& way, int channel, int d) {
-        const Index size = p.directions * p.channels;
-        offset = ((way.batch * p.height + way.row()) * p.width + way.column()) * size + d * p.channels + channel;
-        step = way.signed_step(p.width * size, size);
+    __device__ Cell(const Problem& p, const Way& way, int d) : Cell(p, way, static_cast<int>(p.directions), d) {}
+    __device__ Cell(const Problem& p, const Way& way, int directions, int d) {
+        const int width = static_cast<int>(p.width);
+        const unsigned row = static_cast<unsigned>(way.batch) * static_cast<unsigned>(p.height) + way.row();
+        at = (row * width + way.column()) * directions + d;
+        step = static_cast<int>(way.signed_step(width * directions, directions));
     }
-    __device__ void move(Index lines) {
-        offset += lines * step;
-        forget(offset);
+    __device__ void move(int lines) {
+        at += lines * step;
+        forget(at);
     }
-    __device__ Index logits(int channel) const { return 3 * offset - 2 * channel; }
+    // In a tensor of so many values per token and direction.
+    template <typename Item>
+    __device__ Item* in(Item* tensor, Index values, Index inner) const {
+        return reinterpret_cast<Item*>(in(reinterpret_cast<char*>(tensor + inner), values * sizeof(Item)));
+    }
+    // Where so many bytes are a token and direction's: one multiply-add, which the compiler does not find.
+    __device__ char* in(char* tensor, Index bytes) const {
+#ifdef __CUDA_ARCH__
+        size_t address;
+        asm("mad.wide.u32 %0, %1, %2, %3;"
+            : "=l"(address)
+            : "r"(at), "r"(static_cast<unsigned>(bytes)), "l"(__cvta_generic_to_global(tensor)));
+        return static_cast<char*>(__cvta_global_to_generic(address));
+#else
+        return tensor + size_t(at) * static_cast<unsigned>(bytes);
+#endif
+    }
 };
 
 // The channel, or with shared weights the group, whose logits channel `channel` uses.
@@ -250,80 +339,75 @@ __device__ __forceinline__ Index logit_of(const Problem& p, Index channel) {
     return static_cast<unsigned>(channel) / (channels / groups);
 }
 
-__device__ __forceinline__ void load_logits(const Element* at, Index stride, bool active, Logits (&result)[3]) {
-#pragma unroll
-    for (int k = 0; k < 3; ++k) result[k] = load<Logits>(at + k * stride, active);
-}
-
 // ---------------------------------------------------------------------------------------------------------------
-// Weights: w_k = sigmoid(l_k) / sum of the sigmoids of the neighbours that lie on the line.
+// Functions of real numbers.
 
+// raised(x · GSPN_UNIT) = e^x. A sum of sigmoids of logits below -GSPN_SMALL is one of exponentials to the last bit, so
+// such logits may be shifted together; of two logits that lie further apart than GSPN_TINY - GSPN_SMALL the smaller one
+// has no weight.
 #if GSPN_STORAGE == 1
+#define GSPN_UNIT 1.0
+#define GSPN_SMALL 60.0
+#define GSPN_TINY 200.0
 __device__ __forceinline__ Real exponential(Real value) { return exp(value); }
+__device__ __forceinline__ Real raised(Real value) { return exp(value); }
 __device__ __forceinline__ Real reciprocal(Real value) { return 1.0 / value; }
+#elif GSPN_STORAGE == 0
+#define GSPN_UNIT 1.0f
+#define GSPN_SMALL 17.0f
+#define GSPN_TINY 35.0f
+__device__ __forceinline__ Real exponential(Real value) { return expf(value); }
+__device__ __forceinline__ Real raised(Real value) { return expf(value); }
+__device__ __forceinline__ Real reciprocal(Real value) { return __fdividef(1.0f, value); }
+#else
+#define GSPN_UNIT 1.44269504f
+#define GSPN_SMALL 17.0f
+#define GSPN_TINY (GSPN_UNIT * 35.0f)
+__device__ __forceinline__ Real exponential(Real value) { return __expf(value); }
+__device__ __forceinline__ Real raised(Real value) { return power_of_two(value); }
+__device__ __forceinline__ Real reciprocal(Real value) { return __fdividef(1.0f, value); }
+#endif
+#if GSPN_STORAGE == 1
 __device__ __forceinline__ Real minus_infinity() { return __longlong_as_double(0xfff0000000000000LL); }
 #else
 __device__ __forceinline__ Real minus_infinity() { return __uint_as_float(0xff800000u); }
-__device__ __forceinline__ Real reciprocal(Real value) { return __fdividef(1.0f, value); }
-#if GSPN_STORAGE == 0
-__device__ __forceinline__ Real exponential(Real value) { return expf(value); }
+#endif
+__device__ __forceinline__ Real larger(Real a, Real b) {
+#if GSPN_STORAGE == 1
+    return fmax(a, b);
 #else
-__device__ __forceinline__ Real exponential(Real value) { return __expf(value); }
+    return fmaxf(a, b);
 #endif
+}
+__device__ __forceinline__ Real smaller(Real a, Real b) {
+#if GSPN_STORAGE == 1
+    return fmin(a, b);
+#else
+    return fminf(a, b);
 #endif
-
-struct Weights {
-    Real weight[3];
-    Real slope[3];  // sigmoid(-l_k), the derivative of log sigmoid(l_k)
-
-    // With m the largest min(l_k, 0), numerators exp(min(l_k, 0) - m) and denominators q_k = 1 + exp(-|l_k|), all
-    // finite and their sum at least 1/2, sigmoid(l_k) = e^m numerator_k / q_k. Neighbours off the line have logit
-    // minus infinity, whatever was read for them.
-    __device__ Weights(const Logits (&logits)[3], int v, bool has_previous, bool has_next) {
-        const int at = SHARED_WEIGHTS ? 0 : v;
-        const Real l[3] = {has_previous ? logits[0][at] : minus_infinity(), logits[1][at],
-                           has_next ? logits[2][at] : minus_infinity()};
-        Real most = l[0] > l[1] ? l[0] : l[1];
-        most = most > l[2] ? most : l[2];
-        most = most < Real(0) ? most : Real(0);
-        const Real scale = exponential(most);
-        Real numerator[3], q[3];
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-            const bool negative = l[k] < Real(0);
-            const Real power = exponential(negative ? l[k] - most : -l[k]);
-            numerator[k] = negative ? power : Real(1);
-            q[k] = Real(1) + (negative ? power * scale : power);
-            slope[k] = negative ? Real(1) : power;
-        }
-        const Real others[3] = {q[1] * q[2], q[0] * q[2], q[0] * q[1]};
-        const Real inverse = reciprocal(others[0] * q[0]);
-        Real total = Real(0);
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-            weight[k] = numerator[k] * others[k];
-            total += weight[k];
-            slope[k] *= others[k] * inverse;
-        }
-        const Real normaliser = reciprocal(total);
-#pragma unroll
-        for (int k = 0; k < 3; ++k) weight[k] *= normaliser;
-    }
-
-    // d(sum of w_k h_k) / d(logit_k) = w_k sigmoid(-l_k) (h_k - mean), exactly 0 for a neighbour off the line.
-    __device__ void gradients(Real before, Real same, Real after, bool has_previous, bool has_next,
-                              Real (&gradient)[3]) const {
-        const Real mean = weight[0] * before + weight[1] * same + weight[2] * after;
-        gradient[0] = has_previous ? weight[0] * slope[0] * (before - mean) : Real(0);
-        gradient[1] = weight[1] * slope[1] * (same - mean);
-        gradient[2] = has_next ? weight[2] * slope[2] * (after - mean) : Real(0);
-    }
-};
+}
+__device__ __forceinline__ Real multiply_add(Real a, Real b, Real c) {
+#if GSPN_STORAGE == 1
+    return fma(a, b, c);
+#else
+    return fmaf(a, b, c);
+#endif
+}
+// What is not a number stays that.
+__device__ __forceinline__ Real at_most(Real value, Real limit) {
+#if GSPN_STORAGE != 1 && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(limit));
+    return value;
+#else
+    return value > limit ? limit : value;
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Deterministic sums.
 
-// Sum over all threads of a block, in a fixed order; valid in thread 0. `scratch` holds 32 values.
+// Sum over all threads of a block with one threadIdx.z, in a fixed order; valid in the first of them. `scratch` holds 32
+// values.
 __device__ __forceinline__ Real block_sum(Real value, Real* scratch) {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     const int warps = (blockDim.x * blockDim.y + 31) / 32;
@@ -332,93 +416,11 @@ __device__ __forceinline__ Real block_sum(Real value, Real* scratch) {
     __syncthreads();
     Real total = Real(0);
     if (thread == 0) {
+#pragma unroll 1
         for (int warp = 0; warp < warps; ++warp) total += scratch[warp];
     }
     __syncthreads();
     return total;
 }
-
-// Sum `value` over this lane and the lanes above it that hold channels of the same position and group; the total of a
-// group arrives in its first lane. Each position's lanes lie side by side in one warp.
-__device__ __forceinline__ Real sum_to_first_lane(Real value, Index group) {
-    const int lane = threadIdx.x;
-    const int lanes = blockDim.x;
-    for (int offset = 1; offset < lanes; offset *= 2) {
-        const Real other = __shfl_down_sync(0xffffffffu, value, offset);
-        const Index other_group = __shfl_down_sync(0xffffffffu, group, offset);
-        if (lane + offset < lanes && other_group == group) value += other;
-    }
-    return value;
-}
-
-// The gradients of one thread's three logits on a line: per channel as they are stored, or the sum over its channels.
-struct LineGradient {
-    Channels channels[3];
-    Real sum[3];
-
-    __device__ LineGradient() : channels(), sum() {}
-    __device__ void add(int v, const Real (&slope)[3], Real dh) {
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-            if (SHARED_WEIGHTS) {
-                sum[k] += slope[k] * dh;
-            } else {
-                channels[k].set(v, slope[k] * dh);
-            }
-        }
-    }
-};
-
-// Where one thread stores the gradients of its three logits: per channel, or summed over the channels of its group.
-struct LogitGradients {
-    const Problem& p;
-    int channel;
-    Index group, pitch;
-    Stream<Element> elements;
-    Stream<Real> sums;
-    bool to_sums, is_first;
-
-    __device__ LogitGradients(const Problem& problem, const Way& way, int first_channel, int d)
-        : p(problem),
-          channel(first_channel),
-          group(logit_of(p, channel)),
-          pitch(p.groups),
-          elements(p.grad_weight_logits, p, p.directions * 3 * p.groups, way, d * 3 * p.groups + group),
-          sums(p.group_sums, p, p.directions * 3 * p.group_slots, way, 0),
-          to_sums(SHARED_WEIGHTS && p.group_sums != nullptr),
-          is_first(false) {
-        if (!SHARED_WEIGHTS) return;
-        const unsigned width = static_cast<unsigned>(p.channels) / static_cast<unsigned>(p.groups);
-        const unsigned slab = static_cast<unsigned>(channel) / static_cast<unsigned>(p.slab);
-        is_first = threadIdx.x == 0 || static_cast<unsigned>(channel) % width == 0;
-        if (!to_sums) return;
-        const Index slot = group - slab * static_cast<unsigned>(p.slab) / width;
-        pitch = p.group_slots;
-        sums.at += (Index(slab) * p.batch * p.height * p.width * p.directions + d) * 3 * p.group_slots + slot;
-    }
-    __device__ void move(Index lines) {
-        if (!SHARED_WEIGHTS) return;
-        if (to_sums) {
-            sums.move(lines);
-        } else {
-            elements.move(lines);
-        }
-    }
-    __device__ void put(const LineGradient& gradient, const GatePlace& place, bool active) const {
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-            if (!SHARED_WEIGHTS) {
-                store(p.grad_weight_logits + (place.logits(channel) + k * p.channels), gradient.channels[k], active);
-                continue;
-            }
-            const Real total = sum_to_first_lane(active ? gradient.sum[k] : Real(0), group);
-            if (to_sums) {
-                store(sums.at + k * pitch, total, active && is_first);
-            } else {
-                store(elements.at + k * pitch, narrow(total), active && is_first);
-            }
-        }
-    }
-};
 
 }  // namespace gspn

@@ -1,6 +1,8 @@
-// Long lines: a block owns a run of positions of one direction and walks `chunk` lines of it per launch. It recomputes
-// `halo` positions on each side, so that no block waits on another; states cross launches through global memory.
-#include "common.cuh"
+// Long lines: a block owns a run of positions of one direction; the sums over directions go through global memory, as do
+// the states that cross launches. In a cluster, whose blocks own whole lines together, neighbours hand each other the
+// edges of their runs; without, a block recomputes `halo` positions on each side, so that none waits on another, and
+// walks `chunk` lines per launch.
+#include "edges.cuh"
 
 namespace gspn {
 
@@ -13,19 +15,21 @@ struct Block {
     int start, length;                   // of this segment: its first line in memory, and lines
     Index slot_size, edge;               // of the states between launches, and this thread's place among them
     int visit_begin, visit_end;          // the visits of this launch
-    int column_offset, width, rows, row_index;
+    int column_offset, width, row;
+    int rank, strip;                     // of this block in its cluster, and the positions it owns
+    unsigned bytes;                      // that arrive from neighbouring blocks for every line
     bool has_previous, has_next;         // on the line
-    bool holds_previous, holds_next;     // in this block; a neighbour beyond the halo is never needed
     bool active, is_owned;
 
     __device__ explicit Block(const Problem& problem) : p(problem) {
         // Numbers of blocks, lines and channels have 32 bits, offsets 64: only those can be large.
         unsigned rest = blockIdx.x;
         const unsigned slabs = static_cast<unsigned>(p.slabs), tiles = static_cast<unsigned>(p.tiles);
+        const unsigned tile = rest % tiles;  // a cluster's blocks are numbered one after the other
+        const Index first = tile * p.owned;
+        rest /= tiles;
         const Index slab = rest % slabs;
         rest /= slabs;
-        const Index first = rest % tiles * p.owned;
-        rest /= tiles;
         const Index member = blockIdx.y;
         d = static_cast<int>(p.phase_direction[member]);
         way.columns = visits_columns(p.code[d]);
@@ -41,12 +45,11 @@ struct Block {
         place_visits(static_cast<int>(p.step), static_cast<int>(p.span));
 
         width = static_cast<int>(p.slab);
-        rows = blockDim.y;
-        row_index = threadIdx.y;
+        row = threadIdx.y;
         column_offset = threadIdx.x * VECTOR;
         channel = static_cast<int>(slab * p.slab) + column_offset;
         const Index last = first + p.owned < positions ? first + p.owned : positions;
-        const Index n = (first > p.halo ? first - p.halo : 0) + row_index;
+        const Index n = (first > p.halo ? first - p.halo : 0) + row;
         way.n = static_cast<int>(n);
         slot_size = p.phase_directions * p.batch * segments * positions * p.channels;
         edge = (((member * p.batch + way.batch) * segments + segment) * positions + n) * p.channels + channel;
@@ -54,8 +57,11 @@ struct Block {
         is_owned = active && n >= first && n < last;
         has_previous = n > 0;
         has_next = n + 1 < positions;
-        holds_previous = active && has_previous && row_index > 0;
-        holds_next = active && has_next && row_index + 1 < rows;
+        rank = static_cast<int>(tile);
+        strip = static_cast<int>(p.owned);
+        const Index channels_left = p.channels - slab * p.slab;
+        const unsigned row_bytes = static_cast<unsigned>(channels_left < width ? channels_left : width) * sizeof(Real);
+        bytes = ((first > 0 && first < positions) + (first + p.owned < positions)) * row_bytes;
     }
     // The lines of the chunks `step` to `step + span`, counted in visiting order.
     __device__ void place_visits(int step, int span) {
@@ -75,63 +81,79 @@ struct Block {
         const int chunk = static_cast<int>(p.chunk);
         return way.backwards ? (length - 1 - visit) % chunk + 1 : chunk - visit % chunk;
     }
+    __device__ bool is_active() const { return active; }
+    // On the run of another block of the cluster.
+    __device__ bool borders_previous() const { return CLUSTER > 1 && active && row == 0 && has_previous; }
+    __device__ bool borders_next() const { return CLUSTER > 1 && active && row == strip - 1 && has_next; }
     __device__ bool is_empty() const { return visit_begin >= visit_end; }
     // In `states` or `carries` [slot, direction of the phase, batch, segment, position, channel].
     __device__ Index boundary(Index slot) const { return slot * slot_size + edge; }
-    __device__ Sums& sums(Real* plane) const { return sums(plane, row_index); }
-    __device__ Sums& sums(Real* plane, int row) const {
-        return *reinterpret_cast<Sums*>(plane + row * width + column_offset);
+    // A line in shared memory has one more position on either side: a neighbouring block's, or nothing.
+    __device__ int line_size() const { return (blockDim.y + 2) * width; }
+    __device__ Sums& sums(Real* line, int at) const {
+        return *reinterpret_cast<Sums*>(line + at * width + column_offset);
+    }
+    __device__ Real* place(Real* line) const { return &sums(line, row + 1).item[0]; }
+    // What lies beyond a halo is not needed.
+    __device__ void clear_sides(Real* line) const {
+        if (row == 0 && !borders_previous()) sums(line, 0) = Sums{};
+        if ((row == static_cast<int>(blockDim.y) - 1 || !has_next) && !borders_next()) sums(line, row + 2) = Sums{};
     }
     template <typename Word>
-    __device__ Word& stored(Element* plane) const {
-        return *reinterpret_cast<Word*>(plane + row_index * width + column_offset);
+    __device__ Word& stored(Element* line) const {
+        return *reinterpret_cast<Word*>(line + row * width + column_offset);
     }
 };
+
+// With a cluster, the counters that its edges arrive at; without, lines end at a barrier of the block.
+#if GSPN_CLUSTER > 1
+using LineEnds = Edges;
+__device__ __forceinline__ void start_together() { cluster_barrier(); }  // before anything arrives
+#else
+struct LineEnds {
+    __device__ explicit LineEnds(unsigned char*) {}
+    __device__ void put_state(const Block& b, const Block&, Real* place, const Sums& h) const {
+        if (b.active) *reinterpret_cast<Sums*>(place) = h;
+    }
+    __device__ void send_previous(const Block&, const Block&, Real*, const Sums&) const {}
+    __device__ void send_next(const Block&, const Block&, Real*, const Sums&) const {}
+    __device__ void end_line(const Block&, int) const { __syncthreads(); }  // line
+    __device__ void await_neighbours(const Block&) const {}
+};
+__device__ __forceinline__ void start_together() {}
+#endif
+
+__device__ __forceinline__ Real* behind_counters(unsigned char* memory) {
+    return reinterpret_cast<Real*>(memory + (CLUSTER > 1 ? 2 * sizeof(Arrivals) : 0));
+}
 
 // The slot of `states` that enters a chunk.
 __device__ __forceinline__ Index slot_of(const Problem& p, int step) { return step % static_cast<int>(p.ring); }
 
-// The neighbourhood of a thread's position on a line in shared memory.
-struct Neighbours {
-    Sums before, same, after;
-
-    __device__ Neighbours(const Block& b, Real* states) : before(), same(), after() {
-        if (b.active) same = b.sums(states);
-        if (b.holds_previous) before = b.sums(states, b.row_index - 1);
-        if (b.holds_next) after = b.sums(states, b.row_index + 1);
-    }
-};
-
-__device__ __forceinline__ void propagate(const Block& b, const Logits (&logits)[3], const Neighbours& from, Sums& h) {
-#pragma unroll
-    for (int v = 0; v < VECTOR; ++v) {
-        const Weights w(logits, v, b.has_previous, b.has_next);
-        h.item[v] += w.weight[0] * from.before.item[v] + w.weight[1] * from.same.item[v] +
-                     w.weight[2] * from.after.item[v];
-    }
-}
-
 // The sum over directions of y or grad_x. The last direction to come by writes the result, the others what they have
 // so far. Sums of float32 and float64 lie in the result itself, so both pointers are then the same.
 struct Total {
+    const Block& b;
     Element* result;
-    Real* sums;
-    Index offset, step;  // of this thread's channels in both, in elements
+    Cell token;
     bool accumulate, final;
 
-    __device__ Total(const Block& b, Element* tensor)
-        : result(tensor), sums(b.p.sums), accumulate(b.is_owned && b.p.accumulate != 0), final(b.p.final != 0) {
-        const Index token = (b.way.batch * b.p.height + b.way.row()) * b.p.width + b.way.column();
-        offset = token * b.p.channels + b.channel;
-        step = b.way.signed_step(b.p.width * b.p.channels, b.p.channels);
+    __device__ Total(const Block& block, Element* tensor)
+        : b(block),
+          result(tensor),
+          token(b.p, b.way, 1, 0),
+          accumulate(b.is_owned && b.p.accumulate != 0),
+          final(b.p.final != 0) {}
+    __device__ void move(int lines) { token.move(lines); }
+    // What directions before have left, `lines` further on.
+    __device__ void fetch(Sums& sum, int lines, bool wanted) const {
+        Cell there = token;
+        there.at += lines * there.step;
+        load_into(sum, there.in(b.p.sums, b.p.channels, b.channel), accumulate && wanted);
     }
-    __device__ void move(Index lines) { offset += lines * step; }
-    __device__ void add(const Block& b, Sums value) const {
-        const Sums sum = load<Sums>(sums + offset, accumulate);
-#pragma unroll
-        for (int v = 0; v < VECTOR; ++v) value.item[v] += sum.item[v];
-        store(result + offset, narrow_all(value), b.is_owned && final);
-        store(sums + offset, value, b.is_owned && !final);
+    __device__ void put(const Sums& sum) const {
+        store(token.in(result, b.p.channels, b.channel), narrow_all(sum), b.is_owned && final);
+        store(token.in(b.p.sums, b.p.channels, b.channel), sum, b.is_owned && !final);
     }
 };
 
@@ -155,200 +177,220 @@ __device__ __forceinline__ Stream<const Element> output_gate_of(const Block& b) 
 }
 
 struct LineInputs {
-    Logits logits[3];
+    LineLogits logits;
     Channels x, input_gate;
 
+    __device__ LineInputs() : logits(), x(), input_gate() {}
     __device__ void load_line(const Block& b, Inputs& inputs, int visit) {
         const bool wanted = b.active && visit < b.visit_end;
-        load_logits(inputs.logits.at, b.p.weight_logits_stride[4], wanted && visit > 0, logits);
-        x = load<Channels>(inputs.x.at, wanted);
-        input_gate = load<Channels>(inputs.input_gate.at, wanted);
+        logits.refresh(inputs.logits.at, b.p.weight_logits_stride[4], wanted && visit > 0, b.has_previous, b.has_next);
+        load_into(x, inputs.x.at, wanted);
+        load_into(input_gate, inputs.input_gate.at, wanted);
         inputs.move(1);
+    }
+    // h of this line before anything comes in from the line before.
+    __device__ void add_input(Sums& h) const {
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v) h.item[v] += input_gate[v] * x[v];
     }
 };
 
+constexpr int AHEAD = 2;  // lines that are on their way while one is computed
+
 // One launch of the recurrence; with OUTPUT the contributions to y are added up, without only the states go on.
 template <bool OUTPUT>
-__device__ void walk(const Problem& p, Real* states) {
+__device__ __forceinline__ void walk(const Problem& p, unsigned char* memory) {
     const Block b(p);
     if (b.is_empty()) return;
+    LineEnds edges(memory);
+    Real* states = behind_counters(memory);
     const Real merge = OUTPUT ? merge_weight(p, b.d) : Real(0);
-    const int line_size = b.rows * b.width;
+    const int line_size = b.line_size();
     Inputs inputs(b);
     Stream<const Element> output_gate = output_gate_of(b);
     Total y(b, p.y);
-    LineInputs next;
-    next.load_line(b, inputs, b.visit_begin);
-    Channels next_gate = {};
-    if (OUTPUT) next_gate = load<Channels>(output_gate.at, b.is_owned);
+    LineInputs lines[AHEAD];
+    Channels gates[AHEAD] = {};
+    Sums sums[AHEAD] = {};
+    const auto load_ahead = [&](int i, int visit, int lines_on) {
+        const bool wanted = b.is_owned && visit < b.visit_end;
+        lines[i].load_line(b, inputs, visit);
+        if (!OUTPUT) return;
+        load_into(gates[i], output_gate.at, wanted);
+        y.fetch(sums[i], lines_on, wanted);
+        output_gate.move(1);
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        load_ahead(i, b.visit_begin + i, i);
+        b.clear_sides(states + i * line_size);
+    }
+    Real* const own = b.place(states);
     int step = b.chunk_of(b.visit_begin), left = b.lines_left(b.visit_begin);
     const Sums entering = load<Sums>(p.states + b.boundary(slot_of(p, step)), b.active && b.visit_begin > 0);
-    if (b.active) b.sums(states) = entering;
-    __syncthreads();
-    int turn = 0;  // which of the two lines in shared memory is the line before
+    start_together();
+    edges.put_state(b, b, own + line_size, entering);
+    edges.end_line(b, 1);
+    edges.await_neighbours(b);
 #pragma unroll 1
-    for (int visit = b.visit_begin; visit < b.visit_end; ++visit) {
-        const LineInputs now = next;
-        const Channels gate = next_gate;
-        next.load_line(b, inputs, visit + 1);
-        output_gate.move(1);
-        if (OUTPUT) next_gate = load<Channels>(output_gate.at, b.is_owned && visit + 1 < b.visit_end);
-        Sums h = {};
-        if (visit > 0) propagate(b, now.logits, Neighbours(b, states + turn * line_size), h);
+    for (int first = b.visit_begin; first < b.visit_end; first += AHEAD) {
 #pragma unroll
-        for (int v = 0; v < VECTOR; ++v) h.item[v] += now.input_gate[v] * now.x[v];
-        turn ^= 1;
-        if (b.active) b.sums(states + turn * line_size) = h;
-        if (OUTPUT) {
-            Sums contribution;
+        for (int i = 0; i < AHEAD; ++i) {
+            const int visit = first + i;
+            if (visit >= b.visit_end) break;
+            Sums h = {};
+            if (visit > 0 && b.active) h = propagate(lines[i].logits, Neighbours(own + (1 - i) * line_size, b.width));
+            lines[i].add_input(h);
+            edges.put_state(b, b, own + i * line_size, h);
+            edges.end_line(b, 1);
+            if (OUTPUT) {
+                Sums sum = sums[i];
 #pragma unroll
-            for (int v = 0; v < VECTOR; ++v) contribution.item[v] = merge * gate[v] * h.item[v];
-            y.add(b, contribution);
+                for (int v = 0; v < VECTOR; ++v) sum.item[v] += merge * gates[i][v] * h.item[v];
+                y.put(sum);
+            }
+            if (--left == 0) {  // the chunk ends here
+                ++step;
+                left = static_cast<int>(p.chunk);
+                store(p.states + b.boundary(slot_of(p, step)), h, b.is_owned && visit + 1 < b.length);
+            }
+            load_ahead(i, visit + AHEAD, AHEAD);
             y.move(1);
+            edges.await_neighbours(b);
         }
-        if (--left == 0) {  // the chunk ends here
-            ++step;
-            left = static_cast<int>(p.chunk);
-            store(p.states + b.boundary(slot_of(p, step)), h, b.is_owned && visit + 1 < b.length);
-        }
-        __syncthreads();  // forward line
     }
 }
 
 // Where a backward block keeps a chunk in shared memory: lines of [position, channel].
 struct ChunkMemory {
-    int size;             // of a line
-    Real* states;         // line 0 is the one before the chunk
-    Real* messages;       // two lines in turn, each to n - 1 and to n + 1
+    int size, stored_size;  // of a line, with and without the positions on either side
+    Real* states;           // this thread's place on line 0, which is the one before the chunk
+    Real* messages;         // and on two lines in turn, each to n - 1 and to n + 1
+    Real* scratch;
     Element* x_lines;
     Element* gate_lines;
     Element* logit_lines;  // three per line
 
-    __device__ ChunkMemory(const Block& b, unsigned char* memory) : size(b.rows * b.width) {
+    __device__ ChunkMemory(const Block& b, unsigned char* memory)
+        : size(b.line_size()), stored_size(static_cast<int>(blockDim.y) * b.width) {
         const int chunk = static_cast<int>(b.p.chunk);
-        states = reinterpret_cast<Real*>(memory);
+        Real* const lines = behind_counters(memory);
+        states = b.place(lines);
         messages = states + (chunk + 1) * size;
-        x_lines = reinterpret_cast<Element*>(messages + 4 * size);
-        gate_lines = x_lines + chunk * size;
-        logit_lines = gate_lines + chunk * size;
+        scratch = lines + (chunk + 5) * size;
+        x_lines = reinterpret_cast<Element*>(scratch + 32);
+        gate_lines = x_lines + chunk * stored_size;
+        logit_lines = gate_lines + chunk * stored_size;
+        for (int i = 0; i < chunk + 5; ++i) b.clear_sides(lines + i * size);
     }
-};
-
-// What a thread keeps of one line of the chunk.
-struct ChunkLine {
-    Logits logits[3];
-    Channels x, input_gate;
-
-    __device__ ChunkLine(const Block& b, const ChunkMemory& lines, int i) : logits(), x(), input_gate() {
+    __device__ void keep(const Block& b, const LineInputs& line, int i) const {
         if (!b.active) return;
-        x = b.stored<Channels>(lines.x_lines + i * lines.size);
-        input_gate = b.stored<Channels>(lines.gate_lines + i * lines.size);
+        b.stored<Channels>(x_lines + i * stored_size) = line.x;
+        b.stored<Channels>(gate_lines + i * stored_size) = line.input_gate;
 #pragma unroll
-        for (int k = 0; k < 3; ++k) logits[k] = b.stored<Logits>(lines.logit_lines + (3 * i + k) * lines.size);
+        for (int k = 0; k < 3; ++k) b.stored<Logits>(logit_lines + (3 * i + k) * stored_size) = line.logits.at[k];
+    }
+    __device__ LineInputs kept(const Block& b, int i) const {
+        LineInputs line;
+        if (!b.active) return line;
+        line.x = b.stored<Channels>(x_lines + i * stored_size);
+        line.input_gate = b.stored<Channels>(gate_lines + i * stored_size);
+#pragma unroll
+        for (int k = 0; k < 3; ++k) line.logits.at[k] = b.stored<Logits>(logit_lines + (3 * i + k) * stored_size);
+        return line;
     }
 };
 
 // Load the chunk, keep it, and compute its states from the one that enters it. All loads are independent of the states.
-__device__ __forceinline__ void recompute_states(const Block& b, const ChunkMemory& lines, int step) {
+__device__ __forceinline__ void recompute_states(const Block& b, LineEnds& edges, const ChunkMemory& lines, int step) {
     const Problem& p = b.p;
-    const bool enters = b.visit_begin > 0;
     const int count = b.visit_end - b.visit_begin;
-    const Sums entering = load<Sums>(p.states + b.boundary(slot_of(p, step)), b.active && enters);
-    if (b.active) b.sums(lines.states) = entering;
+    const Sums entering = load<Sums>(p.states + b.boundary(slot_of(p, step)), b.active && b.visit_begin > 0);
     Inputs inputs(b);
 #pragma unroll 2
     for (int i = 0; i < count; ++i) {
         LineInputs line;
         line.load_line(b, inputs, b.visit_begin + i);
-        if (!b.active) continue;
-        b.stored<Channels>(lines.x_lines + i * lines.size) = line.x;
-        b.stored<Channels>(lines.gate_lines + i * lines.size) = line.input_gate;
-#pragma unroll
-        for (int k = 0; k < 3; ++k) b.stored<Logits>(lines.logit_lines + (3 * i + k) * lines.size) = line.logits[k];
+        lines.keep(b, line, i);
     }
-    __syncthreads();
+    edges.put_state(b, b, lines.states, entering);
+    edges.end_line(b, 1);
+    edges.await_neighbours(b);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
         Sums h = {};
-        const ChunkLine line(b, lines, i);
-        if (i > 0 || enters) propagate(b, line.logits, Neighbours(b, lines.states + i * lines.size), h);
-#pragma unroll
-        for (int v = 0; v < VECTOR; ++v) h.item[v] += line.input_gate[v] * line.x[v];
-        if (b.active) b.sums(lines.states + (i + 1) * lines.size) = h;
-        __syncthreads();  // state line
+        const LineInputs line = lines.kept(b, i);
+        if (b.active && b.visit_begin + i > 0) {
+            h = propagate(line.logits, Neighbours(lines.states + i * lines.size, b.width));
+        }
+        line.add_input(h);
+        edges.put_state(b, b, lines.states + (i + 1) * lines.size, h);
+        edges.end_line(b, 1);
+        edges.await_neighbours(b);
     }
 }
 
-__device__ __forceinline__ void walk_back(const Block& b, const ChunkMemory& lines, Real merge, Sums& carry,
-                                          Real& merge_sum) {
+__device__ __forceinline__ void walk_back(const Block& b, LineEnds& edges, const ChunkMemory& lines, Real merge,
+                                          Sums& carry, Real& merge_sum) {
     const Problem& p = b.p;
-    const bool enters = b.visit_begin > 0;
     const int count = b.visit_end - b.visit_begin;
     Stream<const Element> output_gate = output_gate_of(b);
     Stream<const Element> grad_y(p.grad_y, p.grad_y_stride, b.way, b.channel);
-    GatePlace place(p, b.way, b.channel, b.d);
-    LogitGradients grad_logits(p, b.way, b.channel, b.d);
+    Cell cell(p, b.way, b.d);
+    const LogitGradients grad_logits(p, b.channel);
     Total total(b, p.grad_x);
     grad_y.move(count - 1);
-    place.move(count - 1);
-    grad_logits.move(count - 1);
+    cell.move(count - 1);
     total.move(count - 1);
     output_gate.move(count - 1);
     Channels gate = load<Channels>(output_gate.at, b.active);
     Channels grad = load<Channels>(grad_y.at, b.active);
+    Sums grad_x = {};
+    total.fetch(grad_x, 0, b.is_owned);
 #pragma unroll 1
     for (int i = count - 1; i >= 0; --i) {
-        Sums h = {}, dh, grad_output_gate, grad_input_gate, grad_x;
-        const ChunkLine line(b, lines, i);
-        if (b.active) h = b.sums(lines.states + (i + 1) * lines.size);
+        Sums h = {}, dh, grad_output_gate, grad_input_gate;
+        const LineInputs line = lines.kept(b, i);
+        if (b.active) h = *reinterpret_cast<const Sums*>(lines.states + (i + 1) * lines.size);
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
-            dh.item[v] = merge * gate[v] * grad[v] + carry.item[v];
-            grad_output_gate.item[v] = merge * grad[v] * h.item[v];
+            const Real g = merge * grad[v];
+            dh.item[v] = gate[v] * g + carry.item[v];
+            grad_output_gate.item[v] = g * h.item[v];
             if (b.is_owned) merge_sum += grad[v] * gate[v] * h.item[v];
             grad_input_gate.item[v] = line.x[v] * dh.item[v];
-            grad_x.item[v] = line.input_gate[v] * dh.item[v];
+            grad_x.item[v] += line.input_gate[v] * dh.item[v];
         }
-        store(p.grad_input_gate + place.offset, narrow_all(grad_input_gate), b.is_owned);
-        store(p.grad_output_gate + place.offset, narrow_all(grad_output_gate), b.is_owned);
+        Messages to;
+        const bool follows = b.active && b.visit_begin + i > 0;
+        Real* to_previous = lines.messages + (i & 1) * 2 * lines.size;
+        Real* to_next = to_previous + lines.size;
+        if (follows) {
+            const Neighbours from(lines.states + i * lines.size, b.width);
+            to = Messages(line.logits, from, dh);
+            *reinterpret_cast<Sums*>(to_previous) = to.before;
+            *reinterpret_cast<Sums*>(to_next) = to.after;
+        }
+        carry = to.same;
+        edges.send_previous(b, b, to_previous, to.before);
+        edges.send_next(b, b, to_next, to.after);
+        edges.end_line(b, 1);
+        store(cell.in(p.grad_input_gate, p.channels, b.channel), narrow_all(grad_input_gate), b.is_owned);
+        store(cell.in(p.grad_output_gate, p.channels, b.channel), narrow_all(grad_output_gate), b.is_owned);
+        total.put(grad_x);
+        grad_x = Sums{};
         output_gate.move(-1);
         grad_y.move(-1);
-        gate = load<Channels>(output_gate.at, b.active && i > 0);
-        grad = load<Channels>(grad_y.at, b.active && i > 0);
-        total.add(b, grad_x);
+        load_into(gate, output_gate.at, b.active && i > 0);
+        load_into(grad, grad_y.at, b.active && i > 0);
+        total.fetch(grad_x, -1, b.is_owned && i > 0);
         total.move(-1);
-
-        LineGradient gradient;
-        carry = Sums{};
-        Real* previous_line = lines.messages + (i & 1) * 2 * lines.size;
-        Real* next_line = previous_line + lines.size;
-        if (i > 0 || enters) {
-            const Neighbours from(b, lines.states + i * lines.size);
-            Sums to_next;
-#pragma unroll
-            for (int v = 0; v < VECTOR; ++v) {
-                const Weights w(line.logits, v, b.has_previous, b.has_next);
-                Real slope[3];
-                w.gradients(from.before.item[v], from.same.item[v], from.after.item[v], b.has_previous, b.has_next,
-                            slope);
-                gradient.add(v, slope, dh.item[v]);
-                carry.item[v] = w.weight[1] * dh.item[v];
-                to_next.item[v] = w.weight[2] * dh.item[v];
-                dh.item[v] *= w.weight[0];
-            }
-            if (b.active) {
-                b.sums(previous_line) = dh;
-                b.sums(next_line) = to_next;
-            }
-        }
-        grad_logits.put(gradient, place, b.is_owned);
-        grad_logits.move(-1);
-        place.move(-1);
-        __syncthreads();  // gradient line
-        if (i > 0 || enters) {
-            Sums from_previous = {}, from_next = {};
-            if (b.holds_previous) from_previous = b.sums(next_line, b.row_index - 1);
-            if (b.holds_next) from_next = b.sums(previous_line, b.row_index + 1);
+        grad_logits.put(to.gradient, cell, b.is_owned, b.has_previous, b.has_next);
+        cell.move(-1);
+        edges.await_neighbours(b);
+        if (follows) {
+            const Sums from_previous = *reinterpret_cast<const Sums*>(to_next - b.width);
+            const Sums from_next = *reinterpret_cast<const Sums*>(to_previous + b.width);
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) carry.item[v] += from_previous.item[v] + from_next.item[v];
         }
@@ -357,27 +399,38 @@ __device__ __forceinline__ void walk_back(const Block& b, const ChunkMemory& lin
 
 }  // namespace gspn
 
-// grid: (slabs x tiles x segments x batch, directions of the phase); block: (slab / VECTOR, positions with halo).
-extern "C" __global__ void __launch_bounds__(GSPN_FORWARD_THREADS, 1) gspn_scan_forward_kernel(const gspn::Problem p) {
-    GSPN_DYNAMIC_SHARED(memory);
-    gspn::walk<true>(p, reinterpret_cast<gspn::Real*>(memory));
-}
+#if GSPN_CLUSTER > 1
+#define GSPN_CLUSTER_DIMENSIONS __cluster_dims__(GSPN_CLUSTER, 1, 1)
+#else
+#define GSPN_CLUSTER_DIMENSIONS
+#endif
 
-// The same walk without y: leaves the state at the end of every chunk for the backward kernel.
-extern "C" __global__ void __launch_bounds__(GSPN_FORWARD_THREADS, 1) gspn_scan_states_kernel(const gspn::Problem p) {
+// grid: (tiles x slabs x segments x batch, directions of the phase), a cluster being the tiles of a line; block:
+// (slab / VECTOR, positions with halo); shared: counters of a cluster, two lines of states.
+#if !GSPN_BACKWARD
+extern "C" __global__ void GSPN_CLUSTER_DIMENSIONS __launch_bounds__(GSPN_FORWARD_THREADS, 1)
+    gspn_scan_forward_kernel(const gspn::Problem p) {
     GSPN_DYNAMIC_SHARED(memory);
-    gspn::walk<false>(p, reinterpret_cast<gspn::Real*>(memory));
+    gspn::walk<true>(p, memory);
+}
+#else
+// The same walk without y: leaves the state at the end of every chunk for the backward kernel.
+extern "C" __global__ void GSPN_CLUSTER_DIMENSIONS __launch_bounds__(GSPN_FORWARD_THREADS, 1)
+    gspn_scan_states_kernel(const gspn::Problem p) {
+    GSPN_DYNAMIC_SHARED(memory);
+    gspn::walk<false>(p, memory);
 }
 
 // Chunks backwards: recompute the states of each from the one that enters it, then walk its lines in reverse.
-// shared: chunk + 1 lines of states, two lines of messages to both sides, chunk lines of x, its gate and logits.
-extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
+// shared: counters, chunk + 1 lines of states, two lines of messages to both sides, 32 values for a sum, chunk lines of
+// x, its gate and logits.
+extern "C" __global__ void GSPN_CLUSTER_DIMENSIONS __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
     gspn_scan_backward_kernel(const gspn::Problem p) {
     using namespace gspn;
     GSPN_DYNAMIC_SHARED(memory);
-    __shared__ Real scratch[32];
     Block b(p);
     if (b.is_empty()) return;
+    LineEnds edges(memory);
     const Real merge = merge_weight(p, b.d);
     const ChunkMemory lines(b, memory);
     const int first_step = b.chunk_of(b.visit_begin), last_step = b.chunk_of(b.visit_end - 1);
@@ -385,6 +438,7 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
     // The sum over k of w_k dh that the line visited next sends here.
     Sums carry = load<Sums>(p.carries + b.boundary((last_step + 1) & 1), b.active && leaves);
     Real merge_sum = Real(0);
+    start_together();
 #pragma unroll 1
     for (int step = last_step; step >= first_step; --step) {
         forget(b.channel);
@@ -392,11 +446,12 @@ extern "C" __global__ void __launch_bounds__(GSPN_BACKWARD_THREADS, 1)
         forget(b.way.n);
         forget(b.way.batch);
         b.place_visits(step, 1);
-        recompute_states(b, lines, step);
-        walk_back(b, lines, merge, carry, merge_sum);
+        recompute_states(b, edges, lines, step);
+        walk_back(b, edges, lines, merge, carry, merge_sum);
     }
     store(p.carries + b.boundary(first_step & 1), carry, b.is_owned && enters);
-    const Real block_total = block_sum(merge_sum, scratch);
+    const Real block_total = block_sum(merge_sum, lines.scratch);
     const bool leader = threadIdx.x == 0 && threadIdx.y == 0;
     store(p.merge_sums + b.d * p.merge_blocks + p.merge_offset + blockIdx.x, block_total, leader);
 }
+#endif

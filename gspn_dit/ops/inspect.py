@@ -23,7 +23,7 @@ from gspn_dit.ops.contract import STORAGE_DTYPES
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.sources import compile_cubin
-from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant
+from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant, has_clusters
 
 DEFAULT_BANDWIDTH_GBS = 3350.0
 """An H100 SXM's."""
@@ -59,7 +59,9 @@ ARCHITECTURES = {
 def device_of(arch: str) -> Device:
     """What a launch must fit on an architecture."""
     limits = ARCHITECTURES[arch]
-    return Device(limits.block_shared_bytes, limits.processors, clusters=int(arch.removeprefix("sm_")) >= 90)
+    return Device(
+        limits.block_shared_bytes, limits.processors, clusters=has_clusters(int(arch.removeprefix("sm_")) // 10)
+    )
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,8 @@ def test_a_wrong_result_is_no_done_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_step_has_a_limit_and_the_first_ones_are_what_all_else_hangs_on() -> None:
     steps = gpu.steps()
-    assert list(steps)[:5] == [
-        *("machine", "correctness, short", "correctness, cluster", "correctness, long", "correctness, projected")
-    ]
+    regimes = ("short", "cluster", "wide", "long", "projected")
+    assert list(steps)[:6] == ["machine", *(f"correctness, {regime}" for regime in regimes)]
     assert all(5 <= step.seconds <= 120 for step in steps.values())
     assert {"tests", "model, GSPN-XL/2", "model, DiT-XL/2", "ncu", "compute-sanitizer"} <= set(steps)
 
@@ -86,8 +85,8 @@ def test_kernels_compiled_beforehand_lie_where_cupy_looks(monkeypatch: pytest.Mo
 
 def test_what_is_compiled_beforehand_covers_each_regime() -> None:
     found = gpu_cache.variants("sm_90", gpu_steps.GPU_SHAPES)
-    assert {variant.regime for variant in found} == {"short", "cluster", "long", "finish", "projected_forward"}
-    assert Variant("short", torch.bfloat16, 2, False) in found
+    assert {variant.regime for variant in found} == {*gpu_steps.REGIMES, "finish", "projected_forward"}
+    assert Variant("short", torch.bfloat16, 4, False) in found
 
 
 @needs_compilers

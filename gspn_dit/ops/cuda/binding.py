@@ -22,7 +22,7 @@ from torch import Tensor
 from gspn_dit.ops.cuda.projected import run_projected_forward
 from gspn_dit.ops.cuda.run import run_backward, run_forward
 from gspn_dit.ops.cuda.sources import compile_options, source_text
-from gspn_dit.ops.cuda.types import Device, Launch, Variant
+from gspn_dit.ops.cuda.types import Device, Launch, Variant, has_clusters
 from gspn_dit.ops.materialised import projected_forward as materialised_forward
 
 
@@ -107,7 +107,8 @@ def _device(index: int) -> Device:
     gpu = torch.cuda.get_device_properties(index)
     runtime = importlib.import_module("cupy").cuda.runtime  # PyTorch 2.6 does not tell the shared memory of a block
     shared_bytes = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    return Device(shared_bytes, gpu.multi_processor_count, clusters=gpu.major >= 9, tensor_cores=gpu.major >= 8)
+    major = gpu.major
+    return Device(shared_bytes, gpu.multi_processor_count, clusters=has_clusters(major), tensor_cores=major >= 8)
 
 
 @cache

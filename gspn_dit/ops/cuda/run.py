@@ -77,7 +77,7 @@ def _buffers(todo: Plan, x: Tensor, result: Tensor) -> dict[str, Tensor]:
     buffers = {name: torch.empty(length, dtype=dtype, device=x.device) for name, length in todo.buffers.items()}
     if "merge_sums" in buffers:
         buffers["merge_sums"].zero_()  # launches of one plan may differ in their number of blocks
-    if todo.regime == "long":
+    if todo.regime in ("wide", "long"):
         buffers.setdefault("sums", result)
     return buffers
 

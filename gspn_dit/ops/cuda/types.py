@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,36 +40,39 @@ class Variant:
     """One compiled module of kernels."""
 
     regime: str
-    """"short", "cluster", "long" or "finish"; the source file is `<regime>_lines.cu` or `finish.cu`."""
+    """"short", "cluster", "wide", "long" or "finish"; "wide" is "long" with lines that clusters share."""
     dtype: torch.dtype
     vector: int
     """Channels per thread."""
     shared_weights: bool
+    backward: bool = field(default=False, kw_only=True)
+    """Whether it holds the kernels of the backward pass; the module "finish" serves that alone."""
 
     @property
     def source(self) -> str:
         """Name of the source file."""
-        return "finish.cu" if self.regime == "finish" else f"{self.regime}_lines.cu"
+        sources = {"finish": "finish.cu", "wide": "long_lines.cu"}
+        return sources.get(self.regime, f"{self.regime}_lines.cu")
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels in it."""
-        return {
-            "short": ("gspn_scan_forward_kernel", "gspn_scan_backward_kernel"),
-            "cluster": ("gspn_scan_forward_kernel", "gspn_scan_backward_kernel"),
-            "long": ("gspn_scan_forward_kernel", "gspn_scan_states_kernel", "gspn_scan_backward_kernel"),
-            "finish": ("gspn_scan_merge_kernel", "gspn_scan_groups_kernel"),
-        }[self.regime]
+        if self.regime == "finish":
+            return ("gspn_scan_merge_kernel", "gspn_scan_groups_kernel")
+        if not self.backward:
+            return ("gspn_scan_forward_kernel",)
+        states = ("gspn_scan_states_kernel",) if self.regime in ("wide", "long") else ()
+        return (*states, "gspn_scan_backward_kernel")
 
     @property
     def lines(self) -> int:
         """Lines whose logits a thread of a backward kernel keeps in registers (`GSPN_LINES`)."""
-        return 8 if self.regime == "cluster" and self.dtype == torch.float64 else 16
+        return 8 if self.regime == "cluster" else 16
 
     @property
     def forward_threads(self) -> int:
         """Most threads of a block of the forward kernels."""
-        return 512
+        return 256 if self.regime == "cluster" else 512
 
     @property
     def backward_threads(self) -> int:
@@ -84,16 +87,17 @@ class Variant:
             "GSPN_STORAGE": STORAGE_CODES[self.dtype],
             "GSPN_VECTOR": self.vector,
             "GSPN_SHARED_WEIGHTS": int(self.shared_weights),
+            "GSPN_BACKWARD": int(self.backward),
             "GSPN_LINES": self.lines,
-            "GSPN_CLUSTER": CLUSTER_BLOCKS if self.regime == "cluster" else 1,
+            "GSPN_CLUSTER": CLUSTER_BLOCKS if self.regime in ("cluster", "wide") else 1,
             "GSPN_FORWARD_THREADS": self.forward_threads,
             "GSPN_BACKWARD_THREADS": self.backward_threads,
         }
 
 
-def widest_vector(regime: str, dtype: torch.dtype) -> int:
-    """Channels per thread where alignment allows: one word of 4 bytes, of 8 where lines are long."""
-    words = {"short": 4, "cluster": 4, "long": 8, "finish": 1}[regime]
+def widest_vector(regime: str, dtype: torch.dtype, backward: bool = False) -> int:
+    """Channels per thread where alignment allows: a word of 8 bytes, of 4 where more registers would spill."""
+    words = 1 if regime == "finish" else 4 if backward and regime in ("short", "cluster") else 8
     return max(1, words // dtype.itemsize)
 
 
@@ -108,6 +112,14 @@ class Device:
     clusters: bool = True
     tensor_cores: bool = True
     """Those of compute capability 8.0, with bfloat16 and asynchronous copies."""
+
+
+def has_clusters(major: int) -> bool:
+    """Whether devices of a compute capability run clusters of eight blocks with large shared memory: 9.0 and 10.0.
+
+    Consumer devices of 12.0 have 99 KB per block, and their clusters are not known to hold eight of them.
+    """
+    return major in (9, 10)
 
 
 @dataclass(frozen=True)
@@ -134,20 +146,40 @@ class Geometry:
         """Tokens of the batch."""
         return self.batch * self.height * self.width
 
-    def variant(self, regime: str) -> Variant:
-        """The module for this call: vectors as wide as alignment and groups allow, else single channels."""
-        vector = widest_vector(regime, self.dtype)
+    def variant(self, regime: str, backward: bool) -> Variant:
+        """The module for a pass: vectors as wide as alignment and groups allow, else single channels."""
+        vector = widest_vector(regime, self.dtype, backward)
         shared = self.groups != self.channels
         per_group = self.channels // self.groups if shared else vector
-        if self.channels % vector or self.alignment % vector or per_group % vector:
-            vector = 1
-        return Variant(regime, self.dtype, vector, shared)
+        while self.channels % vector or self.alignment % vector or per_group % vector:
+            vector //= 2
+        return Variant(regime, self.dtype, vector, shared, backward=backward)
+
+    def segment(self, code: int) -> tuple[int, int]:
+        """Lines of the longest segment of a direction, and segments."""
+        lines = self.lines_of(code)[0]
+        steps = min(self.window, lines) if self.window else lines
+        return steps, -(-lines // steps)
 
     def floor_bytes(self, backward: bool) -> int:
         """Fewest bytes a pass can move: every input read and every output written once."""
         gates = len(self.codes) * (3 * self.groups + 2 * self.channels)
         elements = (3 * self.channels + 2 * gates) if backward else (2 * self.channels + gates)
         return self.tokens * elements * self.dtype.itemsize
+
+    def unread_logits(self) -> float:
+        """Logits per token that no pass reads: those of first lines, and of neighbours off a line."""
+        unread = 0.0
+        for code in self.codes:
+            lines, positions = self.lines_of(code)
+            first = self.segment(code)[1] / lines
+            unread += 3 * first + (1 - first) * 2 / positions
+        return unread * self.groups
+
+    def bytes_over_floor(self, extra: float, backward: bool) -> float:
+        """Bytes that a pass moves over `floor_bytes` if it moves so many elements per token twice."""
+        more = (extra - self.unread_logits()) * self.tokens * self.dtype.itemsize
+        return 1 + more / self.floor_bytes(backward)
 
     def lines_of(self, code: int) -> tuple[int, int]:
         """Lines, and positions on each, of a direction."""
@@ -215,7 +247,7 @@ def group_slots(geometry: Geometry, slab: int) -> int:
 
 def finish_sums(geometry: Geometry, slab: int, merge_blocks: int) -> tuple[list[Launch], dict[str, int]]:
     """The sums over blocks after a backward pass, and the buffers they read."""
-    variant = Variant("finish", geometry.dtype, 1, geometry.groups != geometry.channels)
+    variant = Variant("finish", geometry.dtype, 1, geometry.groups != geometry.channels, backward=True)
     slots = group_slots(geometry, slab)
     fields: dict[str, int | tuple[int, ...]] = {
         "slab": slab,

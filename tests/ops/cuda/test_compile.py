@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gspn_dit.ops import inspect
+from gspn_dit.ops.cuda import sass
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.sources import CUPY_OPTIONS, compile_cubin, compile_options
 from gspn_dit.ops.cuda.types import Variant, widest_vector
@@ -28,9 +29,10 @@ FIELDS += ["bytes_ratio", "predicted_ms"]
 
 
 def variants() -> Iterator[Variant]:
-    for regime, dtype, shared in itertools.product(("short", "cluster", "long", "finish"), DTYPES, (False, True)):
-        for vector in sorted({1, widest_vector(regime, dtype)}):
-            yield Variant(regime, dtype, vector, shared)
+    regimes = ("short", "cluster", "wide", "long", "finish")
+    for regime, dtype, shared, backward in itertools.product(regimes, DTYPES, (False, True), (False, True)):
+        for vector in sorted({1, widest_vector(regime, dtype, backward)}) if backward or regime != "finish" else ():
+            yield Variant(regime, dtype, vector, shared, backward=backward)
 
 
 def check(variant: Variant, arch: str) -> None:
@@ -39,6 +41,10 @@ def check(variant: Variant, arch: str) -> None:
     assert cubin.startswith(b"\x7fELF")
     resources = inspect.parse_log(log)
     assert set(resources) == set(variant.kernels)
+    if sass.disassembler() is not None:
+        for kernel, code in sass.read_code(cubin, variant).items():
+            assert code.bytes <= 96 * 1024 or variant.dtype == torch.float64, (kernel, code.bytes)
+            assert "generic" not in code.instructions, kernel
     for kernel, costs in resources.items():
         assert 16 <= costs.registers <= 255
         if variant.dtype in (torch.float32, torch.bfloat16):
@@ -48,9 +54,20 @@ def check(variant: Variant, arch: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("regime", ["short", "cluster", "long", "finish"])
-def test_compiles_for_sm_90(regime: str, dtype: torch.dtype) -> None:
-    check(Variant(regime, dtype, widest_vector(regime, dtype), False), "sm_90")
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("regime", ["short", "cluster", "wide", "long"])
+def test_compiles_for_sm_90(regime: str, backward: bool, dtype: torch.dtype) -> None:
+    check(Variant(regime, dtype, widest_vector(regime, dtype, backward), False, backward=backward), "sm_90")
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="nvdisasm reads machine code: pip install triton")
+def test_a_line_of_a_short_plane_takes_few_instructions() -> None:
+    """65% at most of 225 instructions for a line of two channels per thread, and no generic loads."""
+    variant = Variant("short", torch.bfloat16, 4, False)
+    code = sass.read_code(compile_cubin(variant, "sm_90")[0], variant)["gspn_scan_forward_kernel"]
+    assert sum(code.instructions.values()) / variant.vector <= 0.65 * 225 / 2
+    assert code.instructions["special"] == 4 * variant.vector  # three powers and a reciprocal per channel
+    assert code.instructions["global"] == 5  # three logits and two gates
 
 
 def test_the_options_are_those_that_cupy_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +94,7 @@ def test_the_options_are_those_that_cupy_passes(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("variant", variants(), ids=str)
 def test_compiles_everywhere(variant: Variant, arch: str) -> None:
-    if variant.regime == "cluster" and arch == "sm_80":
+    if variant.regime in ("cluster", "wide") and arch == "sm_80":
         pytest.skip("sm_80 has no clusters: its launch rule takes long lines instead")
     check(variant, arch)
 
@@ -93,7 +110,7 @@ def test_inspector_prints_what_a_scan_costs() -> None:
         assert (report["dtype"], report["arch"]) == ("bfloat16", "sm_90")
         assert (report["stack_bytes"], report["spill_bytes"]) == (0, 0)
         assert 0 < report["occupancy"] <= 1
-        assert 0.9 < report["bytes_ratio"] < 1.05
+        assert 0.85 < report["bytes_ratio"] < 1.05
         assert report["reason"] is None
     floor = 2 * 8 * 8 * 22 * 64 * 2
     assert reports[0]["predicted_ms"] == pytest.approx(reports[0]["bytes_ratio"] * floor / 3350e6, rel=0.1)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     harness.compiler() is None and not os.environ.get("CI"), reason="g++ builds the CUDA kernels for the host"
 )
 
-REGIMES = ("short", "cluster", "long")
+REGIMES = ("short", "cluster", "wide", "long")
 SMALL = Device(threads=64)
 """Blocks of few threads: lines of more than 16 positions are cut, and the run is quick."""
 
@@ -59,7 +59,11 @@ def test_small_shapes(install: Install, regime: str, dtype: torch.dtype) -> None
     for shape, window in (((2, 5, 7, 12), None), ((1, 6, 3, 8), 2), ((1, 1, 4, 4), None), ((1, 4, 1, 4), 3)):
         check_against_reference(make_inputs(shape, dtype=dtype), window=window)
     assert {launch.variant.regime for launch in host.launches} == {regime, "finish"}
-    assert {launch.variant.vector for launch in host.launches} == {widest_vector(regime, dtype), 1}
+    assert {launch.variant.vector for launch in host.launches} >= {
+        widest_vector(regime, dtype),
+        widest_vector(regime, dtype, backward=True),
+        1,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,14 +75,15 @@ def test_long_lines_cut_into_tiles_and_chunks(install: Install, dtype: torch.dty
     assert max(launch.fields.get("tiles", 0) for launch in host.launches) > 2
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("window", [None, 7, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cluster_walks_many_chunks(install: Install, dtype: torch.dtype, window: int | None) -> None:
     """More lines than a thread keeps in registers, uneven strips, both ways through the image side by side or not."""
     host = install("cluster")
     for shape in ((1, 34, 20, 4), (1, 19, 35, 4)):
         check_against_reference(make_inputs(shape, dtype=dtype), window=window)
-    assert {launch.block[2] for launch in host.launches if launch.variant.regime == "cluster"} == {1, 2}
+    side_by_side = {launch.block[2] for launch in host.launches if launch.variant.regime == "cluster"}
+    assert max(side_by_side) == 1 if window == 7 else max(side_by_side) >= 2  # an odd window: they would meet in a line
 
 
 def test_unused_entries_reach_nothing(install: Install) -> None:
@@ -167,7 +172,7 @@ def test_takes_slices_of_one_linear_layer(install: Install) -> None:
         output_gate=output_gate.unflatten(-1, (4, channels)),
     )
     check_against_reference(inputs)
-    assert {launch.variant.vector for launch in host.launches if launch.variant.regime == "short"} == {2}
+    assert {launch.variant.vector for launch in host.launches if launch.variant.regime == "short"} == {4, 2}
 
 
 @pytest.mark.slow
@@ -213,11 +218,12 @@ def test_anything_goes(data: st.DataObject) -> None:
 
 FIGURES = {
     # [B, H, W, C], G = C, bfloat16, four directions: most sectors moved over the floor, forward and backward.
-    (32, 16, 16, 1152): (1.10, 1.25),
-    (32, 16, 16, 1500): (1.30, 1.45),
-    (32, 16, 16, 900): (1.30, 1.45),
-    (8, 32, 32, 1152): (1.00, 1.40),
-    (8, 32, 32, 1500): (1.40, 1.65),
+    (32, 16, 16, 1152): (0.96, 1.25),
+    (32, 16, 16, 1500): (1.05, 1.45),
+    (32, 16, 16, 900): (1.06, 1.45),
+    # Backwards in clusters, chunks of 8 of 32 lines: 5·4·3/4 + 7·4 + 20 + 1 = 64 elements of 43, less unread logits.
+    (8, 32, 32, 1152): (1.00, 1.47),
+    (8, 32, 32, 1500): (1.40, 1.75),
     (1, 128, 128, 256): (1.45, 1.65),
 }
 
@@ -233,17 +239,19 @@ def bytes_ratio(shape: tuple[int, int, int, int], backward: bool, device: Device
 @pytest.mark.parametrize("shape", FIGURES)
 @pytest.mark.parametrize("backward", [False, True])
 def test_moves_few_bytes(shape: tuple[int, int, int, int], backward: bool) -> None:
-    """The launch rule's estimate leaves out that first lines need no logits, which the count does not."""
+    """The launch rule's estimate is the count, but for what rounding of warps to sectors adds."""
     counted = bytes_ratio(shape, backward)
     assert counted <= FIGURES[shape][backward]
     geometry = Geometry(torch.bfloat16, *shape, shape[-1], (0, 1, 2, 3), 0, 8 if shape[-1] % 8 == 0 else 4)
-    assert counted == pytest.approx(plan(geometry, harness.H100, backward).bytes_ratio, rel=0.05)
+    assert counted == pytest.approx(plan(geometry, harness.H100, backward).bytes_ratio, rel=0.02)
 
 
 def test_a_short_plane_moves_once() -> None:
     """Counted sectors of a plane with whole sectors per row: the floor, less what first lines need not read."""
     shape = (1, 8, 8, 128)
-    unused = 4 * 3 / 8  # of 22 elements per token and channel: an eighth of the lines are first ones
+    # Of 22 elements per token and channel: an eighth of the lines are first ones, and two of eight positions of the
+    # others have a neighbour off the line.
+    unused = 4 * (3 / 8 + 7 / 8 * 2 / 8)
     assert bytes_ratio(shape, False) == pytest.approx((22 - unused) / 22, rel=1e-2)
     assert bytes_ratio(shape, True) == pytest.approx((43 - unused) / 43, rel=1e-2)
 
@@ -262,11 +270,19 @@ def test_clusters_only_where_the_device_has_them() -> None:
         assert plan(geometry, harness.H100, backward).regime == "cluster"
         assert plan(geometry, replace(harness.H100, clusters=False), backward).regime == "long"
     # Sums of 200×200 tokens fit in eight blocks for 8 channels, half a sector each: long lines move fewer.
-    for channels, regime in ((8, "cluster"), (16, "long")):
+    for channels, regime in ((8, "cluster"), (16, "wide")):
         geometry = Geometry(torch.bfloat16, 1, 200, 200, channels, channels, (0, 1, 2, 3), 0)
         assert plan(geometry, harness.H100, False).regime == regime
     with pytest.raises(ValueError, match=r"128×128 do not fit the cluster-line kernels"):
         plan(Geometry(torch.bfloat16, 1, 128, 128, 8, 8, (0,), 0), Device(clusters=False), False, "cluster")
+
+
+def test_more_tokens_than_kernels_count_are_refused() -> None:
+    """They count B·H·W·D in 32 bits."""
+    geometry = Geometry(torch.bfloat16, 2**14, 2**8, 2**8, 8, 8, (0, 1, 2, 3), 0)
+    with pytest.raises(ValueError, match="4294967296 tokens of all directions, but"):
+        plan(geometry, harness.H100, True)
+    assert plan(replace(geometry, batch=2**14 - 1), harness.H100, True).launches
 
 
 def test_directions_side_by_side_never_meet_in_a_line() -> None:
@@ -284,20 +300,25 @@ def test_straddling() -> None:
     assert straddling(1500, 1500, 2) == pytest.approx(94.5 * 32 / 3000)
 
 
-def test_launches_of_large_images_fill_the_device() -> None:
+def test_large_images_take_few_launches() -> None:
+    """Where clusters share lines; elsewhere blocks fill the device and recompute each other's edges."""
     geometry = Geometry(torch.bfloat16, 1, 1024, 1024, 64, 64, (0, 1, 2, 3), 0)
     for backward in (False, True):
         todo = plan(geometry, harness.H100, backward)
-        fewest = min(launch.grid[0] * launch.grid[1] for launch in todo.launches if launch.variant.regime == "long")
+        assert todo.regime == "wide"
+        assert len(todo.launches) <= (24 if backward else 8)
+        tiles = plan(geometry, harness.H100, backward, "long")
+        fewest = min(math.prod(launch.grid) for launch in tiles.launches if launch.variant.regime == "long")
         assert fewest >= harness.H100.processors
-        for launch in todo.launches:
+        for launch in (*todo.launches, *tiles.launches):
             assert launch.shared_bytes < harness.H100.shared_bytes
             assert math.prod(launch.block) <= 1024
 
 
 def test_the_variant_follows_alignment_and_groups() -> None:
     geometry = Geometry(torch.bfloat16, 1, 16, 16, 1500, 1500, (0,), 0, alignment=4)
-    assert geometry.variant("short") == Variant("short", torch.bfloat16, 2, False)
-    assert geometry.variant("long").vector == 4
-    assert replace(geometry, alignment=2).variant("long").vector == 1
-    assert replace(geometry, channels=6, groups=2).variant("short").vector == 1  # three channels per group
+    assert geometry.variant("short", False) == Variant("short", torch.bfloat16, 4, False)
+    assert geometry.variant("short", True) == Variant("short", torch.bfloat16, 2, False, backward=True)
+    assert geometry.variant("long", True).vector == 4
+    assert replace(geometry, alignment=2).variant("long", False).vector == 2
+    assert replace(geometry, channels=6, groups=2).variant("short", False).vector == 1  # three channels per group

@@ -32,7 +32,7 @@ pytestmark = [
     ),
 ]
 
-REGIMES = ("short", "cluster", "long")
+REGIMES = ("short", "cluster", "wide", "long")
 SMALL = Device(threads=64)
 Install = Callable[..., PtxHost]
 

@@ -11,7 +11,7 @@ import torch
 
 from gspn_dit.ops.cuda import run
 from gspn_dit.ops.cuda.host import harness
-from gspn_dit.ops.cuda.types import Device, Variant, widest_vector
+from gspn_dit.ops.cuda.types import Device, Variant
 from tests.ops.scan_cases import Inputs, make_inputs
 
 pytestmark = [
@@ -41,18 +41,23 @@ def expected(inputs: Inputs, regime: str, window: int) -> list[torch.Tensor]:
     return [y, *run.run_backward(torch.ones_like(inputs.x), *inputs, CODES, window, **options)]  # type: ignore[arg-type]
 
 
+def variants(recorder: harness.Recorder) -> list[Variant]:
+    """The modules of a forward and a backward pass, in the order of their launches."""
+    return list(dict.fromkeys(launch.variant for launch, _ in recorder.launches))
+
+
 def small_inputs(regime: str, groups: int) -> Inputs:
-    shape = {"short": (1, 4, 5, 8), "cluster": (1, 4, 18, 8), "long": (1, 3, 20, 8)}[regime]
+    shape = {"short": (1, 4, 5, 8), "cluster": (1, 4, 18, 8), "wide": (1, 4, 18, 8), "long": (1, 3, 40, 8)}[regime]
     return make_inputs(shape, groups, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("sanitizer", harness.SANITIZERS)
-@pytest.mark.parametrize("regime", ["short", "cluster", "long"])
+@pytest.mark.parametrize("regime", ["short", "cluster", "wide", "long"])
 @pytest.mark.parametrize("groups", [8, 1])
 def test_clean(sanitizer: str, regime: str, groups: int) -> None:
     inputs = small_inputs(regime, groups)
     recorder, outputs = record(inputs, regime, window=0)
-    program = harness.sanitized_program(recorder.launches[0][0].variant, sanitizer)
+    program = harness.sanitized_program(variants(recorder), sanitizer)
     done = harness.replay(program, recorder)
     assert done.returncode == 0, done.stderr
     for actual, truth in zip(outputs, expected(inputs, regime, window=0), strict=True):
@@ -62,11 +67,11 @@ def test_clean(sanitizer: str, regime: str, groups: int) -> None:
 FAULTS = {
     # A barrier that is missing: neighbours read a line while it is written.
     ("thread", "short", "short_lines.cu"): ("__syncthreads();  // forward line", ""),
-    ("thread", "long", "long_lines.cu"): ("__syncthreads();  // gradient line", ""),
+    ("thread", "long", "long_lines.cu"): ("__syncthreads(); }  // line", "}"),
     # A block that adds to its sums while another one still swaps them for its own.
     ("thread", "cluster", "cluster.cuh"): ("cluster_barrier();  // swapped", ""),
     # A plane's last row goes past the end of shared memory, and a line's past the end of its tensor.
-    ("address", "short", "short_lines.cu"): ("token < tokens;", "token <= tokens;"),
+    ("address", "short", "short_lines.cu"): ("token < tokens;\n#pragma unroll\n", "token <= tokens;\n#pragma unroll\n"),
     ("address", "long", "long_lines.cu"): ("n < positions && n < last", "n <= positions && n < last"),
     ("address", "cluster", "cluster.cuh"): ("row < p.height && column", "row <= p.height && column"),
 }
@@ -81,7 +86,7 @@ def test_planted_fault_is_found(sanitizer: str, regime: str, name: str, tmp_path
 def test_a_block_that_does_not_wait_for_its_neighbours_is_found(tmp_path: Path) -> None:
     """It runs ahead, and a counter of arrivals is armed twice."""
     fault = ("await(counter(), turn >> 1 & 1);", "(void)0;")
-    stderr = run_with_fault("cluster", "cluster.cuh", fault, "thread", tmp_path)
+    stderr = run_with_fault("cluster", "edges.cuh", fault, "thread", tmp_path)
     assert "an mbarrier has more arrivals than it counts" in stderr
 
 
@@ -94,8 +99,7 @@ def run_with_fault(regime: str, name: str, fault: tuple[str, str], sanitizer: st
     (sources / name).write_text(text.replace(sound, faulty))
     inputs = small_inputs(regime, 8)
     recorder, _ = record(inputs, regime, window=0)
-    vector = widest_vector(regime, torch.bfloat16)
-    program = harness.sanitized_program(Variant(regime, torch.bfloat16, vector, False), sanitizer, sources)
+    program = harness.sanitized_program(variants(recorder), sanitizer, sources)
     done = harness.replay(program, recorder)
     assert done.returncode != 0
     return done.stderr

@@ -219,13 +219,14 @@ SANITIZERS = {
 }
 
 
-def sanitized_program(variant: Variant, sanitizer: str, sources: Path = SOURCES) -> Path:
-    """job.cpp with a variant's kernels and the ones that finish its sums, under a sanitizer."""
+def sanitized_program(variants: Sequence[Variant], sanitizer: str, sources: Path = SOURCES) -> Path:
+    """job.cpp with the modules of a forward pass, a backward pass and its last sums, under a sanitizer."""
     flags = ["-O1", "-g", "-ffp-contract=off", *SANITIZERS[sanitizer]]
-    finish = Variant("finish", variant.dtype, 1, variant.shared_weights)
     objects = [
-        kernel_object(variant, [*flags, "-DLAUNCH=launch_main", "-Dgspn=gspn_main"], sources),
-        kernel_object(finish, [*flags, "-DLAUNCH=launch_finish", "-Dgspn=gspn_finish"], sources),
+        *(
+            kernel_object(variant, [*flags, f"-DLAUNCH=launch_{name}", f"-Dgspn=gspn_{name}"], sources)
+            for name, variant in zip(("forward", "backward", "finish"), variants, strict=True)
+        ),
         *runtime_objects(flags, "threads.cpp" if sanitizer == "thread" else "fibres.cpp"),
         compile_object(HERE / "job.cpp", flags, _texts(SOURCES)),
     ]

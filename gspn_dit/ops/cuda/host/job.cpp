@@ -10,7 +10,8 @@
 #include <fstream>
 #include <vector>
 
-extern "C" int launch_main(const char*, const unsigned*, const unsigned*, size_t, const void*);
+extern "C" int launch_forward(const char*, const unsigned*, const unsigned*, size_t, const void*);
+extern "C" int launch_backward(const char*, const unsigned*, const unsigned*, size_t, const void*);
 extern "C" int launch_finish(const char*, const unsigned*, const unsigned*, size_t, const void*);
 
 struct Buffer {
@@ -52,7 +53,8 @@ int main(int argc, char** argv) {
                 }
             }
         }
-        if (launch_main(name, sizes, sizes + 3, shared_bytes, problem.data()) != 0 &&
+        if (launch_forward(name, sizes, sizes + 3, shared_bytes, problem.data()) != 0 &&
+            launch_backward(name, sizes, sizes + 3, shared_bytes, problem.data()) != 0 &&
             launch_finish(name, sizes, sizes + 3, shared_bytes, problem.data()) != 0) {
             std::fprintf(stderr, "no kernel %s\n", name);
             return 2;
