@@ -115,7 +115,7 @@ def test_sigterm_to_the_launcher_saves_one_step_in_all_processes(tmp_path: Path)
 
 
 def test_mistake_is_told_once(tmp_path: Path) -> None:
-    done = train(tmp_path, 2, "--training.max_steps", "1", "--model.name", "GSPN-N/3")
+    done = train(tmp_path, 2, "--training.max_steps", "1", "--model.name", "DiT-N/3")
     assert done.returncode != 0
     assert done.stderr.count("is not divisible by the patch size 3") == 1
 
