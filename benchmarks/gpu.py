@@ -60,7 +60,7 @@ def run_step(name: str, seconds: float, rehearse: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu", "--step", name, *(["--rehearse"] if rehearse else [])]
     began = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
     )
     try:
         out, err = process.communicate(timeout=seconds)

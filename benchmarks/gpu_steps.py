@@ -100,7 +100,7 @@ def machine(of: Machine) -> dict[str, Any]:
     facts: dict[str, Any] = {**of.clock.describe(), "torch": torch.__version__, "tools": tools}
     if tools["nvidia-smi"]:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv"]
-        facts["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        facts["nvidia_smi"] = subprocess.run(query, capture_output=True, encoding="utf-8", check=False).stdout
     return facts
 
 
@@ -170,7 +170,7 @@ def tests(of: Machine) -> dict[str, Any]:
     """The outcomes of the tests that need a GPU; without one they are only collected."""
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu"]
     command += ["tests/ops/cuda/test_gpu.py", "-k", GPU_TESTS, *([] if of.is_gpu else ["--collect-only"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     counts = {
         name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|error|skipped|tests)", done.stdout)
     }
@@ -237,5 +237,7 @@ def tool(of: Machine, name: str) -> dict[str, Any]:
         "i = s.make_inputs((2, 16, 16, 64), 4, 64, torch.bfloat16, 'cuda'); "
         "s.forward_backward(i, d, 'cupy', i[0]); torch.cuda.synchronize()"
     )
-    done = subprocess.run([path, *options, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [path, *options, sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=False
+    )
     return {"exit_code": done.returncode, "right": done.returncode == 0, "output": done.stdout[-6000:]}

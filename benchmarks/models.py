@@ -92,7 +92,7 @@ def train_and_resume(name: str, options: argparse.Namespace) -> dict[str, Any]:
     half = options.train_steps // 2
     with tempfile.TemporaryDirectory() as folder:
         shared = [
-            *("--config", str(ROOT / "configs" / "demo.yaml"), "--output_dir", folder, "--model.name", name),
+            *("--config", str(ROOT / "configs" / "digits_gspn.yaml"), "--output_dir", folder, "--model.name", name),
             *("--data.image_size", str(options.latent_size), "--training.batch_size", str(options.batch)),
             *("--training.mixed_precision", "bf16" if options.dtype == "bfloat16" else "no"),
             *("--training.compile", str(options.compile).lower(), "--training.learning_rate", "1.0e-4"),

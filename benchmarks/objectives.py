@@ -2,7 +2,7 @@
 
     python -m benchmarks.objectives --runs runs --out benchmarks/results/objectives.json
 
-trains configs/demo.yaml (velocity) and configs/demo_epsilon.yaml into RUNS, or resumes what is there, and draws
+trains configs/digits_gspn.yaml (velocity) and configs/digits_gspn_epsilon.yaml into RUNS, or resumes what is there, and draws
 from both. The setting is fixed beforehand: seed 0, 50 steps, the guidance of the config's previews, 1,000 samples of
 the objective's default sampler and 128 of each other. The judge is a support vector machine, see `benchmarks/judge.py`.
 """
@@ -24,7 +24,7 @@ from benchmarks.judge import judge_agreement
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"velocity": "demo.yaml", "epsilon": "demo_epsilon.yaml"}
+CONFIGS = {"velocity": "digits_gspn.yaml", "epsilon": "digits_gspn_epsilon.yaml"}
 STEPS, SEED, SAMPLES_OF_OTHERS = 50, 0, 128
 LEAST_AGREEMENT = 0.9
 """What the default sampler of each objective must reach."""

@@ -71,7 +71,7 @@ class DataSet:
 
 FASHION_NET = "runs/fashion/features.safetensors"
 DATA_SETS = {
-    "digits": DataSet("configs/demo.yaml", 2, "digits", ("digits", None)),
+    "digits": DataSet("configs/digits_gspn.yaml", 2, "digits", ("digits", None)),
     "fashion": DataSet("configs/fashion_pixels.yaml", 4, FASHION_NET, ("hf", "runs/fashion/data")),
     "fashion-latents": DataSet("configs/fashion_gspn.yaml", 1, FASHION_NET, ("hf", "runs/fashion/data")),
 }

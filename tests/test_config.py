@@ -260,7 +260,7 @@ def test_null_on_the_command_line_is_a_word_where_words_are_asked_for() -> None:
     assert "seed" in refusal("--seed", "null")
 
 
-@pytest.mark.parametrize("option", [("mixer", "gspn"), ("num_heads", 4), ("positions", True)])
+@pytest.mark.parametrize("option", [("norm", "rms"), ("mlp", "swiglu"), ("positions", True)])
 def test_options_of_dit_are_refused_for_another_family(option: tuple[str, Any]) -> None:
     key, value = option
     assert ModelConfig("DiT-S/2", **{key: value}).overrides() == {key: value}

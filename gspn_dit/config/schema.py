@@ -25,7 +25,7 @@ def require_line_count(key: str, value: int | None) -> None:
     require(value is None or value <= MOST_LINES, f"{key} is {value}, but must be at most {MOST_LINES:,}")
 
 
-_OF_DIT = ("mixer", "mixer_options", "lpu", "norm", "mlp", "num_heads", "positions", "interpolate_positions")
+_OF_DIT = ("lpu", "norm", "mlp", "positions", "interpolate_positions")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class ModelConfig(Section):
     drop_path_rate: float | None = None
     """Probability that stochastic depth drops the last block's branch; rises linearly from 0."""
     mixer: str | None = None
-    """What mixes the tokens of a DiT model: attention (what null means), gspn, conv, linear or another of
-    `gspn_dit.models.mixers.MIXERS`."""
+    """What mixes the tokens, of `gspn_dit.models.mixers.MIXERS`: attention, gspn, conv, linear, neighbourhood. null:
+    attention in DiT models, gspn in GSPN models."""
     num_heads: int | None = None
-    """Heads of attention, linear or not; DiT models alone."""
+    """Heads of attention, of whichever kind."""
     positions: bool | None = None
     """Add sines and cosines of the place to the patches of a DiT model; null: with attention alone."""
     scan_directions: list[str] | None = None
