@@ -1,9 +1,10 @@
 """`python -m gspn_dit.ops.inspect --arch sm_90 --shape B,H,W,C,G --json`: what the CUDA kernels cost, without a GPU.
 
 Prints one object per kernel that a scan of that shape launches in four directions, for every dtype: registers, memory
-and spills as the assembler reports them, occupancy, bytes moved over the fewest possible, and the time they take at a
-given bandwidth. Bytes are counted, not computed: g++ builds the kernels for the host, and every access of a warp is cut
-into 32-byte sectors.
+and spills as the assembler reports them, occupancy, bytes moved over the fewest possible, instructions by kind, and
+the least time that bytes, issue, special functions and latency leave. Bytes are counted, not computed: g++ builds the
+kernels for the host, and every access of a warp is cut into 32-byte sectors. Instructions are read from the machine
+code where nvdisasm is there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import NoReturn
 import torch
 
 from gspn_dit.ops.contract import STORAGE_DTYPES
+from gspn_dit.ops.cuda import sass
+from gspn_dit.ops.cuda.estimate import estimate
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.sources import compile_cubin
@@ -27,6 +30,8 @@ from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Launch, Plan
 
 DEFAULT_BANDWIDTH_GBS = 3350.0
 """An H100 SXM's."""
+DEFAULT_CLOCK_GHZ = 1.755
+"""An H100 SXM's, under load."""
 _COUNTED_TOKENS = 1 << 15
 """Images of a batch are alike: enough of them are run to count, and no shape of more tokens than this."""
 _RESERVED_SHARED_BYTES = 1024  # of each block, for the system
@@ -89,6 +94,16 @@ class KernelReport:
     occupancy: float
     bytes_ratio: float | None
     predicted_ms: float | None
+    """The largest of the four below, all launches together: a floor."""
+    bound: str | None
+    """Which of them that is."""
+    bytes_ms: float | None
+    issue_ms: float | None
+    special_ms: float | None
+    latency_ms: float | None
+    code_bytes: int | None
+    instructions: dict[str, float] | None
+    """Per channel of a thread: a warp's for one line, there and back, by kind; None without nvdisasm."""
     kernel_bytes_ratio: float | None
     launches: int
     blocks: int
@@ -151,8 +166,33 @@ def count_bytes(geometry: Geometry, device: Device, backward: bool) -> tuple[dic
     return {kernel: SECTOR_BYTES * number / floor for kernel, number in sectors.items()}, None
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """One module's kernels, by name."""
+
+    resources: dict[str, Resources]
+    code: dict[str, sass.Code]
+    """Empty without nvdisasm."""
+
+
+def _compile(variant: Variant, arch: str) -> _Compiled:
+    cubin, log = compile_cubin(variant, arch)
+    code = sass.read_code(cubin, variant) if sass.disassembler() is not None else {}
+    return _Compiled(parse_log(log), code)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
 def _report(
-    todo: Plan, geometry: Geometry, arch: str, backward: bool, bandwidth_gbs: float, resources: dict[Variant, dict]
+    todo: Plan,
+    geometry: Geometry,
+    arch: str,
+    backward: bool,
+    bandwidth_gbs: float,
+    clock_ghz: float,
+    compiled: dict[Variant, _Compiled],
 ) -> list[KernelReport]:
     limits = ARCHITECTURES[arch]
     device = device_of(arch)
@@ -163,13 +203,22 @@ def _report(
         launches.setdefault((launch.variant, launch.kernel), []).append(launch)
     reports = []
     for (variant, kernel), runs in launches.items():
-        costs: Resources = resources[variant][kernel]
+        costs, code = compiled[variant].resources[kernel], compiled[variant].code.get(kernel)
         shared = costs.shared_bytes + max(run.shared_bytes for run in runs)
         threads = max(math.prod(run.block) for run in runs)
         blocks = max(math.prod(run.grid) for run in runs)
         resident = resident_blocks(limits, costs.registers, threads, shared) * limits.processors
         own = ratios.get(kernel) if reason is None else None
-        milliseconds = None if own is None else own * geometry.floor_bytes(backward) / bandwidth_gbs / 1e6
+        least = estimate(
+            runs,
+            geometry,
+            code,
+            None if own is None else own * geometry.floor_bytes(backward),
+            resident=resident,
+            processors=limits.processors,
+            bandwidth_gbs=bandwidth_gbs,
+            clock_ghz=clock_ghz,
+        )
         reports.append(
             KernelReport(
                 kernel=kernel,
@@ -182,7 +231,16 @@ def _report(
                 spill_bytes=costs.spill_bytes,
                 occupancy=round(occupancy(limits, costs.registers, threads, shared), 4),
                 bytes_ratio=None if total is None else round(total, 4),
-                predicted_ms=None if milliseconds is None else round(milliseconds, 6),
+                predicted_ms=_rounded(least.milliseconds),
+                bound=least.bound,
+                bytes_ms=_rounded(least.bytes_ms),
+                issue_ms=_rounded(least.issue_ms),
+                special_ms=_rounded(least.special_ms),
+                latency_ms=_rounded(least.latency_ms),
+                code_bytes=None if code is None else code.bytes,
+                instructions=None
+                if code is None
+                else {kind: round(count / variant.vector, 2) for kind, count in code.instructions.items()},
                 kernel_bytes_ratio=None if own is None else round(own, 4),
                 launches=len(runs),
                 blocks=blocks,
@@ -198,11 +256,12 @@ def inspect(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype] = STORAGE_DTYPES,
     bandwidth_gbs: float = DEFAULT_BANDWIDTH_GBS,
+    clock_ghz: float = DEFAULT_CLOCK_GHZ,
 ) -> list[KernelReport]:
     """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU."""
     batch, height, width, channels, groups = shape
     device = device_of(arch)
-    resources: dict[Variant, dict] = {}
+    compiled: dict[Variant, _Compiled] = {}
     reports = []
     for dtype in dtypes:
         alignment = next(power for power in (8, 4, 2, 1) if channels % power == 0 and groups % power == 0)
@@ -210,9 +269,9 @@ def inspect(
         for backward in (False, True):
             todo = plan(geometry, device, backward)
             for launch in todo.launches:
-                if launch.variant not in resources:
-                    resources[launch.variant] = parse_log(compile_cubin(launch.variant, arch)[1])
-            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, resources)
+                if launch.variant not in compiled:
+                    compiled[launch.variant] = _compile(launch.variant, arch)
+            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled)
     return reports
 
 
@@ -237,21 +296,23 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES]
     parser.add_argument("--dtype", choices=names, action="append", help="only this dtype; may be repeated")
     parser.add_argument("--bandwidth-gbs", type=float, default=DEFAULT_BANDWIDTH_GBS, help="memory bandwidth, GB/s")
+    parser.add_argument("--clock-ghz", type=float, default=DEFAULT_CLOCK_GHZ, help="multiprocessors' clock, GHz")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     options = parser.parse_args(arguments)
     try:
         options.shape = _shape(options.shape)
     except ValueError:
         parser.error(f"--shape {options.shape}: give five positive numbers B,H,W,C,G; G divides C")
-    if not 0 < options.bandwidth_gbs < math.inf:
-        parser.error(f"--bandwidth-gbs is {options.bandwidth_gbs}, but must be a positive number")
+    for name, value in (("bandwidth-gbs", options.bandwidth_gbs), ("clock-ghz", options.clock_ghz)):
+        if not 0 < value < math.inf:
+            parser.error(f"--{name} is {value}, but must be a positive number")
     options.dtypes = [getattr(torch, name) for name in options.dtype or names]
     return options
 
 
 def _table(reports: Sequence[KernelReport]) -> str:
     names = ["kernel", "dtype", "regime", "registers", "shared_bytes", "stack_bytes", "spill_bytes", "occupancy"]
-    names += ["bytes_ratio", "predicted_ms", "launches", "blocks", "waves"]
+    names += ["bytes_ratio", "predicted_ms", "bound", "code_bytes", "launches", "blocks", "waves"]
     rows = [names, *([str(getattr(report, name)) for name in names] for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -261,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report; one line and exit code 2 where it cannot be made."""
     options = _arguments(arguments)
     try:
-        reports = inspect(options.arch, options.shape, options.dtypes, options.bandwidth_gbs)
+        reports = inspect(options.arch, options.shape, options.dtypes, options.bandwidth_gbs, options.clock_ghz)
     except ImportError as error:
         major = (torch.version.cuda or "13").split(".")[0]
         why = " ".join(str(error).split())

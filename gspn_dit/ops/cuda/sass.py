@@ -29,6 +29,8 @@ class Code:
     bytes: int
     instructions: dict[str, float]
     """A warp's instructions for one line of a walk there and, in a backward kernel, back: by kind, "other" the rest."""
+    steps: int
+    """Barriers that one line passes in all walks of the kernel, 0 in a kernel that walks none."""
 
 
 def disassembler() -> str | None:
@@ -64,12 +66,15 @@ def _code(text: str, variant: Variant) -> Code:
         elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1].strip())
     total: dict[str, float] = {}
+    steps = 0
     for first, last, barriers in _line_loops(instructions, labels):
         # Unrolled backward loops pass two barriers per line: one there, one back.
         both = variant.backward and variant.regime in ("short", "cluster") and barriers >= 2 * variant.lines
+        steps += 2 if both else 1
         for name in map(_kind, instructions[first : last + 1]):
             total[name] = total.get(name, 0.0) + 1 / (barriers // 2 if both else barriers)
-    return Code(len(instructions) * INSTRUCTION_BYTES, {kind: round(count, 2) for kind, count in total.items()})
+    counts = {kind: round(count, 2) for kind, count in total.items()}
+    return Code(len(instructions) * INSTRUCTION_BYTES, counts, steps)
 
 
 def _line_loops(instructions: list[str], labels: dict[str, int]) -> list[tuple[int, int, int]]:

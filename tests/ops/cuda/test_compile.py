@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 
 from gspn_dit.ops import inspect
 from gspn_dit.ops.cuda import sass
+from gspn_dit.ops.cuda.estimate import STEP_CLOCKS, estimate, lines_in_turn
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.sources import CUPY_OPTIONS, compile_cubin, compile_options
-from gspn_dit.ops.cuda.types import Variant, widest_vector
+from gspn_dit.ops.cuda.types import Geometry, Launch, Variant, widest_vector
 from tests.ops.scan_cases import DTYPES
 
 pytest.importorskip("cupy", reason="CuPy brings the way to NVRTC: pip install cupy-cuda13x", exc_type=ImportError)
@@ -113,7 +115,30 @@ def test_inspector_prints_what_a_scan_costs() -> None:
         assert 0.85 < report["bytes_ratio"] < 1.05
         assert report["reason"] is None
     floor = 2 * 8 * 8 * 22 * 64 * 2
-    assert reports[0]["predicted_ms"] == pytest.approx(reports[0]["bytes_ratio"] * floor / 3350e6, rel=0.1)
+    assert reports[0]["bytes_ms"] == pytest.approx(reports[0]["bytes_ratio"] * floor / 3350e6, rel=0.1)
+    for report in reports:
+        times = [report[f"{name}_ms"] for name in ("bytes", "issue", "special", "latency")]
+        assert report["predicted_ms"] == max(time for time in times if time is not None)
+        assert report["predicted_ms"] == report[f"{report['bound']}_ms"]
+
+
+def test_the_estimate_counts_instructions_and_steps() -> None:
+    """Two multiprocessors that hold a block each: three blocks of two warps walk 4·8 lines, in two waves."""
+    geometry = Geometry(torch.bfloat16, 3, 8, 8, 16, 16, (0, 1, 2, 3), 0)
+    launch = Launch(Variant("short", torch.bfloat16, 4, False), "k", (3, 1, 1), (4, 16, 1), 0, {})
+    code = sass.Code(16, {"special": 16.0, "float": 48.0}, steps=1)
+    options = {"resident": 2, "processors": 2, "bandwidth_gbs": 1000.0, "clock_ghz": 1.0}
+    found = estimate([launch], geometry, code, 5e6, **options)
+    assert found.issue_ms == pytest.approx(3 * 2 * 32 * 64 / (2 * 4) / 1e6)
+    assert found.special_ms == pytest.approx(3 * 2 * 32 * 16 * 32 / (2 * 16) / 1e6)
+    assert found.latency_ms == pytest.approx(2 * 32 * STEP_CLOCKS / 1e6)
+    assert (found.bound, found.milliseconds) == ("latency", found.latency_ms)
+    assert estimate([launch], geometry, code, 1e9, **options).bound == "bytes"
+    assert estimate([launch], geometry, code, None, **options).milliseconds is None
+    windowed = replace(geometry, window=2)
+    assert lines_in_turn(replace(launch, block=(4, 16, 3)), windowed) == 4 * 2 * 2  # four segments, by three
+    cluster = replace(launch, variant=replace(launch.variant, regime="cluster"), block=(4, 16, 2))
+    assert lines_in_turn(cluster, geometry) == 2 * 8
 
 
 def test_inspector_says_why_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +157,7 @@ def test_inspector_refuses_a_bad_shape(shape: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--bandwidth-gbs", "0"], ["--bandwidth-gbs", "nan"], ["--arch", "sm_91"], ["--arc", "sm_90"]]
+    "arguments", [["--bandwidth-gbs", "0"], ["--clock-ghz", "nan"], ["--arch", "sm_91"], ["--arc", "sm_90"]]
 )
 def test_a_mistake_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.projected import run_projected_forward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedPlan, ProjectedVariant, plan_forward
-from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device
+from gspn_dit.ops.cuda.types import Device
 from gspn_dit.ops.inspect import parse_log
 from gspn_dit.ops.materialised import projected_forward
 from gspn_dit.ops.reference import scan_reference
@@ -116,19 +116,7 @@ def test_bits_do_not_depend_on_which_warp_is_faster_or_on_the_batch() -> None:
 @needs_compiler
 def test_moves_five_elements_per_token_and_channel() -> None:
     """Counted in sectors of 32 bytes over two of 36 slabs, cut as the whole is; through memory it is 42 elements."""
-    whole = plan_forward(replace(IMAGENET, skip=True), harness.H100)
-    assert isinstance(whole, ProjectedPlan)
-    (launch,) = whole.launches
-    channels = 2 * int(str(launch.fields["slab"]))
-    device = replace(harness.H100, processors=round(harness.H100.processors * channels / 1152))
-    sizes = ((32, 16, 16, channels), (32, 16, 16, 72), (12 * channels, 72), *2 * ((4 * channels, 72),))
-    x, proxy, *weights = (harness.aligned(*size, dtype=torch.bfloat16) for size in sizes)
-    skip = harness.aligned(channels, 72, dtype=torch.bfloat16)
-    host = harness.Host()
-    run_projected_forward(x, proxy, weights, torch.ones(4), skip, ALL, 0, device=device, launcher=host)
-    (part,) = host.launches
-    assert part.grid == (2, launch.grid[1], 1) and part.block == launch.block
-    elements = sum(host.sectors.values()) * SECTOR_BYTES / 2 / x.numel()
+    elements = harness.count_projected_elements(replace(IMAGENET, skip=True))
     assert 2 + 72 / 32 < elements <= 5
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops.cuda import projected, run
-from gspn_dit.ops.cuda.projected_plan import ProjectedVariant
+from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedVariant, plan_forward
 from gspn_dit.ops.cuda.sources import source_folder
-from gspn_dit.ops.cuda.types import POINTERS, Device, Geometry, Launch, Variant
+from gspn_dit.ops.cuda.types import POINTERS, SECTOR_BYTES, Device, Geometry, Launch, Variant
 
 HERE = Path(__file__).resolve().parent
 SOURCES = source_folder()
@@ -183,6 +183,36 @@ def count_sectors(
     else:
         run.run_forward(*tensors, geometry.codes, geometry.window, device=device, launcher=host)
     return host.sectors
+
+
+def count_projected_elements(geometry: ProjectedGeometry, device: Device = H100, slabs: int = 2) -> float:
+    """Elements per token and channel that the fused projected scan moves, in sectors of 32 bytes.
+
+    Only so many slabs of channels are run, on a device that is smaller in proportion, so that the batch is cut among
+    blocks as it is for all of them. Raises ValueError where the fused kernels do not take the call.
+    """
+    todo = plan_forward(geometry, device)
+    if isinstance(todo, str):
+        raise ValueError(todo)
+    (launch,) = todo.launches
+    slab = launch.fields["slab"]
+    assert isinstance(slab, int)
+    channels, batch, dtype = min(slabs * slab, geometry.channels), geometry.batch, geometry.dtype
+    device = replace(device, processors=max(1, round(device.processors * channels / geometry.channels)))
+    directions, proxy_channels = len(geometry.codes), geometry.proxy_channels
+    tokens = (batch, geometry.height, geometry.width)
+    x = aligned(*tokens, channels, dtype=dtype)
+    proxy = aligned(*tokens, proxy_channels, dtype=dtype)
+    weights = [aligned(count * directions * channels, proxy_channels, dtype=dtype) for count in (3, 1, 1)]
+    skip = aligned(channels, proxy_channels, dtype=dtype) if geometry.skip else None
+    host = Host()
+    merge = torch.ones(directions)
+    projected.run_projected_forward(
+        x, proxy, weights, merge, skip, geometry.codes, geometry.window, device=device, launcher=host
+    )
+    (part,) = host.launches
+    assert part.grid[1:] == launch.grid[1:] and part.block == launch.block, "the part is not cut as the whole is"
+    return sum(host.sectors.values()) * SECTOR_BYTES / dtype.itemsize / x.numel()
 
 
 class Recorder:
