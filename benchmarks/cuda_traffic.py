@@ -1,5 +1,7 @@
 """Bytes that the CUDA kernels move over the fewest possible, counted without a GPU; the table of cuda/README.md.
 
+Beside them, what the inspector estimates, and what the fused projected scan moves.
+
 python -m benchmarks.cuda_traffic --out benchmarks/results/cuda_traffic.json
 """
 
@@ -15,6 +17,8 @@ import torch
 
 from benchmarks.measure import CpuDevice, software
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.ops.cuda.host.harness import count_projected_elements
+from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry
 from gspn_dit.ops.inspect import inspect
 
 DTYPE = torch.bfloat16
@@ -29,6 +33,16 @@ CASES: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
     ("sm_80", (1, 128, 128, 256)),
 )
 """Architecture and [B, H, W, C]; every channel has weights of its own, G = C, in four directions."""
+
+PROJECTED = ProjectedGeometry(DTYPE, 32, 16, 16, 1152, 1152, 72, (0, 1, 2, 3), 0, skip=True)
+"""The mixer of the largest model at 256×256 pixels: 72 channels of a proxy."""
+
+
+def measure_projected() -> dict[str, Any]:
+    """Count what the fused projected scan moves; through memory it is 42 elements per token and channel."""
+    shape = [PROJECTED.batch, PROJECTED.height, PROJECTED.width, PROJECTED.channels]
+    elements = count_projected_elements(PROJECTED)
+    return {"arch": "sm_90", "shape": shape, "proxy_channels": PROJECTED.proxy_channels, "elements": round(elements, 3)}
 
 
 def measure(cases: tuple[tuple[str, tuple[int, int, int, int]], ...] = CASES) -> Iterator[dict[str, Any]]:
@@ -57,6 +71,7 @@ def main() -> None:
     result = {
         "dtype": str(DTYPE).removeprefix("torch."),
         "rows": rows,
+        "projected": measure_projected(),
         "machine": CpuDevice().describe(),
         "software": software(),
     }

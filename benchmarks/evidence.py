@@ -169,7 +169,13 @@ def cuda_traffic_table(result: Result) -> str:
         for both in [(row["forward"], row["backward"])]
     ]
     head = ["architecture", "[B, H, W, C], G = C", "forward", "backward"]
-    return table(head, rows) + f"\n{result['dtype']}, four directions. Commit {result['software']['commit']}.\n"
+    fused = result["projected"]
+    return (
+        table(head, rows)
+        + f"\n{result['dtype']}, four directions. The fused projected scan forwards at {fused['shape']}, P = "
+        + f"{fused['proxy_channels']}: {fused['elements']:.1f} elements per token and channel. "
+        + f"Commit {result['software']['commit']}.\n"
+    )
 
 
 def demo_table(result: Result) -> str:

@@ -187,6 +187,7 @@ TRAFFIC = {
             "backward": {"bytes_ratio": 1.5424, "regime": "long"},
         }
     ],
+    "projected": {"shape": [1, 2, 3, 4], "proxy_channels": 5, "elements": 4.812},
     "software": SOFTWARE,
 }
 
@@ -195,7 +196,9 @@ def test_memory_and_traffic() -> None:
     saved, time, peak = rows(evidence.memory_table(MEMORY))[2:]
     assert saved[1:] == ["50.0 MB", "10.4 MB (0.21 ×)", "its input"] and "2 × 16 × 8 tokens" in saved[0]
     assert (time[1:3], peak[1:]) == (["1", "1.10 ×"], ["10.4 GB", "5.4 GB", "5.1 GB"])
-    assert rows(evidence.cuda_traffic_table(TRAFFIC))[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
+    traffic = evidence.cuda_traffic_table(TRAFFIC)
+    assert rows(traffic)[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
+    assert "at [1, 2, 3, 4], P = 5: 4.8 elements per token and channel" in traffic
 
 
 def test_the_demos_scores_stand_beside_those_of_real_images() -> None:
