@@ -1,10 +1,10 @@
-"""Both objectives train the demo: class agreement of every sampler, and Fréchet distance of the default one.
+"""Both objectives learn the digits: class agreement of every sampler, and Fréchet distance of the default one.
 
     python -m benchmarks.objectives --runs runs --out benchmarks/results/objectives.json
 
-trains configs/digits_gspn.yaml (velocity) and configs/digits_gspn_epsilon.yaml into RUNS, or resumes what is there, and draws
-from both. The setting is fixed beforehand: seed 0, 50 steps, the guidance of the config's previews, 1,000 samples of
-the objective's default sampler and 128 of each other. The judge is a support vector machine, see `benchmarks/judge.py`.
+trains configs/digits_gspn.yaml (velocity) and configs/digits_gspn_epsilon.yaml into RUNS, or resumes what is there, and
+draws from both. The setting is fixed beforehand: seed 0, 50 steps, the guidance of the config's previews, 1,000 samples
+of the objective's default sampler and 128 of each other. The judge is a support vector machine, `benchmarks/judge.py`.
 """
 
 from __future__ import annotations
