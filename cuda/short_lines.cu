@@ -67,7 +67,7 @@ struct Path {
         for (int i = 0; i <= count; ++i, lines += t.line_size()) {
             if (t.position == 0) t.sums(lines, 0) = Sums{};
             const bool is_inside = positions < static_cast<int>(blockDim.y) && i < count;  // else it is the one above
-            if (is_inside && t.position == positions - 1) t.sums(lines, positions + 1) = Sums{};
+            if (is_inside && t.position == positions) t.sums(lines, positions + 1) = Sums{};  // its own place
         }
     }
 };
