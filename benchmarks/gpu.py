@@ -1,7 +1,7 @@
 """Settle in ten minutes on one GPU what no CPU can say: correctness, times, models, beside what was estimated.
 
     python -m benchmarks.gpu --out benchmarks/results/gpu.json        # or: make gpu
-    python -m benchmarks.gpu --rehearse --out /tmp/gpu.json           # the same steps on a CPU, at tiny sizes
+    python -m benchmarks.gpu --rehearse --out runs/gpu.json          # the same steps on a CPU, at tiny sizes
 
 It needs torch, CuPy, numpy, pytest and safetensors. Every step is a process of its own under a time limit, so that one
 that hangs costs a minute; the report is written after each, and as a page beside it (`gpu.md`). With the kernels and

@@ -74,14 +74,11 @@ class Rehearsal(Machine):
 
     def use(self, regime: str | None) -> None:
         from gspn_dit.ops.cpu import binding
-        from gspn_dit.ops.cuda.host.harness import H100
         from gspn_dit.ops.cuda.host.ptx.host import PtxHost
-        from gspn_dit.ops.cuda.run import run_backward, run_forward
 
         # Threads beside a tile read what nobody wrote; it is NaN here and may reach no result.
-        options = {"device": H100, "launcher": PtxHost(unwritten_fails=False), "regime": regime}
-        binding.scan_forward = partial(run_forward, **options)  # type: ignore[assignment]
-        binding.scan_backward = partial(run_backward, **options)  # type: ignore[assignment]
+        forward, backward = PtxHost(unwritten_fails=False).scans(regime)
+        binding.scan_forward, binding.scan_backward = forward, backward  # type: ignore[assignment]
 
 
 def rehearsal() -> Machine:

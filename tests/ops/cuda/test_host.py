@@ -11,11 +11,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from torch import Tensor
 
 from gspn_dit.ops import DIRECTIONS, gspn_scan
 from gspn_dit.ops.cpu import binding as cpu
-from gspn_dit.ops.cuda import run
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Variant, straddling, widest_vector
@@ -38,13 +36,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def put(regime: str | None = None, device: Device = harness.H100) -> harness.Host:
         host = harness.Host()
-
-        def forward(*arguments: object) -> Tensor:
-            return run.run_forward(*arguments, device=device, launcher=host, regime=regime)  # type: ignore[arg-type]
-
-        def backward(*arguments: object) -> tuple[Tensor, ...]:
-            return run.run_backward(*arguments, device=device, launcher=host, regime=regime)  # type: ignore[arg-type]
-
+        forward, backward = host.scans(regime, device)
         monkeypatch.setattr(cpu, "scan_forward", forward)
         monkeypatch.setattr(cpu, "scan_backward", backward)
         return host
@@ -210,9 +202,9 @@ def test_anything_goes(data: st.DataObject) -> None:
     inputs = make_inputs(shape, groups, len(directions), dtype, strides=strides)
     with pytest.MonkeyPatch.context() as patch:
         host = harness.Host()
-        options = {"device": device, "launcher": host, "regime": regime}
-        patch.setattr(cpu, "scan_forward", lambda *a: run.run_forward(*a, **options))
-        patch.setattr(cpu, "scan_backward", lambda *a: run.run_backward(*a, **options))
+        forward, backward = host.scans(regime, device)
+        patch.setattr(cpu, "scan_forward", forward)
+        patch.setattr(cpu, "scan_backward", backward)
         check_against_reference(inputs, directions, window)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gspn_dit.ops import gspn_scan
 from gspn_dit.ops.cpu import binding as cpu
-from gspn_dit.ops.cuda import run
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.host.ptx.grammar import PtxError, parse
 from gspn_dit.ops.cuda.host.ptx.host import PtxHost, cached_ptx, translated
@@ -43,13 +42,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def put(regime: str | None = None, device: Device = harness.H100, **options: object) -> PtxHost:
         host = PtxHost(**options)  # type: ignore[arg-type]
-
-        def forward(*arguments: object) -> Tensor:
-            return run.run_forward(*arguments, device=device, launcher=host, regime=regime)  # type: ignore[arg-type]
-
-        def backward(*arguments: object) -> tuple[Tensor, ...]:
-            return run.run_backward(*arguments, device=device, launcher=host, regime=regime)  # type: ignore[arg-type]
-
+        forward, backward = host.scans(regime, device)
         monkeypatch.setattr(cpu, "scan_forward", forward)
         monkeypatch.setattr(cpu, "scan_backward", backward)
         return host

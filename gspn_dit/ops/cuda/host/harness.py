@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +133,13 @@ class Host:
         self.sources, self.schedule = sources, schedule
         self.sectors: dict[str, int] = {}
         self.launches: list[Launch] = []
+
+    def scans(
+        self, regime: str | None = None, device: Device = H100
+    ) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
+        """Return the operator pair's forward and backward as this host runs them, planned for a device."""
+        options = {"device": device, "launcher": self, "regime": regime}
+        return functools.partial(run.run_forward, **options), functools.partial(run.run_backward, **options)  # type: ignore[arg-type]
 
     def library(self, variant: Variant) -> ctypes.CDLL:
         """The kernels of a variant, compiled."""

@@ -134,29 +134,21 @@ def _funnel_shift(op: Op) -> str:
     return op.set(0, f"ptx::funnel({values}, {str(left).lower()}, {str(clamps).lower()})", type_)
 
 
-@EMITTERS.enter("lop3")
-def _logic(op: Op) -> str:
+_OF_BITS = {
+    # The function, and the types of its values; "" is the instruction's own.
+    "lop3": ("logic", ("u32", "u32", "u32", "u32")),
+    "prmt": ("permute", ("u32", "u32", "u32")),
+    "bfe": ("extract", ("", "u32", "u32")),
+    "bfi": ("insert", ("", "", "u32", "u32")),
+}
+
+
+@EMITTERS.enter(*_OF_BITS)
+def _pick_bits(op: Op) -> str:
     type_ = op.type()
-    return op.set(0, f"ptx::logic({', '.join(op.value(i, 'u32') for i in (1, 2, 3, 4))})", type_)
-
-
-@EMITTERS.enter("prmt")
-def _permute(op: Op) -> str:
-    type_ = op.type()
-    return op.set(0, f"ptx::permute({', '.join(op.value(i, 'u32') for i in (1, 2, 3))})", type_)
-
-
-@EMITTERS.enter("bfe")
-def _extract(op: Op) -> str:
-    type_ = op.type()
-    return op.set(0, f"ptx::extract({op.value(1, type_)}, {op.value(2, 'u32')}, {op.value(3, 'u32')})", type_)
-
-
-@EMITTERS.enter("bfi")
-def _insert(op: Op) -> str:
-    type_ = op.type()
-    values = [op.value(1, type_), op.value(2, type_), op.value(3, "u32"), op.value(4, "u32")]
-    return op.set(0, f"ptx::insert({', '.join(values)})", type_)
+    function, types = _OF_BITS[op.name]
+    values = ", ".join(op.value(i, given or type_) for i, given in enumerate(types, 1))
+    return op.set(0, f"ptx::{function}({values})", type_)
 
 
 @EMITTERS.enter("popc", "clz", "brev")
