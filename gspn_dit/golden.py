@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from gspn_dit.checkpoint import resolve_checkpoint
-from gspn_dit.errors import UserError, run_cli
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import write_atomically
-from gspn_dit.pipeline import GSPNPipeline
 
 CHECKPOINT = "builtin:digits"
 FILE = "golden.safetensors"
@@ -52,6 +51,8 @@ class Comparison:
 
 def draw(device: str) -> Tensor:
     """Return the latents of a digit of each class, float32 [10, 1, 8, 8] on the CPU; by seed 0 and the EMA weights."""
+    from gspn_dit.pipeline import GSPNPipeline
+
     pipeline = GSPNPipeline.from_pretrained(CHECKPOINT, device=device)
     pipeline.set_progress_bar_config(disable=True)
     labels = list(range(len(pipeline.class_names)))
@@ -83,6 +84,7 @@ def main() -> None:
     """Write the stored samples."""
     from safetensors.torch import save
 
+    ArgumentParser(description="Draw the golden samples anew and store them in the package.").parse_args()
     write_atomically(golden_file(), save({"latents": draw("cpu").contiguous()}))
     print(golden_file())
 

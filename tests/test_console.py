@@ -1,4 +1,4 @@
-"""The commands that an installation puts on the path: each answers at once, under its own name."""
+"""The commands: each that an installation puts on the path answers at once under its own name, the rest in silence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ import pytest
 tomllib = pytest.importorskip("tomllib", reason="pyproject.toml is read by Python 3.11's tomllib")
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for top in ("gspn_dit", "fid")
+    for path in sorted((ROOT / top).rglob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+]
+"""What `python -m` starts."""
+WITHOUT_OPTIONS = {"gspn_dit.environment"}  # imports nothing of ours, so that a broken installation can be described
 HEAVY = {"accelerate", "datasets", "diffusers", "matplotlib", "sklearn", "torch", "torchvision"}
 
 START = """
@@ -45,6 +53,15 @@ def test_help_comes_at_once(command: str) -> None:
     assert shown.startswith(f"usage: {command} [")
     assert seconds <= 3
     assert not HEAVY & set(modules)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_of_a_module_brings_no_warning(module: str) -> None:
+    """Neither of Python, such as runpy's of a module that its own package imports, nor of what is imported."""
+    words = [sys.executable, "-W", "error", "-m", module, "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert module in WITHOUT_OPTIONS or done.stdout.lower().startswith("usage: ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -59,7 +59,9 @@ def call(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", [program.removeprefix("-m "), *arguments])
     try:
         if program.startswith("-m "):
-            runpy.run_module(program.removeprefix("-m "), run_name="__main__", alter_sys=True)
+            module = program.removeprefix("-m ")
+            monkeypatch.delitem(sys.modules, module, raising=False)  # a shell starts without it, and runpy warns of it
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / program), run_name="__main__")
     except SystemExit as ended:
