@@ -40,7 +40,10 @@ COMMANDS: dict[str, list[str]] = {
     "digits_one_step": [
         *("benchmarks.few_step", "--distilled", "runs/digits_one_step", "--picture", "docs/few_step.png", "--out"),
     ],
-    "few_step": ["benchmarks.few_step", "--out"],
+    "few_step": [
+        *("benchmarks.few_step", "--seconds", "120", "--recipes", "velocity", "flow_map, from scratch"),
+        *("mean_flow, from scratch", "flow_map, half + half", "mean_flow, half + half", "--out"),
+    ],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [
@@ -54,14 +57,18 @@ COMMANDS: dict[str, list[str]] = {
         *("--variants", "gspn-block", "gspn-block-no-long-skips", "--out"),
     ],
     "recipes": ["benchmarks.recipes", "--seconds", "18", "--out"],
+    "recipes_emoji": [
+        *("benchmarks.recipes", "--data", "emoji", "--root", "data/emoji_classes", "--seconds", "30"),
+        *("--features", "runs/emoji_classifier", "--work", "runs/recipes_emoji", "--out"),
+    ],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),
         *("benchmarks/results/quality_fashion_block.json", "--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "text_quality": [
-        *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts", "--jobs", "2"),
-        *("--grid", "docs/text_quality.png", "--out"),
+        *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts"),
+        *("--seconds", "240", "--search-steps", "200", "--images", "160", "--grid", "docs/text_quality.png", "--out"),
     ],
     "text_to_image": ["benchmarks.text_to_image", "--out"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],

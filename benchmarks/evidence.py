@@ -254,7 +254,7 @@ def _score(value: Any) -> str:
 
 def recipes_table(result: Result) -> str:
     """Tabulate `benchmarks.recipes`: every recipe at its own best learning rate, beside the baseline."""
-    names = ("fd", "class_agreement", "recall")
+    names = list(next(iter(result["means"].values())))
     rows = []
     for recipe, means in result["means"].items():
         ratio = result["fd_over_baseline"].get(recipe)
@@ -265,10 +265,13 @@ def recipes_table(result: Result) -> str:
         rows.append([recipe, f"{cell['rate']:g} of {tried}", f"{cell['steps']:,}", shown, *of_means])
     head = ["recipe", "learning rate", "steps", "FD ÷ baseline", *(METRICS[name] for name in names)]
     seeds, load = len({cell["seed"] for cell in result["cells"]}), result["machine"]["load"][0]
+    guidance = result["setting"]["guidance_scale"]
     return (
         table(head, rows)
         + f"\n{result['seconds']} seconds of the processor for each training, {plural(seeds, 'paired seed')}, "
-        + f"{result['setting']['samples']:,} samples each, {result['setting']['steps']} steps, no guidance; rates "
+        + f"{result['setting']['samples']:,} samples each, {result['setting']['steps']} steps, "
+        + ("no guidance" if guidance == 1 else f"guidance {guidance:g}")
+        + "; rates "
         + f"chosen with another seed; other work beside it (load {load:.1f}). "
         + f"Trained at {result['cells'][0]['commit']}. "
         + f"{provenance(result)}\n"
@@ -377,6 +380,7 @@ STUDIES = {
     "memory": Study(SCALE, memory_table),
     "cuda_traffic": Study(KERNELS, cuda_traffic_table),
     "recipes": Study(OBJECTIVES, recipes_table),
+    "recipes_emoji": Study(OBJECTIVES, recipes_table),
     "backbones": Study(CLASSIFICATION, backbones_table),
     "classification_fashion": Study(CLASSIFICATION, classification_table),
     "classification_emoji": Study(CLASSIFICATION, classification_table),
