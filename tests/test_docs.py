@@ -60,7 +60,8 @@ def call(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     try:
         if program.startswith("-m "):
             module = program.removeprefix("-m ")
-            monkeypatch.delitem(sys.modules, module, raising=False)  # a shell starts without it, and runpy warns of it
+            for name in (module, f"{module}.__main__"):  # a shell starts without it, and runpy warns of it
+                monkeypatch.delitem(sys.modules, name, raising=False)
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / program), run_name="__main__")

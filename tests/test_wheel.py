@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BUILTIN = [path for path in (ROOT / "gspn_dit" / "builtin").rglob("*") if path.is_file()]
+SHIPPED = [
+    path
+    for name in ("builtin", "training/references")
+    for path in (ROOT / "gspn_dit" / name).rglob("*")
+    if path.is_file()
+]
+"""What the package holds beside modules: a checkpoint, and reference curves."""
 NOT_SOURCES = (".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "runs")
 
 pytestmark = pytest.mark.slow
@@ -114,7 +120,7 @@ def test_contents(installation: Installation) -> None:
     weights = sorted(path.name for path in (ROOT / "fid" / "weights").glob("*.safetensors"))
     assert weights
     assert {f"fid/weights/{name}" for name in weights} <= set(names)
-    assert {path.relative_to(ROOT).as_posix() for path in BUILTIN} <= set(names)
+    assert {path.relative_to(ROOT).as_posix() for path in SHIPPED} <= set(names)
     assert "gspn_dit/py.typed" in names
     modules = [
         path.relative_to(ROOT).as_posix() for package in ("gspn_dit", "fid") for path in (ROOT / package).rglob("*.py")
@@ -135,8 +141,8 @@ def test_the_sdist_holds_the_sources_and_nothing_else(installation: Installation
     files = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg", "setup.py"}
     assert tops - {"tests"} == {"cuda", "fid", "gspn_dit", *files}
     sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "gspn_dit/ops/csrc").iterdir()]
-    builtin = {path.relative_to(ROOT).as_posix() for path in BUILTIN}
-    assert builtin and {*sources, *builtin, "cuda/common.cuh", "cuda/long_lines.cu"} <= names
+    shipped = {path.relative_to(ROOT).as_posix() for path in SHIPPED}
+    assert shipped and {*sources, *shipped, "cuda/common.cuh", "cuda/long_lines.cu"} <= names
 
 
 def test_the_commands_are_installed(installation: Installation) -> None:

@@ -15,6 +15,8 @@ MAX_POINTS = 400
 """Points of a curve; longer ones are averaged in as many intervals of steps."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 58, 30, 24, 26
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
+BEHIND = "#b4b4b4"
+"""Light grey on white and on black."""
 PREFIXES = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
 
 Curve = list[tuple[float, float]]
@@ -56,6 +58,16 @@ class Axis:
 
 
 PLAIN = Axis()
+
+
+@dataclass(frozen=True)
+class Backdrop:
+    """Curves that are drawn in grey behind others, to compare with."""
+
+    title: str
+    """What the key calls all of them."""
+    curves: Mapping[str, Curve]
+    """By the names of those they lie behind."""
 
 
 def read_metrics(path: Path) -> dict[str, Curve]:
@@ -128,59 +140,107 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     return [f"{value:,.{places}f}" for value in values]
 
 
-def chart(curves: Mapping[str, Curve], x_title: str = "step", axis: Axis = PLAIN) -> str:
+@dataclass(frozen=True)
+class _Frame:
+    """Where steps and values lie in a picture: the ranges that its curves span, and how values are shown."""
+
+    first: float
+    last: float
+    """Of the steps."""
+    low: float
+    high: float
+    """Of the values, divided by `factor`; of their logarithms on a logarithmic axis."""
+    factor: float
+    unit: str
+    logarithmic: bool
+
+    @classmethod
+    def around(cls, curves: Sequence[Curve], axis: Axis) -> _Frame:
+        """Return the frame that curves fill."""
+        xs, ys = (values for values in zip(*(point for curve in curves for point in curve)))
+        factor, unit = axis.fit(max(map(abs, ys)))
+        logarithmic = not axis.linear and min(ys) > 0 and max(ys) > 30 * min(ys)
+        scaled = math.log10 if logarithmic else float
+        low, high = scaled(min(ys) / factor), scaled(max(ys) / factor)
+        low = min(low, 0.0) if axis.linear else low
+        if high - low < 1e-12 * max(1.0, abs(high)):
+            low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+        last = max(xs) if max(xs) > min(xs) else min(xs) + 1
+        return cls(min(xs), last, low, high, factor, unit, logarithmic)
+
+    def across(self, x: float) -> float:
+        """Return the pixel of a step, from the left."""
+        return LEFT + (x - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
+
+    def down(self, scaled: float) -> float:
+        """Return the pixel, from the top, of a value that is divided, and a logarithm on a logarithmic axis."""
+        return TOP + (self.high - scaled) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return the pixel of a point of a curve."""
+        return self.across(x), self.down(math.log10(y / self.factor) if self.logarithmic else y / self.factor)
+
+    def text(self, y: float) -> str:
+        """Return a value for people, with its unit."""
+        return f"{number_text(y / self.factor)} {self.unit}".rstrip()
+
+    def axes(self, x_title: str) -> list[str]:
+        """Draw grid and labels."""
+        parts, margin = [], f'x="{LEFT - 6}"'
+        if self.unit:
+            parts.append(f'<text class="unit" {margin} y="11" text-anchor="end">{html.escape(self.unit)}</text>')
+        marks = ticks(self.low, self.high)
+        labels = [_decade_text(10**tick) for tick in marks] if self.logarithmic else tick_texts(marks)
+        for tick, label in zip(marks, labels, strict=True):
+            y = self.down(tick)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text {margin} y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        below = ticks(self.first, self.last)
+        for tick, label in zip(below, tick_texts(below), strict=True):
+            parts.append(f'<text x="{self.across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text {margin} y="{HEIGHT - 8}" text-anchor="end">{html.escape(x_title)}</text>')
+        return parts
+
+    def line(self, name: str, curve: Curve, colour: str, x_title: str) -> list[str]:
+        """Draw a curve, with a dot at its end and its last value as a tip."""
+        points = [self.place(x, y) for x, y in thin(curve)]
+        path = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        tip = html.escape(f"{name}: {self.text(curve[-1][1])} at {x_title} {curve[-1][0]:g}")
+        return [
+            f'<path d="{path}" stroke="{colour}" data-name="{html.escape(name)}"><title>{tip}</title></path>',
+            f'<circle cx="{points[-1][0]:.1f}" cy="{points[-1][1]:.1f}" r="2.5" fill="{colour}"/>',
+        ]
+
+
+def chart(
+    curves: Mapping[str, Curve], x_title: str = "step", axis: Axis = PLAIN, behind: Backdrop | None = None
+) -> str:
     """Draw curves over a shared axis, of steps, say, as SVG.
 
     Positive values that span much get a logarithmic axis unless it is to be linear.
     """
-    thinned = {name: thin(curve) for name, curve in curves.items()}
-    xs, ys = (values for values in zip(*(point for curve in thinned.values() for point in curve)))
-    factor, unit = axis.fit(max(map(abs, ys)))
-    logarithmic = not axis.linear and min(ys) > 0 and max(ys) > 30 * min(ys)
-    scaled = math.log10 if logarithmic else float
-    low, high = scaled(min(ys) / factor), scaled(max(ys) / factor)
-    low = min(low, 0.0) if axis.linear else low
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    first, last = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        """Return the pixel of a step and a value, already scaled and divided."""
-        right = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
-        return right, TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
-    if unit:
-        parts.append(f'<text class="unit" x="{LEFT - 6}" y="11" text-anchor="end">{html.escape(unit)}</text>')
-    marks = ticks(low, high)
-    labels = [_decade_text(10**tick) for tick in marks] if logarithmic else tick_texts(marks)
-    for tick, label in zip(marks, labels, strict=True):
-        y = place(first, tick)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    below = ticks(first, last)
-    for tick, label in zip(below, tick_texts(below), strict=True):
-        parts.append(f'<text x="{place(tick, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text x="{LEFT - 6}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(x_title)}</text>')
+    grey = behind.curves if behind else {}
+    frame = _Frame.around([thin(curve) for curve in (*curves.values(), *grey.values())], axis)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">', *frame.axes(x_title)]
+    for name, curve in grey.items():
+        parts += frame.line(f"{behind.title}: {name}" if behind else name, curve, BEHIND, x_title)
     for colour, (name, curve) in zip(COLOURS * len(curves), curves.items()):
-        points = [place(x, scaled(y / factor)) for x, y in thinned[name]]
-        path = "M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        shown = f"{html.escape(name)}: {number_text(curve[-1][1] / factor)} {unit}".rstrip()
-        label = f"<title>{shown} at {html.escape(x_title)} {curve[-1][0]:g}</title>"
-        parts.append(f'<path d="{path}" stroke="{colour}" data-name="{html.escape(name)}">{label}</path>')
-        parts.append(f'<circle cx="{points[-1][0]:.1f}" cy="{points[-1][1]:.1f}" r="2.5" fill="{colour}"/>')
+        parts += frame.line(name, curve, colour, x_title)
     return "".join(parts) + "</svg>"
 
 
-def panel(title: str, curves: Mapping[str, Curve], axis: Axis = PLAIN) -> str:
+def panel(title: str, curves: Mapping[str, Curve], axis: Axis = PLAIN, behind: Backdrop | None = None) -> str:
     """Return a section of a page: a heading, the curves, and a key with their last values."""
     factor, unit = axis.fit(max(abs(y) for curve in curves.values() for _, y in curve))
-    key = " · ".join(
+    entries = [
         f'<span style="color:{colour}">●</span> {html.escape(name)} '
         f"<b>{f'{number_text(curve[-1][1] / factor)} {unit}'.rstrip()}</b>"
         for colour, (name, curve) in zip(COLOURS * len(curves), curves.items())
-    )
-    return f'<section><h2>{html.escape(title)}</h2>{chart(curves, axis=axis)}<div class="key">{key}</div></section>'
+    ]
+    if behind:
+        entries.append(f'<span style="color:{BEHIND}">●</span> {html.escape(behind.title)}')
+    drawn = chart(curves, axis=axis, behind=behind)
+    return f'<section><h2>{html.escape(title)}</h2>{drawn}<div class="key">{" · ".join(entries)}</div></section>'
 
 
 def document(title: str, body: str, head: str = "", style: str = "") -> str:

@@ -249,6 +249,8 @@ class Trainer:
             if asked is not None:
                 self.save(progress)
                 progress.write(f"stopped by signal {asked}; --resume auto resumes from step {self.step}")
+            if self.step == settings.max_steps and self.accelerator.is_main_process:
+                self._judge(progress)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.training.max_steps
@@ -336,6 +338,15 @@ class Trainer:
 
         if self.accelerator.is_main_process:
             write_run_page(self.directory.path, self.config.training.max_steps, running)
+
+    def _judge(self, progress: Progress) -> None:
+        """Say whether the loss is where other runs of this config ended, if the package knows any."""
+        from gspn_dit.training.charts import read_metrics
+        from gspn_dit.training.reference import find_reference
+
+        reference = find_reference(self.config.to_dict(), self.task.describe()["data"]["fingerprint"])
+        if reference is not None and (verdict := reference.judge(read_metrics(self.directory.metrics)["loss"])):
+            progress.write(verdict)
 
     def _snapshot(self) -> None:
         """Write the power-function averages of this step, from which others are made later."""

@@ -3,7 +3,8 @@
     python -m gspn_dit.training.run_page RUN
 
 writes RUN/index.html from metrics.jsonl, config.yaml and samples/; training does so by itself whenever it validates,
-samples or saves.
+samples or saves. Behind the curves of a run of a shipped config lie those of its reference in grey, from the first
+checkpoint on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from PIL import Image
 
 from gspn_dit.data.images import evenly_spaced
 from gspn_dit.files import write_atomically
-from gspn_dit.training.charts import PLAIN, Axis, Curve, document, panel, read_metrics
+from gspn_dit.training.charts import PLAIN, Axis, Backdrop, Curve, document, panel, read_metrics
+from gspn_dit.training.reference import Reference, reference_of
 
 PAGE = "index.html"
 REFRESH_SECONDS = 30
@@ -46,6 +48,11 @@ class Panel:
         told = not self.unless_zero or any(y for curve in found.values() for _, y in curve)
         return found if told else {}
 
+    def behind(self, reference: Reference) -> Backdrop | None:
+        """Return what is drawn behind the curves, None if the reference has nothing of the kind."""
+        found = {name: reference.curves[key] for key, name in self.keys.items() if key in reference.curves}
+        return Backdrop(f"reference: {reference.name}", found) if found else None
+
 
 QUARTILES = {
     "val_loss": "all times",
@@ -63,7 +70,7 @@ PANELS = (
     Panel("Speed", {"images_per_second": "speed"}, Axis("images/s")),
     Panel("Arithmetic of the model", {"model_flops_per_second": "speed"}, Axis("FLOP/s", scaled=True)),
     Panel("Peak memory", {"peak_memory_bytes": "memory"}, Axis("B", scaled=True, linear=True)),
-    Panel("Quick FD (comparable within this run alone)", {"quick_fd": "FD"}),
+    Panel("Quick FD (of few samples: to follow, not to quote)", {"quick_fd": "FD"}),
     Panel("Skipped non-finite steps", {"nonfinite_steps": "steps"}, unless_zero=True),
     Panel("Skipped steps of an exploded loss", {"spikes": "steps"}, unless_zero=True),
 )
@@ -77,14 +84,16 @@ def panels_of(keys: Iterable[str]) -> list[Panel]:
     return [*PANELS, *(Panel(key, {key: key}) for key in dict.fromkeys(keys) if key not in {*known, *CONSTANTS})]
 
 
-def _sections(metrics: Mapping[str, Curve]) -> list[str]:
+WITHOUT_TIMES = Panel("Validation loss", {"val_loss": "validation loss"})
+"""In place of the quartiles where a task knows no times."""
+
+
+def _sections(metrics: Mapping[str, Curve], reference: Reference | None) -> list[str]:
     sections = []
     for each in panels_of(metrics):
-        curves, title = each.curves(metrics), each.title
-        if each.keys is QUARTILES and len(curves) == 1:  # of a task that knows no times
-            title, curves = "Validation loss", {"validation loss": metrics["val_loss"]}
-        if curves:
-            sections.append(panel(title, curves, each.axis))
+        shown = WITHOUT_TIMES if each.keys is QUARTILES and not metrics.keys() & {*QUARTILES} - {"val_loss"} else each
+        if curves := shown.curves(metrics):
+            sections.append(panel(shown.title, curves, shown.axis, shown.behind(reference) if reference else None))
     return sections
 
 
@@ -126,7 +135,7 @@ def render(run_directory: Path, max_steps: int | None = None, running: bool = Fa
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     state = "running" if running else "not running"
     config = run_directory / "config.yaml"
-    sections = _sections(metrics) or ["<section>Nothing has been logged yet.</section>"]
+    sections = _sections(metrics, reference_of(run_directory)) or ["<section>Nothing has been logged yet.</section>"]
     if (run_directory / "samples").is_dir():
         sections.append(_grids(run_directory / "samples"))
     if config.exists():
