@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import select
 import signal
 import sys
 import threading
@@ -45,9 +46,16 @@ def advise_on_memory(advice: str) -> Iterator[None]:
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for what `word` abbreviates, else the closest of `allowed`, or an empty string."""
     allowed = list(allowed)
-    longer = [name for name in allowed if word.strip("-") and name.startswith(word)]
+    longer = [name for name in allowed if word.strip("-") and _abbreviates(word, name)]
     close = difflib.get_close_matches(word, longer or allowed, n=1, cutoff=0.0 if longer else 0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _abbreviates(word: str, name: str) -> bool:
+    """Whether `word` begins `name`, or has its initials: `training.lr` of `training.learning_rate`."""
+    section, point, last = name.rpartition(".")
+    initials = "".join(part[:1] for part in last.split("_"))
+    return name.startswith(word) or (len(initials) > 1 and word in (initials, f"{section}{point}{initials}"))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -104,7 +112,8 @@ def run_cli(main: Callable[[], None], interrupted: str | None = None) -> None:
     """Run a command line: a `UserError` becomes one line on standard error and exit code 2.
 
     So does a scan backend that was named and cannot run here, which the scan itself reports, and, with exit code 128 +
-    its number, a signal that asks to end, where `interrupted` says what then is left.
+    its number, a signal that asks to end, where `interrupted` says what then is left. Output that nobody reads any more
+    (`gspn-train --dry-run | head -1`) ends it quietly, with the exit code that a shell's own commands have then.
 
     >>> run_cli(lambda: None)
     """
@@ -113,7 +122,7 @@ def run_cli(main: Callable[[], None], interrupted: str | None = None) -> None:
     # Read at torch's first allocation: large tensors come in huge pages, also where the system leaves them to madvise.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        with _tidy_end():
+        with _tidy_end(), _end_with_the_reader():
             main()
     except Exception as error:
         if not isinstance(error, (UserError, *_errors_of_the_scan())):
@@ -132,6 +141,26 @@ def _complain(message: str) -> None:
     line = f"{_program_name()}: {' '.join(message.split())}"
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _end_with_the_reader() -> Iterator[None]:
+    """Exit where the reader of standard output is gone.
+
+    Not by the signal SIGPIPE, which would kill a training whose connection to a tracker breaks.
+    """
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(1, 0)
+        if not any(state & select.POLLERR for _, state in output.poll(0)):
+            raise  # another pipe broke
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is still to be written when Python ends
+        sys.exit(128 + signal.SIGPIPE)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,13 @@ def test_a_mistake_is_one_line_under_the_commands_name(command: str) -> None:
     assert line.startswith(f"{command}: error: ")
 
 
+def test_training_starts_by_no_accident() -> None:
+    done = start("gspn-train")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gspn-train: error: nothing says what to train; give --config FILE")
+
+
 @pytest.mark.parametrize(
     ("command", "typed", "offered"),
     [

@@ -115,6 +115,26 @@ def test_signals_are_left_to_a_job_of_several_processes_and_to_nohup() -> None:
     assert done.returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("lines", [3, 100_000])  # that are written when Python ends, or before
+def test_output_that_nobody_reads_any_more_ends_a_command_quietly(lines: int) -> None:
+    code = (
+        "import sys\nfrom gspn_dit.errors import run_cli\n"
+        f"def main():\n    sys.stdin.read()\n    for _ in range({lines}): print('line')\n    sys.exit(0)\nrun_cli(main)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as started:
+        assert started.stdin and started.stdout and started.stderr
+        started.stdout.close()
+        started.stdin.close()
+        assert started.stderr.read() == b""
+    assert started.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback() -> None:
+    with pytest.raises(BrokenPipeError):
+        run_cli(fail_with(BrokenPipeError()))
+
+
 @pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
 def test_in_a_process_of_its_own(rank: str | None, lines: int) -> None:
     code = "from gspn_dit.errors import *\ndef main(): raise UserError('wrong')\nrun_cli(main)"
@@ -140,6 +160,12 @@ def test_in_a_process_of_its_own(rank: str | None, lines: int) -> None:
 )
 def test_nearest_names_the_closest_word_or_none(word: str, hint: str) -> None:
     assert nearest(word, iter(["max_steps", "seed", "batch_size"])) == hint
+
+
+@pytest.mark.parametrize("word", ["lr", "training.lr"])
+def test_nearest_knows_initials(word: str) -> None:
+    keys = ["training.log_every", "training.learning_rate", "seed"]
+    assert nearest(word, keys) == "; did you mean 'training.learning_rate'?"
 
 
 def test_nearest_of_nothing() -> None:
