@@ -44,6 +44,12 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks.few_step", "--seconds", "120", "--recipes", "velocity", "flow_map, from scratch"),
         *("mean_flow, from scratch", "flow_map, half + half", "mean_flow, half + half", "--out"),
     ],
+    "few_step_emoji": [
+        *("benchmarks.few_step", "--data", "emoji", "--root", "data/emoji_classes"),
+        *("--features", "runs/emoji_classifier", "--runs", "runs/few_step_emoji", "--seconds", "150"),
+        *("--recipes", "velocity", "flow_map, from scratch", "flow_map, half + half"),
+        *("--picture", "docs/few_step_emoji.png", "--out"),
+    ],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [

@@ -3,10 +3,11 @@
     python -m benchmarks.few_step --seconds 40 --out benchmarks/results/few_step.json --picture docs/few_step.png
     python -m benchmarks.few_step --distilled runs/digits_one_step --out benchmarks/results/digits_one_step.json
 
-Digits, on one thread; the command can be stopped and started again, and resumes where it was. Every recipe trains for a
-multiple of `--seconds` of the processor's time: in all, a teacher's time included. Seconds become steps by timing the
-objectives in turn, once. Runs of one seed share data order and noise. Guidance is the same for all: a velocity model's
-when sampling, the others' when training. Drawing is timed by the processor too, all ways in turn.
+Digits, or emoji in colour (`--data emoji`), on one thread; the command can be stopped and started again, and resumes
+where it was. Every recipe trains for a multiple of `--seconds` of the processor's time: in all, a teacher's time
+included. Seconds become steps by timing the objectives in turn, once. Runs of one seed share data order and noise.
+Guidance is the same for all: a velocity model's when sampling, the others' when training. Drawing is timed by the
+processor too, all ways in turn.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import calibration
+from benchmarks.judge import Emoji, add_emoji_options, emoji_of
 from benchmarks.measure import CpuDevice, software
 from benchmarks.study import interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, run_cli
@@ -36,15 +38,23 @@ MANY = 50
 """Steps of the velocity model that the others are compared with."""
 STEPS = (1, 2, 4, MANY)
 GUIDANCE_SCALE = 1.5
-COMMON: dict[str, Any] = {
+DIGITS: dict[str, Any] = {
     "model.name": "GSPN-N/2",
     "model.drop_path_rate": 0.0,
     "data.name": "digits",
+    "training.validation_images": 360,
+}
+EMOJI: dict[str, Any] = {
+    **{"model.name": "DiT-N/4", "model.hidden_size": 96, "model.mixer": "gspn", "model.lpu": True},
+    **{"model.positions": True, "data.name": "imagefolder", "data.image_size": 32},
+    "training.validation_images": 256,
+}
+"""The model of `make demo-colour`."""
+COMMON: dict[str, Any] = {
     "training.batch_size": 64,
     "training.learning_rate": 4e-3,
     "training.learning_rate_schedule": "cosine",
     "training.weight_decay": 0.01,
-    "training.validation_images": 360,
     "training.ema_decay": 0.99,
     "training.trackers": [],
     "sampling.per_class": 1,
@@ -98,9 +108,10 @@ def steps_of(recipe: Recipe, seconds: float, milliseconds: Mapping[str, float]) 
     return max(1, int(1e3 * seconds * recipe.share / milliseconds[recipe.objective]))
 
 
-def arguments(recipe: Recipe, steps: int, seed: int, teacher: Path | None) -> list[str]:
+def arguments(recipe: Recipe, steps: int, seed: int, teacher: Path | None, emoji: Emoji | None = None) -> list[str]:
     """Return the command line of `train.py` for a run, but for its directory."""
     values = {
+        **({**EMOJI, "data.path": emoji.root} if emoji else DIGITS),
         **COMMON,
         **OWN[recipe.objective],
         "objective.name": recipe.objective,
@@ -128,14 +139,14 @@ def directory(runs: Path, seed: int, name: str) -> Path:
 
 
 def train_all(
-    names: Sequence[str], runs: Path, seed: int, counts: Mapping[str, int]
+    names: Sequence[str], runs: Path, seed: int, counts: Mapping[str, int], emoji: Emoji | None = None
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Train recipes with a seed, teachers first, and return the runs with their last metrics."""
     done: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name in with_teachers(names):
         run, recipe = directory(runs, seed, name), RECIPES[name]
         teacher = done[recipe.teacher][0] if recipe.teacher else None
-        done[name] = run, train(arguments(recipe, counts[name], seed, teacher), run)
+        done[name] = run, train(arguments(recipe, counts[name], seed, teacher, emoji), run)
     return done
 
 
@@ -162,24 +173,33 @@ def load(run: Path | str) -> GSPNPipeline:
     return pipeline
 
 
-def score_run(run: Path | str, steps: Sequence[int], seed: int) -> dict[str, dict[str, float]]:
+def score_run(
+    run: Path | str, steps: Sequence[int], seed: int, emoji: Emoji | None = None
+) -> dict[str, dict[str, float]]:
     """Return the scores of a run's images by number of steps."""
+    scores, pipeline = emoji.scores if emoji else digits_scores(), load(run)
+    labels = np.arange(SAMPLES) % len(pipeline.class_names)
+    return {str(count): scores(draw(pipeline, count, SAMPLES, seed), labels) for count in steps}
+
+
+def digits_scores() -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
+    """Return what scores digits, uint8 [n, H, W, C], and their classes."""
     from benchmarks.judge import judge_agreement
     from fid.evaluation import score
     from fid.features import load_feature_net
     from fid.images import LabelledImages, read_reference
     from gspn_dit.data.images import load_images
 
-    pipeline, net = load(run), load_feature_net("digits")
+    net = load_feature_net("digits")
     reference = read_reference("digits", net.image_size)
     splits = [load_images("digits", split=split) for split in ("train", "validation")]
-    found = {}
-    for count in steps:
-        images, labels = draw(pipeline, count, SAMPLES, seed), np.arange(SAMPLES) % len(pipeline.class_names)
-        scores = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
+
+    def scores(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        found = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
         agreement = judge_agreement(images, labels, *splits)
-        found[str(count)] = {"fd": scores[f"FD-{net.score_suffix}"], "recall": scores["recall"], **agreement}
-    return found
+        return {"fd": found[f"FD-{net.score_suffix}"], "recall": found["recall"], **agreement}
+
+    return scores
 
 
 def time_drawing(ways: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
@@ -216,23 +236,25 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return by recipe and number of steps the means with 95% intervals, and FD over that of the baseline in many.
 
     Args:
-        rows: figures of one recipe, number of steps and seed each: "recipe", "sampling_steps", "seed", "fd",
-            "class_agreement".
+        rows: figures of one recipe, number of steps and seed each: "recipe", "sampling_steps", "seed", "fd", and
+            "class_agreement" where there is a judge.
     """
     named = [{**row, "variant": f"{row['recipe']}, {row['sampling_steps']}"} for row in rows]
     found: dict[str, Any] = {}
     for row in named:
         own = [other for other in named if other["variant"] == row["variant"]]
         found.setdefault(row["recipe"], {})[str(row["sampling_steps"])] = {
-            "fd": interval([other["fd"] for other in own]),
-            "class_agreement": interval([other["class_agreement"] for other in own]),
+            **{name: interval([other[name] for other in own]) for name in ("fd", "class_agreement") if name in row},
             "fd_ratio": paired_ratio(named, "fd", row["variant"], f"{BASELINE}, {MANY}"),
         }
     return found
 
 
 def judged(found: Mapping[str, Any], speed: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Return what was to be shown with the best value of the recipes of equal training time, and whether it was met."""
+    """Return what was to be shown with the best value of the recipes of equal training time, and whether it was met.
+
+    What no judge has measured is left out.
+    """
     fair = [name for name in found if RECIPES[name].objective != BASELINE and seconds_in_all(name) == 1]
     rows = []
     for target, (figure, steps, sign, bound) in TARGETS.items():
@@ -241,6 +263,8 @@ def judged(found: Mapping[str, Any], speed: Mapping[str, Mapping[str, float]]) -
             values = {"flow_map": fast / slow}
         else:
             key = "fd_ratio" if figure == "fd" else figure
+            if any(key not in found[name][str(steps)] for name in fair):
+                continue
             values = {name: found[name][str(steps)][key]["mean"] for name in fair}
         recipe = (min if sign == "<=" else max)(values, key=lambda name: values[name])
         met = values[recipe] <= bound if sign == "<=" else values[recipe] >= bound
@@ -250,18 +274,20 @@ def judged(found: Mapping[str, Any], speed: Mapping[str, Mapping[str, float]]) -
     return rows
 
 
-def study(names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int]) -> dict[str, Any]:
+def study(
+    names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int], emoji: Emoji | None = None
+) -> dict[str, Any]:
     """Train and score what is not there yet, seed by seed, and return figures and intervals."""
-    words = {name: arguments(Recipe(name, 1), 100, 0, None) for name in OWN}
+    words = {name: arguments(Recipe(name, 1), 100, 0, None, emoji) for name in OWN}
     milliseconds = calibration.calibrated(runs / "calibration.json", words, clock=time.process_time)
     counts = {name: steps_of(recipe, seconds, milliseconds) for name, recipe in RECIPES.items()}
     rows = []
     for seed in seeds:
-        trained = train_all(names, runs, seed, counts)
+        trained = train_all(names, runs, seed, counts, emoji)
         for name in names:
             run, metrics = trained[name]
             file = run.with_name(f"{run.name}.scores.json")
-            scores = once(file, functools.partial(score_run, run, steps_to_score(name), seed))
+            scores = once(file, functools.partial(score_run, run, steps_to_score(name), seed, emoji))
             facts = {key: metrics[key] for key in ("val_loss", "nonfinite_steps", "commit")}
             rows += [
                 {"recipe": name, "seed": seed, "steps": counts[name], "sampling_steps": int(count), **facts, **scored}
@@ -272,7 +298,8 @@ def study(names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int]
     found = summary(rows)
     return {
         "setting": {
-            "model": COMMON["model.name"],
+            "data": "emoji" if emoji else "digits",
+            "model": (EMOJI if emoji else DIGITS)["model.name"],
             "samples": SAMPLES,
             "seconds": seconds,
             "guidance_scale": GUIDANCE_SCALE,
@@ -306,22 +333,25 @@ def compare(run: Path) -> dict[str, Any]:
     }
 
 
-def study_rows(runs: Path) -> list[tuple[Path | str, int]]:
-    """Return the runs of the first seed and the numbers of steps that a picture shows."""
+def study_rows(runs: Path, names: Sequence[str]) -> list[tuple[Path | str, int]]:
+    """Return the runs of the first seed and the numbers of steps that a picture shows: distilled ones, and velocity."""
     rows: list[tuple[Path | str, int]] = [(directory(runs, 0, BASELINE), steps) for steps in (MANY, 1)]
-    names = (f"{name}, half + half" for name in ("flow_map", "mean_flow"))
-    return rows + [(directory(runs, 0, name), steps) for name in names for steps in STEPS[:-1]]
+    distilled = [name for name in names if name.endswith("half + half")]
+    return rows + [(directory(runs, 0, name), steps) for name in distilled for steps in STEPS[:-1]]
 
 
 def draw_picture(rows: Sequence[tuple[Path | str, int]], file: Path) -> None:
-    """Write a picture: columns are the classes, twice; rows models and numbers of steps, from the same noise."""
+    """Write a picture: columns are classes in turn; rows models and numbers of steps, from the same noise."""
     from PIL import Image
 
     drawn = []
     for model, steps in rows:
-        images = draw(load(model), steps, 20, 0)
-        drawn.append(np.concatenate(list(np.pad(images[..., 0], ((0, 0), (1, 1), (1, 1)))), axis=1))
-    Image.fromarray(np.concatenate(drawn)).resize((20 * 30, len(rows) * 30), Image.Resampling.NEAREST).save(file)
+        images = np.pad(draw(load(model), steps, 20, 0), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        drawn.append(np.concatenate(list(images), axis=1))
+    picture = np.concatenate(drawn)
+    scale = max(1, 30 * 20 // picture.shape[1])
+    picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(file)
 
 
 def main() -> None:
@@ -335,14 +365,16 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG file of images side by side")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--distilled", type=Path, metavar="RUN", help="score this beside builtin:digits instead")
+    add_emoji_options(parser)
     options = parser.parse_args()
+    emoji = emoji_of(options.data, options.root, options.features)
     if options.distilled:
         found = compare(options.distilled)
         rows: list[tuple[Path | str, int]] = [(PACKAGED, MANY), (PACKAGED, 1)]
         rows += [(options.distilled, steps) for steps in STEPS[:-1]]
     else:
-        found = study(options.recipes, options.runs, options.seconds, options.seeds)
-        rows = study_rows(options.runs)
+        found = study(options.recipes, options.runs, options.seconds, options.seeds, emoji)
+        rows = study_rows(options.runs, options.recipes)
     text = json.dumps(found, indent=1)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")

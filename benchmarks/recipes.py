@@ -19,12 +19,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import calibration, quality
-from benchmarks.study import best_rate, call, interval, once, paired_ratio, train
+from benchmarks.judge import Emoji, add_emoji_options, emoji_of
+from benchmarks.study import best_rate, interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 BASELINE = "adamw"
@@ -40,7 +42,8 @@ DATA_SETS: dict[str, dict[str, Any]] = {
     "emoji": {"config": "demo_colour"},
 }
 """The config that all recipes share, and what they change in it."""
-EMOJI_SAMPLES: dict[str, Any] = {"per_class": 20, "steps": 20, "guidance_scale": 2.0}
+EMOJI_SETTING: dict[str, Any] = {"samples": 1_080, "steps": 20, "guidance_scale": 2.0, "sampling_seed": "the cell's"}
+"""How every cell of emoji is scored."""
 RATES = (4e-3, 8e-3, 1.6e-2)
 MOST_RATES = 6
 SEARCH_SEED = 100
@@ -49,22 +52,13 @@ METRICS = ("fd", "class_agreement", "recall")
 """Of a cell's images; emoji have no judge of classes beside their features."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the data of a study, the net that scores them, and its cells are."""
-
-    work: Path
-    data: str = "digits"
-    root: Path | None = None
-    features: Path | None = None
-
-
-def train_arguments(recipe: str, seed: int, rate: float, steps: int, place: Place) -> list[str]:
+def train_arguments(recipe: str, seed: int, rate: float, steps: int, emoji: Emoji | None) -> list[str]:
     """Return the command line of `train.py` for a cell, but for the run's directory."""
-    shared = {key: value for key, value in DATA_SETS[place.data].items() if key != "config"}
+    shared = dict(DATA_SETS["emoji" if emoji else "digits"])
+    config = shared.pop("config")
     values: dict[str, Any] = {
         **shared,
-        **({"data.path": place.root.absolute()} if place.root else {}),
+        **({"data.path": emoji.root} if emoji else {}),
         **RECIPES[recipe],
         "seed": seed,
         "training.max_steps": steps,
@@ -79,7 +73,7 @@ def train_arguments(recipe: str, seed: int, rate: float, steps: int, place: Plac
     }
     return [
         "--config",
-        f"configs/{DATA_SETS[place.data]['config']}.yaml",
+        f"configs/{config}.yaml",
         *(word for key, value in values.items() for word in (f"--{key}", str(value))),
     ]
 
@@ -100,18 +94,20 @@ def next_rate(found: Mapping[float, float]) -> float | None:
     return best * 2 if best == max(found) else best / 2
 
 
-def run_cell(recipe: str, seed: int, rate: float, steps: int, place: Place) -> dict[str, Any]:
+def run_cell(recipe: str, seed: int, rate: float, steps: int, work: Path, emoji: Emoji | None) -> dict[str, Any]:
     """Train and score a cell, unless it is there, and return its figures."""
-    cell = place.work / recipe.replace(" ", "-") / f"{steps}-steps" / f"rate-{rate:g}" / f"seed-{seed}"
-    trained = train(train_arguments(recipe, seed, rate, steps, place), cell / "run")
-    score = score_digits if place.data == "digits" else score_emoji
-    figures = score(cell, seed, place)
+    cell = work / recipe.replace(" ", "-") / f"{steps}-steps" / f"rate-{rate:g}" / f"seed-{seed}"
+    trained = train(train_arguments(recipe, seed, rate, steps, emoji), cell / "run")
+    if emoji:
+        figures = once(cell / "scores.json", lambda: score_emoji(cell / "run", seed, emoji))
+    else:
+        figures = score_digits(cell)
     print(f"{cell}: FD {figures['fd']:.3f}", flush=True)
     facts = {"commit": trained["commit"], "val_loss": trained["val_loss"]}
     return {"variant": recipe, "seed": seed, "rate": rate, "steps": steps, **facts, **figures}
 
 
-def score_digits(cell: Path, _seed: int, _place: Place) -> dict[str, float]:
+def score_digits(cell: Path) -> dict[str, float]:
     """Return the scores of a cell of digits; its images are drawn with the cell's own seed."""
     if not (cell / "result.json").exists():
         quality.score_cell(cell, "digits")
@@ -120,32 +116,23 @@ def score_digits(cell: Path, _seed: int, _place: Place) -> dict[str, float]:
     return {name: figures[name] for name in METRICS}
 
 
-def score_emoji(cell: Path, seed: int, place: Place) -> dict[str, float]:
-    """Return the scores of a cell of emoji, by the commands that anyone draws and scores images with."""
-    report, samples = cell / "report" / "report.json", str(cell / "samples.npz")
-    if not report.exists():
-        options = {**EMOJI_SAMPLES, "order": "interleaved", "seed": seed, "save_npz": samples}
-        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        call(["sample.py", "--checkpoint", str(cell / "run"), *words], cell / "score.log")
-        nets = ["--reference", str(place.root), "--features", str(place.features)]
-        call(["-m", "fid", "--samples", samples, *nets, "--out", str(report.parent), "--overwrite"], cell / "score.log")
-    scores = json.loads(report.read_text(encoding="utf-8"))["scores"]
-    return {"fd": next(value for name, value in scores.items() if name.startswith("FD-")), "recall": scores["recall"]}
+def score_emoji(run: Path, seed: int, emoji: Emoji) -> dict[str, float]:
+    """Return the scores of a run's images of all classes in turn."""
+    from gspn_dit.pipeline import GSPNPipeline
+
+    pipeline = GSPNPipeline.from_checkpoint(run)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = np.arange(EMOJI_SETTING["samples"]) % len(pipeline.class_names)
+    steps, guidance = EMOJI_SETTING["steps"], EMOJI_SETTING["guidance_scale"]
+    drawn = pipeline(labels.tolist(), num_inference_steps=steps, guidance_scale=guidance, seed=seed, output_type="np")
+    return emoji.scores(np.asarray(drawn.images), labels)
 
 
-def setting(place: Place) -> dict[str, Any]:
-    """Return how many images of a cell are drawn and scored, and how."""
-    if place.root is None:
-        return quality.SETTING
-    classes = sum(entry.is_dir() for entry in (place.root / "train").iterdir())
-    return {"samples": classes * EMOJI_SAMPLES["per_class"], **EMOJI_SAMPLES}
-
-
-def search(recipe: str, steps: int, place: Place) -> dict[str, Any]:
+def search(recipe: str, steps: int, work: Path, emoji: Emoji | None) -> dict[str, Any]:
     """Return the distances of the learning rates that were tried, and the best."""
     found: dict[float, float] = {}
     while (rate := next_rate(found)) is not None:
-        found[rate] = run_cell(recipe, SEARCH_SEED, rate, steps, place)["fd"]
+        found[rate] = run_cell(recipe, SEARCH_SEED, rate, steps, work, emoji)["fd"]
     return best_rate(found)
 
 
@@ -161,25 +148,26 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {"means": means, "fd_over_baseline": ratios}
 
 
-def study(seconds: int, seeds: int, place: Place) -> dict[str, Any]:
+def study(seconds: int, seeds: int, work: Path, emoji: Emoji | None = None) -> dict[str, Any]:
     """Run every cell that is not there yet, and return figures and intervals."""
     from benchmarks.measure import CpuDevice, software
 
-    words = {recipe: train_arguments(recipe, 0, RATES[0], 100, place) for recipe in RECIPES}
-    milliseconds = calibration.calibrated(place.work / "calibration.json", words, clock=time.process_time)
+    data = "emoji" if emoji else "digits"
+    words = {recipe: train_arguments(recipe, 0, RATES[0], 100, emoji) for recipe in RECIPES}
+    milliseconds = calibration.calibrated(work / "calibration.json", words, clock=time.process_time)
     steps = {recipe: max(1, int(1e3 * seconds / milliseconds[recipe])) for recipe in RECIPES}
-    rates = {recipe: search(recipe, steps[recipe], place) for recipe in RECIPES}
+    rates = {recipe: search(recipe, steps[recipe], work, emoji) for recipe in RECIPES}
     cells = [
-        run_cell(recipe, seed, rates[recipe]["best"], steps[recipe], place)
+        run_cell(recipe, seed, rates[recipe]["best"], steps[recipe], work, emoji)
         for seed in range(seeds)
         for recipe in RECIPES
     ]
-    load = once(place.work / "load.json", lambda: list(os.getloadavg()))
+    load = once(work / "load.json", lambda: list(os.getloadavg()))
     return {
-        "data": place.data,
-        "model": DATA_SETS[place.data],
+        "data": data,
+        "model": DATA_SETS[data],
         "seconds": seconds,
-        "setting": setting(place),
+        "setting": EMOJI_SETTING if emoji else quality.SETTING,
         "milliseconds_per_step": milliseconds,
         "rates": rates,
         "cells": cells,
@@ -194,16 +182,12 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.recipes", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=int, default=18, help="processor time of each training")
     parser.add_argument("--seeds", type=int, default=5, help="paired seeds, from 0 on")
-    parser.add_argument("--data", choices=DATA_SETS, default="digits")
-    parser.add_argument("--root", type=Path, help="of the emoji: what prepare.emoji_classes wrote")
-    parser.add_argument("--features", type=Path, help="of the emoji: a run of task classification")
+    add_emoji_options(parser)
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"), help="where the cells live")
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
-    if options.data == "emoji" and not (options.root and options.features):
-        raise UserError("--data emoji needs --root (the images) and --features (a run of task classification)")
-    place = Place(options.work, options.data, options.root, options.features)
-    text = json.dumps(study(options.seconds, options.seeds, place), indent=2)
+    emoji = emoji_of(options.data, options.root, options.features)
+    text = json.dumps(study(options.seconds, options.seeds, options.work, emoji), indent=2)
     print(text)
     if options.out:
         Path(options.out).write_text(text + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import few_step
 from benchmarks.few_step import RECIPES, STEPS, Recipe, arguments, judged, seconds_in_all, steps_of, summary
+from benchmarks.judge import Emoji
 from gspn_dit.config import parse_train_arguments
 
 FAIR = [f"{name}, {way}" for name in ("flow_map", "mean_flow") for way in ("from scratch", "half + half")]
@@ -39,6 +40,13 @@ def test_recipes_differ_in_what_they_learn_from_alone(tmp_path: Path) -> None:
     first, second = velocity.to_dict(), scratch.to_dict()
     assert first.pop("objective") != second.pop("objective") and first == second
     assert first["seed"] == 3 and first["training"]["max_steps"] == 40
+
+
+def test_emoji_take_the_place_of_the_digits() -> None:
+    recipe, emoji = RECIPES["flow_map, from scratch"], Emoji(Path("/emoji"), Path("/run"))
+    digits, colour = (parse_train_arguments(arguments(recipe, 40, 3, None, data)).config for data in (None, emoji))
+    assert (colour.data.name, colour.data.path, colour.model.name) == ("imagefolder", "/emoji", "DiT-N/4")
+    assert colour.objective == digits.objective and colour.training.max_steps == 40
 
 
 def test_recipes_bring_their_teachers() -> None:
@@ -90,6 +98,16 @@ def test_what_was_to_be_shown_is_judged_by_the_best_of_equal_time() -> None:
         (29.0, False),
     ]
     assert rows[2]["recipe"] == "flow_map, from scratch"
+
+
+def test_what_nothing_has_judged_is_left_out() -> None:
+    without = [{key: value for key, value in cell.items() if key != "class_agreement"} for cell in cells()]
+    speed = {"velocity, 50": {"images_per_second": 10.0}, "flow_map, 1": {"images_per_second": 290.0}}
+    assert [row["target"].split(" / ")[0] for row in judged(summary(without), speed)] == [
+        "FD in 1 step",
+        "FD in 4 steps",
+        "images per second, 1 step",
+    ]
 
 
 def test_a_distilled_run_is_compared_with_many_steps_of_the_packaged(

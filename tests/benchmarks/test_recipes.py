@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import evidence, recipes
-from benchmarks.recipes import BASELINE, DATA_SETS, RATES, RECIPES, Place, next_rate, summary, train_arguments
+from benchmarks.judge import Emoji
+from benchmarks.recipes import BASELINE, RATES, RECIPES, next_rate, summary, train_arguments
 from gspn_dit.config import flatten, parse_train_arguments
 from gspn_dit.errors import UserError
 
@@ -26,12 +27,11 @@ def test_rates_are_added_at_the_better_end_until_the_best_lies_inside() -> None:
         next_rate(falling)
 
 
-@pytest.mark.parametrize("data", DATA_SETS)
+@pytest.mark.parametrize("emoji", [None, Emoji(Path("emoji"), Path("run"))], ids=["digits", "emoji"])
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != BASELINE])
-def test_a_recipe_differs_from_the_baseline_in_one_option(recipe: str, data: str, tmp_path: Path) -> None:
-    place = Place(tmp_path, data, root=tmp_path if data == "emoji" else None)
+def test_a_recipe_differs_from_the_baseline_in_one_option(recipe: str, emoji: Emoji | None) -> None:
     one, other = (
-        dict(flatten(parse_train_arguments(train_arguments(name, 1, 0.01, 50, place)).config.to_dict()))
+        dict(flatten(parse_train_arguments(train_arguments(name, 1, 0.01, 50, emoji)).config.to_dict()))
         for name in (recipe, BASELINE)
     )
     assert {key for key in one if one[key] != other[key]} == set(RECIPES[recipe])
@@ -59,13 +59,13 @@ def test_a_study_calibrates_searches_and_pairs(monkeypatch: pytest.MonkeyPatch, 
     times = {name: 10.0 * (number + 1) for number, name in enumerate(RECIPES)}
     monkeypatch.setattr(recipes.calibration, "calibrated", lambda *_, **__: times)
 
-    def run_cell(recipe: str, seed: int, rate: float, steps: int, place: Place) -> dict[str, Any]:
+    def run_cell(recipe: str, seed: int, rate: float, steps: int, *_: Any) -> dict[str, Any]:
         assert steps == int(2000 / times[recipe])
         figures = {"fd": abs(math.log(rate / 8e-3)) + 1 + seed, "class_agreement": 0.5, "recall": 0.5}
         return {"variant": recipe, "seed": seed, "rate": rate, "steps": steps, "commit": "abc", **figures}
 
     monkeypatch.setattr(recipes, "run_cell", run_cell)
-    found = recipes.study(2, 3, Place(tmp_path))
+    found = recipes.study(2, 3, tmp_path)
     assert {name: row["best"] for name, row in found["rates"].items()} == dict.fromkeys(RECIPES, 8e-3)
     assert [(cell["variant"], cell["seed"]) for cell in found["cells"]] == [(n, s) for s in range(3) for n in RECIPES]
     text = evidence.recipes_table(found)
