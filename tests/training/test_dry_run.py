@@ -21,6 +21,7 @@ from gspn_dit.models import create_model
 from gspn_dit.tasks import TASKS, Plan, Task, task_class
 from gspn_dit.tasks.class_conditional import ClassConditional
 from gspn_dit.training.dry_run import (
+    UTILISATION,
     Estimate,
     dry_run,
     estimate,
@@ -176,7 +177,8 @@ def test_recipes_of_classification_hold_the_published_values(
     assert figures.parameters == parameters
     assert figures.plan.multiply_adds == pytest.approx(multiply_adds, rel=0.03)
     assert (settings.max_steps, settings.warmup_steps) == (round(300 * epoch), round(20 * epoch))
-    assert settings.batch_size == batch and settings.learning_rate == pytest.approx(base_rate * batch / 512)
+    rates = (settings.initial_learning_rate, settings.learning_rate, settings.final_learning_rate)
+    assert settings.batch_size == batch and rates == pytest.approx([x * batch / 512 for x in (5e-7, base_rate, 5e-6)])
     assert config.model.drop_path_rate == drop_path
     assert (settings.weight_decay, settings.decay_vectors, settings.max_grad_norm) == (0.05, False, 5.0)
     assert config.output_dir == f"runs/{path.stem}"
@@ -185,7 +187,8 @@ def test_recipes_of_classification_hold_the_published_values(
 def test_classifiers_differ_in_what_depends_on_their_size_alone() -> None:
     """The augmentation and all the rest is one recipe."""
     of_size = {"output_dir", "model.name", "model.drop_path_rate"}
-    of_size |= {f"training.{key}" for key in ("max_steps", "batch_size", "learning_rate", "warmup_steps")}
+    of_size |= {f"training.{key}" for key in ("max_steps", "batch_size", "warmup_steps")}
+    of_size |= {f"training.{key}learning_rate" for key in ("initial_", "", "final_")}
     of_size |= {f"training.{key}_every" for key in ("checkpoint", "validate", "sample")}
     common = [
         {key: value for key, value in flatten(load_config(path).to_dict()) if key not in of_size}
@@ -374,5 +377,6 @@ def test_hours_by_hand() -> None:
     assert hours_on(flops, 8, TrainingConfig(mixed_precision="bf16"))["A100"] == pytest.approx(5)
     assert hours_on(flops, 8, TrainingConfig(tf32=True))["A100"] == pytest.approx(10)
     assert hours_on(flops, 8, TrainingConfig())["A100"] == pytest.approx(80)
+    assert hours_on(1e12 * UTILISATION * 3600, 1, TrainingConfig())["RTX 4090"] == pytest.approx(1 / 82.6)
     one = hours_on(flops, 1, TrainingConfig(mixed_precision="bf16"))
     assert one["A100"] == pytest.approx(40) and one["B200"] < one["H100"] == one["H200"] < one["A100"]
