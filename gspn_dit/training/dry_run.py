@@ -18,15 +18,22 @@ from gspn_dit.training.optimizer import muon_matrices
 from gspn_dit.training.strategy.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
+PRECISIONS = ("bf16", "TF32", "float32")
 PEAK_TFLOPS = {
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
     "A100": (312, 156, 19.5),
-    "H100": (989, 494, 67),
-    "H200": (989, 494, 67),
-    "B200": (2250, 1100, 75),
+    # SXM: "NVIDIA H100 Tensor Core GPU Architecture", https://resources.nvidia.com/en-us-tensor-core; its data sheet
+    # gives 1,979 and 989 with sparsity, which is twice that, and so does https://www.nvidia.com/en-us/data-center/h200/
+    "H100": (989.4, 494.7, 66.9),
+    "H200": (989.4, 494.7, 66.9),
+    # HGX, 1,000 W: https://nvdam.widen.net/s/xqt56dflgh/nvidia-blackwell-architecture-technical-brief
+    "B200": (2250, 1100, 80),
+    # https://www.nvidia.com/en-us/data-center/l40s/
     "L40S": (362, 183, 91.6),
-    "RTX 4090": (165, 82.6, 82.6),
+    # With float32 sums: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
+    "RTX 4090": (165.2, 82.6, 82.6),
 }
-"""Dense peaks that NVIDIA states, in 10¹² FLOP a second: bfloat16, TF32, and float32."""
+"""Dense peaks that NVIDIA states, in 10¹² FLOP a second, in each of `PRECISIONS`."""
 UTILISATION = 0.4
 """Share of the peak that a training is taken to reach, for want of a measurement."""
 
@@ -234,20 +241,25 @@ def _run_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
 
 def hours_on(flops: float, processes: int, settings: TrainingConfig) -> dict[str, float]:
     """Return the hours that so many FLOP take on a number of GPUs of each kind, at `UTILISATION` of the peak."""
-    kind = 0 if settings.mixed_precision == "bf16" else 1 if settings.tf32 else 2
-    rates = {name: UTILISATION * 1e12 * peaks[kind] * processes for name, peaks in PEAK_TFLOPS.items()}
+    column = PRECISIONS.index(_precision(settings))
+    rates = {name: UTILISATION * 1e12 * peaks[column] * processes for name, peaks in PEAK_TFLOPS.items()}
     return {name: flops / rate / 3600 for name, rate in rates.items()}
+
+
+def _precision(settings: TrainingConfig) -> str:
+    """Return in which of `PRECISIONS` matrices are multiplied."""
+    return "bf16" if settings.mixed_precision == "bf16" else "TF32" if settings.tf32 else "float32"
 
 
 def _time_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
     settings = config.training
     flops = figures.training_flops * settings.max_steps * settings.batch_size
     hours = hours_on(flops, figures.processes, settings)
-    precision = "bf16" if settings.mixed_precision == "bf16" else "TF32" if settings.tf32 else "float32"
     text = ", ".join(f"{name} {value:,.3g}" for name, value in hours.items())
+    peak = f"{_precision(settings)} peak that NVIDIA states"
     return [
         ("hours", f"{text}; on {figures.processes} of them"),
-        ("", f"at {UTILISATION:.0%} of the {precision} peak that NVIDIA states, which is assumed, not measured; scans"),
+        ("", f"at {UTILISATION:.0%} of the {peak}, which is assumed, not measured; scans"),
         ("", "are bound by memory and reach less; metrics.jsonl says images_per_second after the first steps"),
     ]
 
