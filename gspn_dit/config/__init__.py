@@ -11,18 +11,16 @@ from gspn_dit.config.parsing import (
 )
 from gspn_dit.config.schema import (
     SCAN_DIRECTIONS,
-    TRACKERS,
     Config,
     DataConfig,
     LatentConfig,
     ModelConfig,
     ObjectiveConfig,
-    SamplingConfig,
     TextConfig,
     TrainArguments,
-    TrainingConfig,
     UNetConfig,
 )
+from gspn_dit.config.training import TRACKERS, SamplingConfig, TrainingConfig
 
 __all__ = [
     "SCAN_DIRECTIONS",
