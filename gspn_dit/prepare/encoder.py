@@ -31,6 +31,9 @@ class Encodes(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def to(self, device: torch.device) -> Encodes:
+        """Move to a device, in place; return itself."""
+
     def moments(self, images: np.ndarray, batch_size: int) -> torch.Tensor:
         """Return float32 [n, moment_channels, size, size] on the CPU of uint8 images [n, H, W, C]."""
 

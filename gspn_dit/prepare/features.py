@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,13 @@ import numpy as np
 
 from gspn_dit.data.images import ImageSet, evenly_spaced
 from gspn_dit.data.latent_shards import FORMAT_VERSION, find_damage, open_shards
-from gspn_dit.errors import ArgumentParser, UserError, advise_on_memory, run_cli
-from gspn_dit.locks import Lock, refuse_if_held, sole_job
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.locks import refuse_if_held
 from gspn_dit.paths import path_argument, source_argument
-from gspn_dit.prepare.encode import GRACE_SECONDS, begin, check_out, create_accelerator, encode_shards, finish
 from gspn_dit.prepare.encode_plan import open_images, source_fingerprint
+from gspn_dit.prepare.job import Work, check_out, run_job
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from gspn_dit.prepare.feature_nets import FeatureNet
 
 VERIFIED_IMAGES = 8
@@ -113,40 +110,19 @@ def make_plan(options: argparse.Namespace, images: ImageSet, net: FeatureNet) ->
 
 def run(options: argparse.Namespace) -> None:
     """Extract what the options ask for."""
-    accelerator = create_accelerator()
-    advice = f"--batch-size is {options.batch_size}; lower it, and begin again in another --out"
-    with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
-        check_out(Path(options.out), options.resume)  # again: another job may have been here meanwhile
-        _run_alone(options, accelerator, lock)
 
+    def open_work() -> Work:
+        net, images = _open(options)
+        return Work(images, net, make_plan(options, images, net))
 
-def _run_alone(options: argparse.Namespace, accelerator: Accelerator, lock: Lock) -> None:
-    from accelerate.utils import gather_object
-
-    from gspn_dit.prepare.encoder import Encoder
-
-    out = Path(options.out)
-    net, images = _open(options)
-    lock.keep_directory()
-    plan = begin(options, make_plan(options, images, net), accelerator)
-    if plan is None:
-        accelerator.print(f"{out} is complete: nothing to do")
-        return
-    accelerator.print(images.describe())
-    entries = encode_shards(Encoder(images, net.to(accelerator.device), options), out, accelerator, lock)
-    try:
-        parts = gather_object([entries])
-    except RuntimeError as error:
-        time.sleep(GRACE_SECONDS)
-        raise UserError("another process has ended early and tells why; continue with --resume") from error
-    if accelerator.is_main_process:
-        manifest = finish(out, plan, parts, options.skip_bad)
+    def report(work: Work, manifest: dict[str, Any]) -> None:
+        size = work.encodes.size
         print(
-            f"{out}: {net.size}x{net.size} features of {net.moment_channels} dimensions of {manifest['images']:,} "
-            f"images and their mirror images, in {len(manifest['shards'])} shards"
+            f"{options.out}: {size}x{size} features of {work.encodes.moment_channels} dimensions of "
+            f"{manifest['images']:,} images and their mirror images, in {len(manifest['shards'])} shards"
         )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+
+    run_job(options, open_work, report)
 
 
 def verify(options: argparse.Namespace) -> None:

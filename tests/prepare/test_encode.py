@@ -28,7 +28,7 @@ from gspn_dit.data.latent_shards import MANIFEST, PLAN, Shard, open_latents, rea
 from gspn_dit.data.latents import AutoencoderLatent
 from gspn_dit.data.vae import load_vae
 from gspn_dit.errors import LocalUserError, UserError
-from gspn_dit.prepare import encode, encode_check, encode_plan
+from gspn_dit.prepare import encode, encode_check, encode_plan, job
 from gspn_dit.prepare.encode import parse_arguments
 from gspn_dit.prepare.encoder import Encoder
 from tests.data.tiny_vae import SIZE, image_of, write_folder, write_vae
@@ -154,7 +154,7 @@ def test_killed_and_resumed_is_bit_identical(place: Path, monkeypatch: pytest.Mo
             written.append(path.name)
             files.write_atomically(path, content)
 
-        patch.setattr(encode, "write_atomically", write)
+        patch.setattr(job, "write_atomically", write)
         with pytest.raises(Killed):
             run(place, out)
     assert not (place / out / MANIFEST).exists()
