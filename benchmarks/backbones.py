@@ -7,11 +7,10 @@ Nothing is run: parameters and multiply-adds are counted, and memory is what a d
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
+from benchmarks.output import publish
 from benchmarks.study import ROOT
 from gspn_dit.errors import ArgumentParser, run_cli
 
@@ -120,10 +119,7 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.backbones", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
-    text = json.dumps(count(), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(count(), options.out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import calibration
 from benchmarks.markdown import mean_and_interval, plural, provenance, table
+from benchmarks.output import publish
 from benchmarks.study import best_rate, interval, once, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -224,10 +225,7 @@ def main() -> None:
     options.root = str(Path(options.root or {"fashion": "runs/fashion/data", "emoji": "data/emoji32"}[options.data]))
     if not Path(options.root).exists():
         raise UserError(f"--root {options.root} is not there; gspn_dit.prepare.{options.data} makes it")
-    text = json.dumps(study(options), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(study(options), options.out)
 
 
 if __name__ == "__main__":

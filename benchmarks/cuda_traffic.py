@@ -7,15 +7,14 @@ python -m benchmarks.cuda_traffic --out benchmarks/results/cuda_traffic.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measure import CpuDevice, software
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.ops.cuda.host.harness import count_projected_elements
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry
@@ -75,11 +74,7 @@ def main() -> None:
         "machine": CpuDevice().describe(),
         "software": software(),
     }
-    text = json.dumps(result, indent=2)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 
 SAMPLES = 1_000
@@ -114,10 +115,7 @@ def main() -> None:
         seconds = None if options.checkpoint else round(train(run), 1)
         found = measure(run, options.steps, options.guidance_scale, options.seed)
     found["run"]["processor_seconds"] = seconds
-    text = json.dumps(found, indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(found, options.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 
 if TYPE_CHECKING:
@@ -125,10 +126,7 @@ def main() -> None:
         options.guidance_scale,
         options.picture,
     )
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ binaries and as arrays. The storages are read in turn, so that a busy neighbour 
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 
 if TYPE_CHECKING:
@@ -217,10 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = measure(options.images, options.arrow_images, options.batch_size, options.rounds, Path(folder))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import CpuDevice, _status_bytes, software
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 from gspn_dit.models.gspn import GSPNBlock
 from gspn_dit.ops import DIRECTIONS, gspn_scan
@@ -186,10 +186,7 @@ def main() -> None:
         "machine": CpuDevice().describe(),
         "software": software(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

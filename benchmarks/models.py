@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,10 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.only:
         print(json.dumps(measure(options.only, options)))
         return
-    text = json.dumps(compare(options), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(compare(options), options.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import CpuDevice, software
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.ops.cpu import binding, projected
 from gspn_dit.ops.materialised import projected_backward, projected_forward
@@ -147,12 +148,7 @@ def main() -> None:
     if options.peak_of:
         print(json.dumps(peak_here(*json.loads(options.peak_of))))
         return
-    text = json.dumps(run(options.quick, options.repeats), indent=1)
-    if options.out is None:
-        print(text)
-    else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(run(options.quick, options.repeats), options.out)
 
 
 if __name__ == "__main__":

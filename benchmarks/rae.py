@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 
 if TYPE_CHECKING:
@@ -142,10 +143,7 @@ def main() -> None:
         options.guidance_scale,
         options.picture,
     )
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/scan.py --device cpu --json benchmarks/results/scan_cpu.json
 
-Every share is the fewest bytes the scan can move (DESIGN, section 2) per second, over the bytes per second of a
+Every share is the fewest bytes the scan can move (cuda/README.md) per second, over the bytes per second of a
 `copy_` of float32 timed in turn with it, best run against best run. On a machine that others use, the share per
 processor second (of all threads; set OMP_WAIT_POLICY=passive, so that waiting costs none) is steadier, but lower: two
 threads of `copy_` that never run at once do not compete for memory. Nothing is printed unless the kernels agree with
@@ -21,13 +21,13 @@ results.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import scan_cases
+from benchmarks.output import publish
 from gspn_dit.errors import run_cli
 
 
@@ -52,12 +52,7 @@ def main() -> None:
         report = scan_cuda.run(arguments.quick, repeats)
     else:
         report = scan_cases.run(arguments.device, arguments.quick, repeats)
-    text = json.dumps(report, indent=1)
-    if arguments.json and arguments.json != "-":
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
+    publish(report, None if arguments.json == "-" else arguments.json)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import torch
 
 from benchmarks import calibration
 from benchmarks.measure import CpuDevice, software
+from benchmarks.output import publish
 from benchmarks.study import ROOT, best_rate, interval, once, paired_ratio, train
 from benchmarks.text_judge import METRICS, SETS, Judge
 from gspn_dit.diffusion import Guidance
@@ -320,12 +321,9 @@ def main() -> None:
     }
     result["distillation"] = distil(options, judge, result) if options.distill else None
     result |= {"machine": CpuDevice().describe(), "software": software()}
-    text = json.dumps(result, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(result, options.out)
     if options.grid:
         draw_grid(options, judge, result, options.grid)
-    print(text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Drawing by sample number, loading the batch, the EMA and the counters are the ov
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 
 WARM_UP_STEPS = 5
@@ -85,10 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
-    text = json.dumps(measure(options.config, options.steps), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(measure(options.config, options.steps), options.out)
 
 
 if __name__ == "__main__":
