@@ -34,6 +34,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "backbones": ["benchmarks.backbones", "--out"],
     "classification_emoji": ["benchmarks.classification", "--data", "emoji", "--out"],
+    "classification_long": ["benchmarks.learning_curve", "--run", "runs/fashion/long", "--out"],
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
@@ -74,7 +75,7 @@ COMMANDS: dict[str, list[str]] = {
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "text_quality": [
         *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts"),
-        *("--seconds", "240", "--search-steps", "200", "--images", "160", "--grid", "docs/text_quality.png", "--out"),
+        *("--seconds", "180", "--search-steps", "200", "--images", "160", "--grid", "docs/text_quality.png", "--out"),
     ],
     "text_to_image": ["benchmarks.text_to_image", "--out"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],

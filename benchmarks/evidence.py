@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.backbones import backbones_table
 from benchmarks.classification import classification_table
+from benchmarks.learning_curve import curve_table
 from benchmarks.markdown import mean_and_interval, plural, provenance, ratio_and_interval, short, table
 from benchmarks.quality import METRICS
 from benchmarks.study import paired_ratio
@@ -387,6 +388,7 @@ STUDIES = {
     "backbones": Study(CLASSIFICATION, backbones_table),
     "classification_fashion": Study(CLASSIFICATION, classification_table),
     "classification_emoji": Study(CLASSIFICATION, classification_table),
+    "classification_long": Study(CLASSIFICATION, curve_table),
     "text_quality": Study(TEXT, text_quality_table),
     "text_to_image": Study(TEXT, text_to_image_table),
 }
