@@ -24,7 +24,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard gspn_dit/ops/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,text]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,playground,text]'
 	touch $@
 
 # Matrices this small are computed faster by one thread than by several.
@@ -74,9 +74,9 @@ wheels: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
 
-# uv.lock with the versions of constraints.txt, for `uv sync`. Pillow is older there: Gradio does not take 13 yet.
+# uv.lock with the versions of constraints.txt, for `uv sync`.
 lock:
-	uv lock $(foreach pin,$(shell sed -nE '/^pillow/d; s/^([^#;]+); .*/\1/p' constraints.txt),-P "$(pin); python_version >= '3.11'")
+	uv lock $(foreach pin,$(shell sed -nE 's/^([^#;]+); .*/\1/p' constraints.txt),-P "$(pin); python_version >= '3.11'")
 
 lint: install
 	$(BIN)/ruff check .

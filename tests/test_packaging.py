@@ -93,7 +93,7 @@ def test_the_lock_file_has_the_tested_versions_from_the_public_index(locked: lis
         versions.setdefault(package["name"], set()).add(package.get("version", ""))
     pins = re.findall(r"^([\w.-]+)==([\w.]+);", read("constraints.txt"), flags=re.MULTILINE)
     different = {name for name, version in pins if version not in versions[normalised(name)]}
-    assert len(pins) > 20 and different <= {"pillow"}  # Gradio does not take Pillow 13 yet
+    assert len(pins) > 20 and not different
     hosts = set(re.findall(r"https?://([^/\"]+)", read("uv.lock")))
     assert hosts <= {"pypi.org", "files.pythonhosted.org"}
 
