@@ -14,6 +14,8 @@ from pathlib import Path
 MAX_POINTS = 400
 """Points of a curve; longer ones are averaged in as many intervals of steps."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 58, 30, 24, 26
+CHARACTER = 7
+"""Pixels that a digit takes, at most."""
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
 BEHIND = "#b4b4b4"
 """Light grey on white and on black."""
@@ -30,6 +32,7 @@ p { color: var(--soft); margin: .2rem 0 1rem; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 section { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; min-width: 0; }
 svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
+.key > span { display: inline-block; }
 svg .grid { stroke: var(--line); } svg path { fill: none; stroke-width: 1.6; }
 figure { margin: 0; } figure img { max-width: 100%; } figcaption, .key { color: var(--soft); font-size: .8rem; }
 .wide { grid-column: 1 / -1; } .grids { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -196,9 +199,11 @@ class _Frame:
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text {margin} y="{y + 4:.1f}" text-anchor="end">{label}</text>')
         below = ticks(self.first, self.last)
-        for tick, label in zip(below, tick_texts(below), strict=True):
+        texts = tick_texts(below)
+        for tick, label in zip(below, texts, strict=True):
             parts.append(f'<text x="{self.across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
-        parts.append(f'<text {margin} y="{HEIGHT - 8}" text-anchor="end">{html.escape(x_title)}</text>')
+        free = min(LEFT, self.across(below[0]) - CHARACTER / 2 * len(texts[0])) - 6  # before the first label
+        parts.append(f'<text x="{free:.1f}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(x_title)}</text>')
         return parts
 
     def line(self, name: str, curve: Curve, colour: str, x_title: str) -> list[str]:
@@ -233,12 +238,12 @@ def panel(title: str, curves: Mapping[str, Curve], axis: Axis = PLAIN, behind: B
     """Return a section of a page: a heading, the curves, and a key with their last values."""
     factor, unit = axis.fit(max(abs(y) for curve in curves.values() for _, y in curve))
     entries = [
-        f'<span style="color:{colour}">●</span> {html.escape(name)} '
-        f"<b>{f'{number_text(curve[-1][1] / factor)} {unit}'.rstrip()}</b>"
+        f'<span><span style="color:{colour}">●</span> {html.escape(name)} '
+        f"<b>{f'{number_text(curve[-1][1] / factor)} {unit}'.rstrip()}</b></span>"
         for colour, (name, curve) in zip(COLOURS * len(curves), curves.items())
     ]
     if behind:
-        entries.append(f'<span style="color:{BEHIND}">●</span> {html.escape(behind.title)}')
+        entries.append(f'<span><span style="color:{BEHIND}">●</span> {html.escape(behind.title)}</span>')
     drawn = chart(curves, axis=axis, behind=behind)
     return f'<section><h2>{html.escape(title)}</h2>{drawn}<div class="key">{" · ".join(entries)}</div></section>'
 

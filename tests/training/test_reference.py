@@ -209,7 +209,7 @@ def test_the_reference_is_drawn_in_grey_behind_the_runs_curve(tmp_path: Path, mo
     assert path_of(training, f"{TITLE}: loss") == [(58.0, 24.0), (430.0, 224.0)]
     assert path_of(training, "loss") == [(58.0, 124.0)]
     assert training.index(f'stroke="{BEHIND}"') < training.index('data-name="loss"')
-    assert f'<span style="color:{BEHIND}">●</span> {TITLE}</div>' in training
+    assert f'<span style="color:{BEHIND}">●</span> {TITLE}</span></div>' in training
     (rate,) = re.findall(r"<h2>Learning rate</h2>(.*?)</section>", page)
     assert "reference" not in rate
     assert "<h2>Quick FD" not in page  # of which the run itself has none

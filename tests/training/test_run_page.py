@@ -75,6 +75,15 @@ def test_labels_of_the_axis_fit_before_it_and_differ(values: list[float]) -> Non
     assert len(set(of_values)) == len(of_values)
 
 
+@pytest.mark.parametrize("first", [0, 10, 950, 10_000, 10_400])
+def test_the_title_of_the_steps_stands_before_their_first_label(first: int) -> None:
+    drawn = chart({"a": [(first, 1.0), (first + 5000, 2.0)]})
+    below = re.findall(r'<text x="([\d.]+)" y="242" text-anchor="(?:middle|end)">([^<]*)</text>', drawn)
+    (*labels, (end, title)) = [(float(x), text) for x, text in below]
+    assert title == "step" and 7 * len(title) <= end <= 52
+    assert end + 6 <= labels[0][0] - 3.5 * len(labels[0][1])
+
+
 def test_a_unit_takes_the_prefix_of_the_largest_value() -> None:
     assert [Axis("B", scaled=True).fit(value) for value in (12, 5e3, 2e12)] == [(1, "B"), (1e3, "kB"), (1e12, "TB")]
     assert Axis("images/s").fit(5e3) == (1, "images/s")
