@@ -2,7 +2,7 @@
 # PyTorch's wheels bring CUDA's libraries and CuPy compiles the scans with NVRTC, so the base image has no toolkit.
 FROM nvidia/cuda:13.0.0-base-ubuntu24.04
 
-# g++ compiles the CPU scans.
+# g++ compiles the CPU scans, with python3-dev what torch.compile writes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ python3-dev python3-venv \

@@ -1,20 +1,20 @@
 """A token mixer of one's own in DiT's block: an average over rows and columns, with a learned map before and after.
 
-    python examples/add_a_mixer.py --model.name DiT-N/2 --model.mixer cross --output_dir runs/cross
+    python examples/add_a_mixer.py gspn_dit.train --model.name DiT-N/2 --model.mixer cross --output_dir runs/cross
+    python examples/add_a_mixer.py gspn_dit.sample --checkpoint runs/cross --out cross.png
 
-Every command knows the mixer once this module is imported: `multiply_adds` is all that a dry run asks of it.
+Any command of the library runs behind this script, which makes the mixer known to it.
 """
 
 from __future__ import annotations
 
+import runpy
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gspn_dit.config import parse_train_arguments
-from gspn_dit.errors import run_cli
 from gspn_dit.models.mixers import MIXERS, Mixer
-from gspn_dit.training.loop import train
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,5 @@ class CrossMixer(Mixer):
 MIXERS["cross"] = (CrossMixer, CrossOptions)
 
 if __name__ == "__main__":
-    run_cli(lambda: train(parse_train_arguments()), "--resume auto resumes from the last checkpoint")
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -44,8 +44,11 @@ def test_a_mixer_is_added(tmp_path: Path) -> None:
     short = {"training.max_steps": "2", "training.batch_size": "4", "training.validation_images": "4"}
     keys = {**sizes, **short, "training.trackers": "[]", "sampling.steps": "1", "sampling.per_class": "1"}
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
-    start(tmp_path, "add_a_mixer.py", *words, "--output_dir", "run")
+    start(tmp_path, "add_a_mixer.py", "gspn_dit.train", *words, "--output_dir", "run")
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
+    drawing = ("--checkpoint", "run", "--classes", "3", "--steps", "1", "--out", "grid.png")
+    start(tmp_path, "add_a_mixer.py", "gspn_dit.sample", *drawing)
+    assert (tmp_path / "grid.png").is_file()
 
 
 @pytest.mark.slow

@@ -71,25 +71,22 @@ def test_an_example_is_registered_and_used(title: str, monkeypatch: pytest.Monke
     exec(compile(use, f"docs/extending.md, {title}", "exec"), names)  # asserts itself what comes of it
 
 
-def test_the_launcher_trains_with_what_another_module_enters(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_trains_and_samples_with_what_another_module_enters(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place / "mine.py").write_text(SECTIONS["A mixer"][0], encoding="utf-8")
     monkeypatch.syspath_prepend(str(place))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    words = ["--output_dir", "run", "--model.name", "DiT-N/4", "--model.hidden_size", "16", "--model.depth", "1"]
-    words += [
-        "--model.mixer",
-        "shift",
-        "--training.max_steps",
-        "1",
-        "--training.batch_size",
-        "4",
-        "--sampling.steps",
-        "1",
-    ]
-    words += ["--training.validation_images", "4", "--training.trackers", "[]"]
-    monkeypatch.setattr(sys, "argv", ["train_mine.py", *words])
-    exec(compile(LAUNCHER, "train_mine.py", "exec"), {"__name__": "__main__"})
-    assert (place / "run" / "checkpoints" / "step-00000001").is_dir()
+    model = {"model.name": "DiT-N/4", "model.mixer": "shift", "model.hidden_size": "16", "model.depth": "1"}
+    short = {"training.max_steps": "1", "training.batch_size": "4", "training.validation_images": "4"}
+    keys = {**model, **short, "training.trackers": "[]", "sampling.steps": "1", "output_dir": "run"}
+    train = ["gspn_dit.train", *(word for key, value in keys.items() for word in (f"--{key}", value))]
+    sample = [*("gspn_dit.sample", "--checkpoint", "run", "--classes", "3", "--steps", "1", "--out", "grid.png")]
+    for words in (train, sample):
+        monkeypatch.setattr(sys, "argv", ["with_mine.py", *words])
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        MIXERS.pop("shift", None)
+        exec(compile(LAUNCHER, "with_mine.py", "exec"), {"__name__": "__main__"})
+    assert (place / "run" / "checkpoints" / "step-00000001").is_dir() and (place / "grid.png").is_file()
     del sys.modules["mine"]
 
 

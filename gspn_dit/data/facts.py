@@ -88,7 +88,7 @@ def unseen_facts(config: Config, images: int, whose: str) -> DataFacts:
 
     Raises UserError where the config does not tell the size of the images.
     """
-    data, source = config.data, f"{whose}: data.path {config.data.path} is not there"
+    data, source = config.data, f"data.path {config.data.path} does not exist; these are {whose}"
     if data.image_size is None:
         raise UserError(f"data.path {data.path} is not there; a dry run without data needs data.image_size")
     if find_source(data.name).latents is None and config.latent.name == "identity":

@@ -220,7 +220,9 @@ MIXERS: dict[str, tuple[type[Mixer], type[Any]]] = {
 def option_names(mixer: str) -> list[str]:
     """Return the names of a mixer's options; raises ValueError for an unknown mixer."""
     if mixer not in MIXERS:
-        raise ValueError(f"unknown mixer '{mixer}'; allowed are {', '.join(MIXERS)}")
+        raise ValueError(
+            f"unknown mixer '{mixer}'; allowed are {', '.join(MIXERS)}, and what an imported module enters"
+        )
     return [field.name for field in dataclasses.fields(MIXERS[mixer][1])]
 
 

@@ -59,6 +59,16 @@ def cache_rows(config: Config, facts: DataFacts) -> list[tuple[str, str]]:
     return [("latents", f"{size} on disk, read once an epoch; {advice}")]
 
 
+def epochs_of(samples: int, images: int) -> str:
+    """Return how often so many samples see each image, for people.
+
+    >>> epochs_of(3, 180), epochs_of(1_280_000, 54)
+    ('0.0167', '23,704')
+    """
+    epochs = samples / images
+    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+
+
 def gigabytes(count: int) -> str:
     """Return a number of bytes as text, such as "1.50 GB" or "0.02 MB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gspn_dit.config import Config, TrainingConfig
 from gspn_dit.errors import UserError
 from gspn_dit.tasks import Plan, task_class
-from gspn_dit.tasks.plan import gigabytes
+from gspn_dit.tasks.plan import epochs_of, gigabytes
 from gspn_dit.training.optimizer import muon_matrices
 from gspn_dit.training.strategy.zero import STAGES, bucket_elements
 
@@ -234,7 +234,10 @@ def _run_rows(config: Config, figures: Estimate) -> list[tuple[str, str]]:
     shares = f"{gpus} × {settings.gradient_accumulation_steps} accumulation steps"
     return [
         ("batch", f"{settings.batch_size} images = {shares} × {figures.micro_batch}"),
-        ("run", f"{settings.max_steps:,} steps, {images:,} images, {images / plan.images:.4g} epochs, {flops} FLOP"),
+        (
+            "run",
+            f"{settings.max_steps:,} steps, {images:,} images, {epochs_of(images, plan.images)} epochs, {flops} FLOP",
+        ),
         ("data", plan.data),
     ]
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from gspn_dit.config import Config
 from gspn_dit.tasks import Task
+from gspn_dit.tasks.plan import epochs_of
 
 
 def summarise(config: Config, task: Task, directory: Path, step: int, accelerator: Accelerator) -> str:
@@ -31,8 +32,8 @@ def summarise(config: Config, task: Task, directory: Path, step: int, accelerato
 def _run(config: Config, task: Task, step: int, accelerator: Accelerator) -> str:
     settings, processes = config.training, accelerator.num_processes
     left = settings.max_steps - step
-    epochs = left * settings.batch_size / task.describe()["data"]["images"]
-    text = f"{left:,} step{'s' if left != 1 else ''} of {settings.batch_size:,} images, {epochs:.3g} epochs, "
+    epochs = epochs_of(left * settings.batch_size, task.describe()["data"]["images"])
+    text = f"{left:,} step{'s' if left != 1 else ''} of {settings.batch_size:,} images, {epochs} epochs, "
     text += f"seed {config.seed}, "
     text += f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, "
     text += {"no": "float32"}.get(settings.mixed_precision, settings.mixed_precision)

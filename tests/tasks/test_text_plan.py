@@ -82,7 +82,7 @@ def test_the_report_needs_neither_data_nor_weights(
     parameters = sum(weight.numel() for weight in plan_of(config).model.parameters())
     assert f"UNet with scans, {parameters:,} parameters" in told
     assert "at most 8 tokens of 16 channels" in told
-    assert f"100 steps, 400 images, {400 / COCO_IMAGES:.4g} epochs" in told
+    assert f"100 steps, 400 images, {400 / COCO_IMAGES:.3g} epochs" in told
     assert "COCO 2014's training images" in told
     assert not (tmp_path / "run").exists()
 

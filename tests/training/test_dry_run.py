@@ -218,7 +218,7 @@ def test_data_that_are_not_there_are_taken_to_be_imagenet() -> None:
     facts = data_facts(small())
     assert (facts.images, facts.num_classes, facts.channels, facts.size) == (1_281_167, 1000, 4, 8)
     assert facts.bytes == 1_281_167 * 2 * 8 * 64 * 2  # two mirror images, 8 moments of 8×8, two bytes
-    assert facts.source == "ImageNet's figures: data.path nowhere is not there"
+    assert facts.source == "data.path nowhere does not exist; these are ImageNet's figures"
     pixels = data_facts(Config(data=DataConfig("imagefolder", "nowhere", 32)))
     assert (pixels.channels, pixels.size, pixels.bytes) == (3, 32, 1_281_167 * 32 * 32 * 3)
     encoded = data_facts(Config(data=DataConfig("imagefolder", "nowhere", 32), latent=LatentConfig("kl", "some/vae")))
@@ -303,7 +303,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "8 images = 2 GPUs × 1 accumulation steps × 4" in text
     assert re.search(r"^hours +A100 .*, H100 .*; on 2 of them$", text, re.MULTILINE)
     assert "at 40% of the float32 peak that NVIDIA states, which is assumed, not measured" in text
-    assert "100 steps, 800 images, 0.0006244 epochs" in text
+    assert "100 steps, 800 images, 0.000624 epochs" in text
     assert f"checkpoints: 2 × {20 * parameters / 1e6:.2f} MB" in text  # weights, two averages, two moments
     assert f"ema_snapshots: 4 × {2 * parameters / 1e6:.2f} MB" in text
     assert not list(tmp_path.iterdir())
