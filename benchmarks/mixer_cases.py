@@ -127,13 +127,8 @@ def disagreement() -> str | None:
     """Compare mixers with their formulas in float64; return a sentence about the first that is wrong."""
     import torch
 
-    from gspn_dit.models.mixers import (
-        AttentionMixer,
-        AttentionOptions,
-        LinearAttentionMixer,
-        ScanMixer,
-        ScanOptions,
-    )
+    from gspn_dit.models.attention import AttentionMixer, AttentionOptions, LinearAttentionMixer
+    from gspn_dit.models.scans import ScanMixer, ScanOptions
     from gspn_dit.ops import gspn_scan
 
     torch.manual_seed(0)

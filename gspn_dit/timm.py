@@ -15,7 +15,7 @@ from gspn_dit.models.backbone_blocks import GlobalResponseNorm, Residual
 from gspn_dit.models.backbone_model import pretrained_cfg
 from gspn_dit.models.backbones import BACKBONES, create_backbone
 from gspn_dit.models.convolution import DepthwiseConv
-from gspn_dit.models.mixers import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer
 
 for _module in (DepthwiseConv, GSPNMixer, GlobalResponseNorm, Residual):
     register_notrace_module(_module)  # their way depends on shapes and dtypes, which torch.fx does not know

@@ -260,16 +260,15 @@ def test_null_on_the_command_line_is_a_word_where_words_are_asked_for() -> None:
     assert "seed" in refusal("--seed", "null")
 
 
-@pytest.mark.parametrize("option", [("norm", "rms"), ("mlp", "swiglu"), ("positions", True)])
-def test_options_of_dit_are_refused_for_another_family(option: tuple[str, Any]) -> None:
-    key, value = option
+def test_options_of_dit_are_refused_for_another_family() -> None:
+    key, value = "mlp", "swiglu"
     assert ModelConfig("DiT-S/2", **{key: value}).overrides() == {key: value}
     assert refusal("--model.name", "GSPN-N/2", f"--model.{key}", str(value).lower()) == (
         f"model.{key} is for DiT models, but model.name is GSPN-N/2; leave it out"
     )
 
 
-@pytest.mark.parametrize("option", [("long_skips", False), ("conditioning", "adaln-zero")])
+@pytest.mark.parametrize("option", [("long_skips", False), ("conditioning", "adaln-zero"), ("gate_norm", True)])
 def test_options_of_gspn_are_refused_for_another_family(option: tuple[str, Any]) -> None:
     key, value = option
     assert ModelConfig("GSPN-S/2", **{key: value}).overrides() == {key: value}
@@ -434,6 +433,10 @@ def no_default() -> Config:
                 scan_skip=True,
                 proxy_channels=5,
                 proxy_ratio=7,
+                stem_conv=True,
+                mlp_ratio=1.5,
+                attention_every=2,
+                scan_global_every=3,
             ),
         ),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
@@ -477,11 +480,12 @@ def test_the_example_of_round_trips_leaves_no_default() -> None:
     defaults = dict(flatten(Config().to_dict()))
     same = {key for key, value in flatten(no_default().to_dict()) if value == defaults.get(key)}
     # What a DiT has not, what alone can have a teacher, and what epsilon and text-to-image do not go with.
-    assert same == {"model.long_skips", "model.conditioning", "unet.mixer", "objective.prediction", "data.buckets"}
+    of_gspn = {"model.long_skips", "model.conditioning", "model.gate_norm"}
+    assert same == {*of_gspn, "unet.mixer", "objective.prediction", "data.buckets"}
 
 
 GSPN_OPTIONS = Config(
-    model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero"),
+    model=ModelConfig("GSPN-N/2", long_skips=False, conditioning="adaln-zero", gate_norm=True),
     data=DataConfig(image_size=32, buckets=["24x40", "40x24"]),
     objective=ObjectiveConfig(prediction="data"),
 )

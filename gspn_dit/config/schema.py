@@ -29,9 +29,6 @@ def require_line_count(key: str, value: int | None) -> None:
     require(value is None or value <= MOST_LINES, f"{key} is {value}, but must be at most {MOST_LINES:,}")
 
 
-_OF_DIT = ("lpu", "norm", "mlp", "positions", "interpolate_positions")
-
-
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """Which network; a value of null keeps the preset's."""
@@ -52,7 +49,7 @@ class ModelConfig(Section):
     num_heads: int | None = None
     """Heads of attention, of whichever kind."""
     positions: bool | None = None
-    """Add sines and cosines of the place to the patches of a DiT model; null: with attention alone."""
+    """Add sines and cosines of the place to the patches; null: in DiT models with attention alone."""
     scan_directions: list[str] | None = None
     """Directions of the scan, of right, left, down and up; null: all four."""
     long_skips: bool | None = None
@@ -65,9 +62,16 @@ class ModelConfig(Section):
     backbone_options: dict[str, Any] | None = None
     """Options of a classification backbone, by name; task classification alone."""
     lpu: bool | None = None
-    """Add a depthwise 3×3 convolution to the tokens before each block of a DiT model; null: false."""
+    """Add a depthwise 3×3 convolution to the tokens before each block; null: false."""
+    stem_conv: bool | None = None
+    """Add a depthwise 3×3 convolution to the embedded patches, once; null: false."""
     norm: Literal["layer", "rms"] | None = None
-    """Of a DiT model's blocks: LayerNorm (layer, what null means) or RMSNorm."""
+    """Of the blocks: LayerNorm (layer, what null means) or RMSNorm. Those of a scan are `mixer_options.scan_norm`."""
+    gate_norm: bool | None = None
+    """Norm what a GSPN model's block squares; null: false, as published."""
+    mlp_ratio: float | None = None
+    """Width of the blocks' MLPs over the model's; null: 4 in DiT models; none in GSPN models, whose published block has
+    no token-wise path beside its convolutions."""
     mlp: Literal["gelu", "swiglu"] | None = None
     """Of a DiT model's blocks: with GELU (what null means), or SwiGLU of about as many weights. Rotary positions of
     attention are `mixer_options.rotary`."""
@@ -79,6 +83,10 @@ class ModelConfig(Section):
     """Width of the proxy from which a scan's weights and gates come; null: the model's width by `proxy_ratio`."""
     proxy_ratio: int | None = None
     """Null: 16."""
+    attention_every: int | None = None
+    """Every so many blocks one, the last, has attention in the mixer's place; null: none has."""
+    scan_global_every: int | None = None
+    """With `scan_window`: every so many blocks the scan of one, the last, is global; null: none is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +95,11 @@ class ModelConfig(Section):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         require_line_count("model.scan_window", self.scan_window)
+        for name in ("attention_every", "scan_global_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 2, f"model.{name} is {value}, but must be at least 2")
+        ratio = self.mlp_ratio
+        require(ratio is None or 0 < ratio <= 64, f"model.mlp_ratio is {ratio}, but must lie in (0, 64]")
         rate = self.drop_path_rate
         require(rate is None or 0 <= rate < 1, f"model.drop_path_rate is {rate}, but must lie in [0, 1)")
         given = self.scan_directions
@@ -97,8 +110,8 @@ class ModelConfig(Section):
         for name in self.mixer_options or {}:
             require(not hasattr(self, name), f"model.mixer_options.{name} has a key of its own, model.{name}")
         for family, other, names in (
-            ("DiT", "GSPN-", _OF_DIT),
-            ("GSPN", "DiT-", ("long_skips", "conditioning")),
+            ("DiT", "GSPN-", ("mlp",)),
+            ("GSPN", "DiT-", ("long_skips", "conditioning", "gate_norm")),
         ):
             for name in names:
                 refused = self.name.startswith(other) and getattr(self, name) is not None

@@ -22,19 +22,25 @@ _HOMES = {
     "DiffusionModel": "gspn_dit.models.base",
     "GSPNTransformer": "gspn_dit.models.gspn",
 }
-_OF_BOTH = ("depth", "drop_path_rate", "hidden_size", "mixer", "num_heads", "second_time")
+_OF_BOTH = (
+    "depth",
+    "drop_path_rate",
+    "hidden_size",
+    "mixer",
+    "num_heads",
+    "second_time",
+    "lpu",
+    "stem_conv",
+    "norm",
+    "mlp_ratio",
+    "positions",
+    "interpolate_positions",
+    "attention_every",
+    "scan_global_every",
+)
 _OPTIONS = {
-    "GSPN": (*_OF_BOTH, "long_skips", "conditioning"),
-    "DiT": (
-        *_OF_BOTH,
-        "lpu",
-        "norm",
-        "mlp",
-        "positions",
-        "interpolate_positions",
-        "mlp_norm_epsilon",
-        "timestep_endpoint",
-    ),
+    "GSPN": (*_OF_BOTH, "long_skips", "conditioning", "gate_norm"),
+    "DiT": (*_OF_BOTH, "mlp", "mlp_norm_epsilon", "timestep_endpoint"),
 }
 """Of each family; those of its mixers come on top."""
 
@@ -69,9 +75,9 @@ def create_model(
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
         overrides: `hidden_size`, `depth`, `drop_path_rate`, `second_time`, `mixer` (of `MIXERS`; by default "gspn" for
-            GSPN, "attention" for DiT), its options, `num_heads`; for GSPN also `long_skips` and `conditioning`
-            ("additive", the default, or "adaln-zero"); for DiT also `lpu` and the rest of `DiT`'s. None keeps the
-            preset's.
+            GSPN, "attention" for DiT), its options, `num_heads`, `lpu`, `positions` and what else both families share;
+            for GSPN also `long_skips`, `gate_norm` and `conditioning` ("additive", the default, or "adaln-zero"); for
+            DiT also `mlp` and the rest of `DiT`'s. None keeps the preset's.
 
     Raises:
         ValueError: an unknown name or override, a size that the patch does not divide, or a value out of range.
@@ -91,11 +97,11 @@ def create_model(
             raise ValueError(f"{unknown[0]} is an option of {other} models, but the model is {name}; leave it out")
         raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(allowed[family])}")
     options: dict[str, Any] = {**vars(PRESETS[family][size]), **given, "patch_size": patch_size}
+    options["grid"] = (height // patch_size, width // patch_size)
     if family == "GSPN":
         from gspn_dit.models.gspn import GSPNTransformer
 
         return GSPNTransformer(num_classes, latent_channels, out_channels, **options)
     from gspn_dit.models.dit import DiT
 
-    grid = (height // patch_size, width // patch_size)
-    return DiT(num_classes, latent_channels, out_channels, grid=grid, **options)
+    return DiT(num_classes, latent_channels, out_channels, **options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gspn_dit.models.convolution import DepthwiseConv
-from gspn_dit.models.mixers import ScanOptions
+from gspn_dit.models.scans import ScanOptions
 from gspn_dit.ops.contract import autocast_dtype, compute_dtype
 
 FEED_FORWARD_RATIO = 4

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gspn_dit.models.convolution import DepthwiseConv
 from gspn_dit.models.embeddings import (
     SMOOTH,
     ClassEmbedding,
@@ -17,6 +18,7 @@ from gspn_dit.models.embeddings import (
     Modulation,
     TimestepEmbedding,
     patchify,
+    sincos_positions,
     unpatchify,
 )
 from gspn_dit.ops.contract import autocast_dtype
@@ -33,6 +35,14 @@ class DiffusionModel(nn.Module, ABC):
         patch_size: side of a patch in latent pixels.
         timestep_endpoint: see `TimestepEmbedding`.
         second_time: be told as well how far a step goes, as few-step objectives ask; starts without effect.
+        positions: add fixed sines and cosines of the place to the patches, computed for the grid that comes; 4 divides
+            hidden_size then.
+        grid: rows and columns of patches of a training latent.
+        interpolate_positions: squeeze the coordinates of any other grid into the training grid's range.
+        stem_conv: add a depthwise 3×3 convolution of the embedded patches to them, once.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     blocks: nn.ModuleList
@@ -53,8 +63,16 @@ class DiffusionModel(nn.Module, ABC):
         patch_size: int,
         timestep_endpoint: bool = False,
         second_time: bool = False,
+        *,
+        positions: bool = False,
+        grid: tuple[int, int] = (16, 16),
+        interpolate_positions: bool = False,
+        stem_conv: bool = False,
     ) -> None:
         super().__init__()
+        if positions and hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} is not divisible by 4, which the positions need")
+        self.has_positions, self.grid, self.interpolate_positions = positions, grid, interpolate_positions
         self.num_classes, self.patch_size, self.second_time = num_classes, patch_size, second_time
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         self.gradient_checkpointing = False
@@ -64,6 +82,7 @@ class DiffusionModel(nn.Module, ABC):
             hidden_size, endpoint=timestep_endpoint, scale=SMOOTH if second_time else 1.0
         )
         self.class_embed = ClassEmbedding(num_classes, hidden_size)
+        self.stem = DepthwiseConv(hidden_size, 3, bias=False) if stem_conv else None
 
     def _finish(self, drop_path_rate: float) -> None:
         """Build what follows the blocks and draw the weights: the last act of a constructor."""
@@ -116,9 +135,25 @@ class DiffusionModel(nn.Module, ABC):
             conditioning = conditioning + self.span_embed(torch.zeros_like(timesteps) if spans is None else spans)
         elif spans is not None:
             raise ValueError("spans are given, but the model has no second time; create it with second_time=True")
-        tokens = self.patch_embed(patchify(latents, self.patch_size))  # [B, h, w, C]
-        tokens = self.transform(tokens, conditioning, self._branch_scales(keep_mask))
+        tokens = self.transform(self.embed(latents), conditioning, self._branch_scales(keep_mask))
         return unpatchify(self.output(tokens, conditioning), self.patch_size)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Turn latents [B, in_channels, H, W] into tokens [B, h, w, C], which know their places if they are told."""
+        tokens = self.patch_embed(patchify(latents, self.patch_size))
+        if self.stem is not None:
+            tokens = tokens + self.stem(tokens)
+        if self.has_positions:
+            tokens = tokens + self.positions(*tokens.shape[1:3]).to(self.patch_embed.weight.dtype)
+        return tokens
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Return the positions of a grid of patches, float32 [height, width, C]."""
+        weight = self.patch_embed.weight
+        rows, columns = (torch.arange(size, device=weight.device, dtype=torch.float32) for size in (height, width))
+        if self.interpolate_positions:
+            rows, columns = rows * (self.grid[0] / height), columns * (self.grid[1] / width)
+        return sincos_positions(rows, columns, weight.shape[0])
 
     def in_float32(
         self, latents: Tensor, timesteps: Tensor, class_labels: Tensor, spans: Tensor | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.models.backbones import BACKBONES, create_backbone
-from gspn_dit.models.mixers import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer
 
 TIMM = "timm/"
 """What begins the name of one of timm's models."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspn_dit.models.base import DiffusionModel
 from gspn_dit.models.convolution import DepthwiseConv
-from gspn_dit.models.embeddings import Modulation, modulated_norm, sincos_positions
-from gspn_dit.models.mixers import MIXERS, Mixer, option_names, read_options
+from gspn_dit.models.embeddings import Modulation, modulated_norm
+from gspn_dit.models.mixers import MIXERS, Mixer, block_mixers, option_names
 
 MLP_RATIO = 4
 NORMS, MLPS = ("layer", "rms"), ("gelu", "swiglu")
 
 
-def mlp_width(channels: int, mlp: str) -> int:
-    """Return the hidden width: 4·C, or of SwiGLU, which has three maps, 8/3·C rounded up to a multiple of 8."""
-    return MLP_RATIO * channels if mlp == "gelu" else 8 * -(-channels // 3)
+def mlp_width(channels: int, mlp: str, ratio: float = MLP_RATIO) -> int:
+    """Return the hidden width, ratio·C; of SwiGLU, which has three maps, 2/3 of it rounded up to a multiple of 8.
+
+    Raises ValueError for a ratio that leaves no channel.
+    """
+    width = round(ratio * channels) if mlp == "gelu" else 8 * math.ceil(ratio * channels / 12)
+    if width < 1:
+        raise ValueError(f"mlp_ratio {ratio} leaves an MLP of {channels} channels no width; give a larger one")
+    return width
 
 
 class DiTBlock(nn.Module):
@@ -28,7 +34,8 @@ class DiTBlock(nn.Module):
     With `lpu` a depthwise 3×3 convolution of the tokens is added to them before both branches (CMT's local perception
     unit, arXiv 2107.06263). It starts open and is never dropped: started at zero, a short training ends worse.
 
-    `norm` is "layer" or "rms"; `mlp` is "gelu", or "swiglu" for W₃(SiLU(W₁x) ⊙ W₂x) (arXiv 2002.05202).
+    `norm` is "layer" or "rms"; `mlp` is "gelu", or "swiglu" for W₃(SiLU(W₁x) ⊙ W₂x) (arXiv 2002.05202); `mlp_ratio` is
+    its width over the block's, see `mlp_width`.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class DiTBlock(nn.Module):
         lpu: bool = False,
         norm: str = "layer",
         mlp: str = "gelu",
+        mlp_ratio: float = MLP_RATIO,
     ) -> None:
         super().__init__()
         for name, value, allowed in (("norm", norm, NORMS), ("mlp", mlp, MLPS)):
@@ -49,7 +57,7 @@ class DiTBlock(nn.Module):
         self.mlp_norm_epsilon = mlp_norm_epsilon
         self.modulation = Modulation(channels, 6)
         self.mixer = mixer
-        width = mlp_width(channels, mlp)
+        width = mlp_width(channels, mlp, mlp_ratio)
         self.expand = nn.Linear(channels, 2 * width if self.gated else width)  # gate, then value
         self.contract = nn.Linear(width, channels)
 
@@ -81,18 +89,17 @@ class DiT(DiffusionModel):
     start of a training.
 
     Args:
-        num_classes, in_channels, out_channels, hidden_size, patch_size: as in `DiffusionModel`; 4 divides hidden_size.
+        num_classes, in_channels, out_channels, hidden_size, patch_size: as in `DiffusionModel`.
         depth: number of blocks.
         num_heads: heads of attention; not used by mixers without.
         mixer: one of `MIXERS`.
-        grid: rows and columns of patches of a training latent.
-        interpolate_positions: squeeze the coordinates of any other grid into the training grid's range.
+        attention_every, scan_global_every: see `block_mixers`.
+        grid, interpolate_positions, stem_conv, second_time: as in `DiffusionModel`.
         positions: add positions to the patches; None for where the mixer needs them, which attention alone does.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         mlp_norm_epsilon: added to the variance in the norm before the MLP (diffusers' default there is 1e-5).
         timestep_endpoint: see `TimestepEmbedding`.
-        lpu, norm, mlp: see `DiTBlock`.
-        second_time: as in `DiffusionModel`.
+        lpu, norm, mlp, mlp_ratio: see `DiTBlock`.
         mixer_options: the mixer's own, by name.
 
     Raises:
@@ -118,24 +125,34 @@ class DiT(DiffusionModel):
         lpu: bool = False,
         norm: str = "layer",
         mlp: str = "gelu",
+        mlp_ratio: float = MLP_RATIO,
         second_time: bool = False,
+        stem_conv: bool = False,
+        attention_every: int | None = None,
+        scan_global_every: int | None = None,
         **mixer_options: Any,
     ) -> None:
-        super().__init__(
-            num_classes, in_channels, out_channels, hidden_size, patch_size, timestep_endpoint, second_time
-        )
-        if "num_heads" in option_names(mixer):
+        if "num_heads" in option_names(mixer) or attention_every is not None:
             mixer_options["num_heads"] = num_heads
-        new_mixer, options = MIXERS[mixer][0], read_options(mixer, mixer_options)
-        self.has_positions = new_mixer.needs_positions if positions is None else positions
+        super().__init__(
+            num_classes,
+            in_channels,
+            out_channels,
+            hidden_size,
+            patch_size,
+            timestep_endpoint,
+            second_time,
+            positions=MIXERS[mixer][0].needs_positions if positions is None else positions,
+            grid=grid,
+            interpolate_positions=interpolate_positions,
+            stem_conv=stem_conv,
+        )
         if depth < 1:
             raise ValueError(f"depth is {depth}, but must be at least 1")
-        if self.has_positions and hidden_size % 4:
-            raise ValueError(f"hidden_size {hidden_size} is not divisible by 4, which the positions need")
-        self.mixer, self.grid, self.interpolate_positions = mixer, grid, interpolate_positions
+        self.mixer = mixer
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, new_mixer(hidden_size, options), mlp_norm_epsilon, lpu, norm, mlp)
-            for _ in range(depth)
+            DiTBlock(hidden_size, MIXERS[name][0](hidden_size, options), mlp_norm_epsilon, lpu, norm, mlp, mlp_ratio)
+            for name, options in block_mixers(mixer, depth, mixer_options, attention_every, scan_global_every)
         )
         self._finish(drop_path_rate)
 
@@ -148,16 +165,6 @@ class DiT(DiffusionModel):
                 module.initialise()
 
     def transform(self, tokens: Tensor, conditioning: Tensor, branch_scales: list[Tensor | None]) -> Tensor:
-        if self.has_positions:
-            tokens = tokens + self.positions(*tokens.shape[1:3]).to(self.patch_embed.weight.dtype)
         for block, branch_scale in zip(self.blocks, branch_scales, strict=True):
             tokens = self.run_block(block, tokens, conditioning, branch_scale)
         return tokens
-
-    def positions(self, height: int, width: int) -> Tensor:
-        """Return the positions of a grid of patches, float32 [height, width, C]."""
-        weight = self.patch_embed.weight
-        rows, columns = (torch.arange(size, device=weight.device, dtype=torch.float32) for size in (height, width))
-        if self.interpolate_positions:
-            rows, columns = rows * (self.grid[0] / height), columns * (self.grid[1] / width)
-        return sincos_positions(rows, columns, weight.shape[0])

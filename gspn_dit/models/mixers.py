@@ -11,7 +11,9 @@ Its options are then options of `create_model` and keys of `model.mixer_options`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,148 +30,8 @@ from gspn_dit.models.attention import (
     NeighbourhoodOptions,
 )
 from gspn_dit.models.convolution import DepthwiseConv
-from gspn_dit.models.flops import scan_multiply_adds
-from gspn_dit.models.mixer import UNSEEN, Mixer, maps_multiply_adds
-from gspn_dit.ops import DIRECTIONS, gspn_scan_from_proxy
-from gspn_dit.ops.contract import direction_codes
-
-PROXY_RATIO = 16
-
-# -- scans -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ScanOptions:
-    """Of the scans in `ScanMixer` and in the published GSPN block."""
-
-    proxy_channels: int | None = None
-    """Width of the proxy; None for the channels by `proxy_ratio`, rounded down."""
-    proxy_ratio: int = PROXY_RATIO
-    scan_skip: bool = False
-    """Add (a linear map of the proxy) ⊙ tokens to the merged scan."""
-    scan_directions: Sequence[str] = dataclasses.field(default=DIRECTIONS, metadata=UNSEEN)
-    weight_groups: int | None = None
-    """Groups of channels that share propagation weights (GSPN-2); None for one per channel."""
-    scan_window: int | None = None
-    """Lines after which the scan restarts; None for global propagation."""
-
-    def create(self, channels: int) -> GSPNMixer:
-        """Return the scan of so many channels; raises ValueError for an option out of range."""
-        return GSPNMixer(
-            channels,
-            self.weight_groups,
-            self.scan_window,
-            self.scan_directions,
-            proxy_channels=self.proxy_channels,
-            proxy_ratio=self.proxy_ratio,
-            skip=self.scan_skip,
-        )
-
-
-class GSPNMixer(Mixer):
-    """Propagates tokens in each direction; weight logits and gates come from a narrow proxy of the tokens.
-
-    Args:
-        channels: width C.
-        weight_groups: groups of channels that share propagation weights; None for one per channel.
-        window: lines after which the scan restarts; None for global propagation.
-        directions: of `DIRECTIONS`.
-        proxy_channels: width of the proxy; None for channels // proxy_ratio.
-        proxy_ratio: see `proxy_channels`.
-        skip: add (a linear map of the proxy) ⊙ tokens to the result.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        weight_groups: int | None = None,
-        window: int | None = None,
-        directions: Sequence[str] = DIRECTIONS,
-        *,
-        proxy_channels: int | None = None,
-        proxy_ratio: int = PROXY_RATIO,
-        skip: bool = False,
-    ) -> None:
-        super().__init__()
-        count = len(direction_codes(directions))
-        groups = channels if weight_groups is None else weight_groups
-        if groups < 1 or channels % groups:
-            raise ValueError(f"weight_groups {groups} does not divide the {channels} channels")
-        if proxy_ratio < 1:
-            raise ValueError(f"proxy_ratio is {proxy_ratio}, but must be at least 1")
-        if proxy_channels is None:
-            if proxy_ratio > channels:
-                raise ValueError(f"hidden_size {channels} is below the {proxy_ratio} channels that the proxy needs")
-            proxy_channels = channels // proxy_ratio
-        if proxy_channels < 1:
-            raise ValueError(f"proxy_channels is {proxy_channels}, but must be at least 1")
-        self.window, self.directions = window, tuple(directions)
-        self.to_proxy = nn.Linear(channels, proxy_channels, bias=False)
-        self.to_logits = nn.Linear(proxy_channels, count * 3 * groups, bias=False)
-        self.to_input_gate = nn.Linear(proxy_channels, count * channels, bias=False)
-        self.to_output_gate = nn.Linear(proxy_channels, count * channels, bias=False)
-        self.to_skip = nn.Linear(proxy_channels, channels, bias=False) if skip else None
-        self.merge_weight = nn.Parameter(torch.ones(count))
-
-    def initialise(self) -> None:
-        """Draw gates that keep the tokens' scale: with deviation σ, a sum of u·λ·x over D directions has D·σ⁴ of x's.
-
-        Smaller gates, such as those of Xavier's rule for maps that widen, start a mixer nearly shut and learn slower.
-        """
-        for gate in (self.to_input_gate, self.to_output_gate):
-            nn.init.normal_(gate.weight, std=len(self.directions) ** -0.25 / gate.in_features**0.5)
-        if self.to_skip is not None:
-            nn.init.normal_(self.to_skip.weight, std=self.to_skip.in_features**-0.5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens [B, H, W, C] to [B, H, W, C]."""
-        return gspn_scan_from_proxy(
-            tokens,
-            self.to_proxy(tokens),
-            self.to_logits.weight,
-            self.to_input_gate.weight,
-            self.to_output_gate.weight,
-            self.merge_weight,
-            None if self.to_skip is None else self.to_skip.weight,
-            directions=self.directions,
-            window=self.window,
-        )
-
-    def scan_multiply_adds(self, height: int, width: int) -> int:
-        """Return the scan's share of `multiply_adds`."""
-        return scan_multiply_adds(height * width, self.to_proxy.in_features, len(self.directions))
-
-    def multiply_adds(self, height: int, width: int) -> int:
-        tokens = height * width
-        skip = 0 if self.to_skip is None else tokens * self.to_skip.out_features
-        return maps_multiply_adds(self, tokens) + self.scan_multiply_adds(height, width) + skip
-
-    def working_elements(self, height: int, width: int) -> int:
-        maps = (self.to_logits, self.to_input_gate, self.to_output_gate)
-        return 2 * height * width * sum(part.out_features for part in maps)  # with their gradients
-
-
-class ScanMixer(Mixer):
-    """What stands in for attention: a linear map, the scan in each direction, a linear map."""
-
-    kind = "scans"
-
-    def __init__(self, channels: int, options: ScanOptions) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(channels, channels)
-        self.scan = options.create(channels)
-        self.out_proj = nn.Linear(channels, channels)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Mix tokens [B, H, W, C] to [B, H, W, C]."""
-        return self.out_proj(self.scan(self.in_proj(tokens)))
-
-    def multiply_adds(self, height: int, width: int) -> int:
-        return maps_multiply_adds(self, height * width) + self.scan.multiply_adds(height, width)
-
+from gspn_dit.models.mixer import Mixer, maps_multiply_adds
+from gspn_dit.models.scans import ScanMixer, ScanOptions
 
 # -- convolution -----------------------------------------------------------------------------------------------------
 
@@ -238,7 +100,62 @@ def read_options(mixer: str, given: Mapping[str, Any]) -> Any:
         names = f"{', '.join(others)} and {last} are options" if others else f"{last} is an option"
         left = "them" if others else "it"
         raise ValueError(f"{names} of {MIXERS[owner][0].kind}; give mixer {owner} or leave {left} out")
+    _check_types(MIXERS[mixer][1], chosen)
     return MIXERS[mixer][1](**chosen)
+
+
+def _check_types(options: type[Any], chosen: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that is no number, text or truth value where one is declared."""
+    hints = typing.get_type_hints(options)
+    for name, value in chosen.items():
+        hint = hints[name]
+        declared = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        plain = [kind for kind in declared if kind in (bool, int, float, str)]
+        kinds = {int, float} if type(value) is int else {type(value)}  # a whole number is a number
+        if plain and len(plain) >= len(declared) - 1 and not kinds & set(plain):
+            raise ValueError(f"{name} is {value!r}, but must be of type {' or '.join(kind.__name__ for kind in plain)}")
+
+
+def block_mixers(
+    mixer: str,
+    depth: int,
+    given: Mapping[str, Any],
+    attention_every: int | None = None,
+    scan_global_every: int | None = None,
+) -> list[tuple[str, Any]]:
+    """Return the mixer's name and options of each of `depth` blocks, from the first.
+
+    Args:
+        mixer: of `MIXERS`.
+        depth: number of blocks.
+        given: options by name; of attention as well, where some blocks have it.
+        attention_every: every so many blocks one has attention in the mixer's place, the last of them; None: none has.
+        scan_global_every: every so many blocks the scan of one knows no window, the last of them; None: all have it.
+
+    Raises:
+        ValueError: as `read_options`, or a value that no block or every block would follow.
+    """
+    for name, every in (("attention_every", attention_every), ("scan_global_every", scan_global_every)):
+        if every is not None and not 2 <= every <= depth:
+            raise ValueError(f"{name} is {every}, but must be at least 2 and at most the {depth} blocks of the model")
+    attention: dict[str, Any] = {}
+    if attention_every is not None:
+        if mixer == "attention":
+            raise ValueError("attention_every is for other mixers than attention; leave it out")
+        attention = {name: given[name] for name in option_names("attention") if name in given}
+        given = {name: value for name, value in given.items() if name not in attention or name in option_names(mixer)}
+    if scan_global_every is not None and given.get("scan_window") is None:
+        raise ValueError("scan_global_every needs the windows of the other blocks; give scan_window or leave it out")
+    own = read_options(mixer, given)
+
+    def of_block(number: int) -> tuple[str, Any]:
+        if attention_every is not None and number % attention_every == 0:
+            return "attention", read_options("attention", attention)
+        if scan_global_every is not None and number % scan_global_every == 0:
+            return mixer, dataclasses.replace(own, scan_window=None)
+        return mixer, own
+
+    return [of_block(number) for number in range(1, depth + 1)]
 
 
 def unseen_options() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gspn_dit.models.mixers import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer
 from gspn_dit.ops import gspn_scan_from_proxy
 
 PROXY_RATIOS = {"pure": 8, "qkv": 32}

@@ -22,7 +22,8 @@ from gspn_dit.diffusion import Conditioned, Guidance, Objective, create_objectiv
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel, create_model
 from gspn_dit.models.flops import forward_multiply_adds
-from gspn_dit.models.mixers import GSPNMixer, Mixer
+from gspn_dit.models.mixer import Mixer
+from gspn_dit.models.scans import GSPNMixer
 from gspn_dit.sampling_options import check_guided_channels
 from gspn_dit.tasks.alignment import create_alignment
 from gspn_dit.tasks.base import GenerativeTask

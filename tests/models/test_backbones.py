@@ -14,7 +14,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.models.backbone_blocks import BackboneBlock, BackboneMixer, ConvResidual, GlobalResponseNorm, Residual
 from gspn_dit.models.backbone_model import Architecture, GSPNBackbone
 from gspn_dit.models.backbones import BACKBONES, create_backbone, gspn_nano, gspn_tiny, load_backbone
-from gspn_dit.models.mixers import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer
 
 TINY: dict[str, Any] = {"widths": (8, 16), "depths": (2, 1), "global_stages": (1,), "proxy_channels": 2}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gspn_dit.models import GSPNTransformer, create_model
 from gspn_dit.models.gspn import GSPNBlock
-from gspn_dit.models.mixers import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer
 from gspn_dit.ops import DIRECTIONS, gspn_scan
 from tests.models.conftest import lively
 

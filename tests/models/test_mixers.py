@@ -22,16 +22,14 @@ from gspn_dit.models.mixers import (
     AttentionOptions,
     ConvMixer,
     ConvOptions,
-    GSPNMixer,
     LinearAttentionMixer,
     Mixer,
     NeighbourhoodMixer,
     NeighbourhoodOptions,
-    ScanMixer,
-    ScanOptions,
     option_names,
     read_options,
 )
+from gspn_dit.models.scans import GSPNMixer, ScanMixer, ScanOptions
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.training.dry_run import estimate
 from tests.models.conftest import lively
@@ -226,7 +224,7 @@ def test_a_model_counts_its_mixers_by_what_they_say() -> None:
     ("mixer", "given", "message"),
     [
         ("conv", {"num_heads": 2}, "num_heads and rotary are options of attention; give mixer attention or leave them"),
-        ("linear", {"scan_skip": True}, "weight_groups and scan_window are options of scans; give mixer gspn or leave"),
+        ("linear", {"scan_skip": True}, "channel_skip and gate_scale are options of scans; give mixer gspn or leave"),
         ("gspn", {"kernel": 3}, "unknown option 'kernel' of mixer gspn; allowed are proxy_channels, proxy_ratio"),
         ("conv", {"kernel": 3}, "unknown option 'kernel' of mixer conv; allowed are none"),
         ("mamba", {}, "unknown mixer 'mamba'; allowed are attention, gspn, conv, linear"),

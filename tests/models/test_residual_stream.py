@@ -27,6 +27,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"name": "DiT-N/2", "mixer": "gspn", "scan_skip": True, "proxy_ratio": 8},
     {"name": "GSPN-N/2", "scan_skip": True, "proxy_channels": 5},
     {"name": "DiT-N/2", "mixer": "gspn", "positions": True},
+    *({"name": "DiT-N/2", "mixer": "gspn", "scan_norm": norm, "channel_skip": True} for norm in ("layer", "rms")),
+    {"name": "DiT-N/2", "mixer": "gspn", "scan_norm": "rms", "scan_norm_place": "directions", "scan_skip": True},
+    {"name": "GSPN-N/2", "scan_norm": "layer", "scan_norm_place": "before", "gate_norm": True, "stem_conv": True},
+    {"name": "GSPN-N/2", "lpu": True, "norm": "rms", "mlp_ratio": 1.5, "positions": True},
     {"name": "DiT-N/2", "mixer": "gspn", "weight_groups": 4, "scan_window": 2, "scan_directions": ["down"]},
 ]
 
