@@ -21,8 +21,8 @@ from typing import Any
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 RESULTS = Path(__file__).parent / "results"
-QUALITY = ["benchmarks.quality", "--jobs", "2"]
-ABLATIONS = [*QUALITY, "--data", "digits", "--steps", "288"]
+ONE_RATE = ["benchmarks.one_rate", "--jobs", "2"]
+ABLATIONS = [*ONE_RATE, "--data", "digits", "--steps", "288"]
 COMMANDS: dict[str, list[str]] = {
     "ablations": [
         *(*ABLATIONS, "--baseline", "gspn", "--variants", "gspn", "no-positions", "own-weights", "window-2"),
@@ -56,11 +56,11 @@ COMMANDS: dict[str, list[str]] = {
     "mixers_wide": [
         *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "300", "--out"),
     ],
-    "quality_digits": [*QUALITY, "--data", "digits", "--seconds", "30", "--out"],
-    "quality_fashion": [*QUALITY, "--data", "fashion", "--seconds", "120", "--out"],
-    "quality_fashion_latents": [*QUALITY, "--data", "fashion-latents", "--seconds", "120", "--out"],
+    "quality_digits": [*ONE_RATE, "--data", "digits", "--seconds", "30", "--out"],
+    "quality_fashion": [*ONE_RATE, "--data", "fashion", "--seconds", "120", "--out"],
+    "quality_fashion_latents": [*ONE_RATE, "--data", "fashion-latents", "--seconds", "120", "--out"],
     "quality_fashion_block": [
-        *(*QUALITY, "--data", "fashion", "--steps", "335", "--seeds", "1", "--baseline", "gspn-block"),
+        *(*ONE_RATE, "--data", "fashion", "--steps", "335", "--seeds", "1", "--baseline", "gspn-block"),
         *("--variants", "gspn-block", "gspn-block-no-long-skips", "--out"),
     ],
     "recipes": ["benchmarks.recipes", "--seconds", "18", "--out"],

@@ -21,7 +21,7 @@ from benchmarks.backbones import backbones_table
 from benchmarks.classification import classification_table
 from benchmarks.learning_curve import curve_table
 from benchmarks.markdown import mean_and_interval, plural, provenance, ratio_and_interval, short, table
-from benchmarks.quality import METRICS
+from benchmarks.scoring import METRICS
 from benchmarks.study import paired_ratio
 from benchmarks.text_tables import text_quality_table, text_to_image_table
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
@@ -47,7 +47,7 @@ def baseline_of(summary: Result) -> str:
 
 
 def quality_table(result: Result) -> str:
-    """Tabulate a study of `benchmarks.quality`: every variant under every budget."""
+    """Tabulate a study of `benchmarks.one_rate`: every variant under every budget."""
     rows = []
     for budget, summary in result["budgets"].items():
         baseline = baseline_of(summary)

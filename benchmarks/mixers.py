@@ -20,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,18 @@ def _timing(seconds: Sequence[float], cpu: Sequence[float] | None) -> dict[str, 
 class Study:
     """Measures cells, the small sizes first, from which the cost of the next is predicted."""
 
-    def __init__(self, repeats: int, seconds: float) -> None:
+    def __init__(
+        self,
+        repeats: int,
+        seconds: float,
+        build: Callable[[str, int, str, int], tuple[Any, tuple[Any, ...]]] = build,
+        growth: Mapping[str, float] = GROWTH,
+    ) -> None:
+        """`build` makes a module and its inputs of (what, channels, variant, side); `growth` is as `GROWTH`."""
         from benchmarks.measure import CpuDevice
 
         self.device, self.repeats, self.end = CpuDevice(), repeats, time.perf_counter() + seconds
+        self.build, self.growth = build, growth
         self.cells: list[Cell] = []
 
     def measure(self, what: str, channels: int, side: int, variants: Sequence[str]) -> None:
@@ -111,8 +119,8 @@ class Study:
                 _say(f"{cell.name}, {cell.tokens} tokens, {variant}: skipped, {cell.skipped}")
                 continue
             # What is loaded once, at the first use of a mixer, is no cell's memory.
-            runner(variant, *build(what, channels, variant, 2))()
-            module, arguments = build(what, channels, variant, side)
+            runner(variant, *self.build(what, channels, variant, 2))()
+            module, arguments = self.build(what, channels, variant, side)
             cell.parameters = sum(parameter.numel() for parameter in module.parameters())
             runs[variant] = runner(variant, module, arguments)
             left[variant] = self._weigh(cell, runs[variant])
@@ -149,7 +157,7 @@ class Study:
         if before[-1].skipped:
             return math.inf, None
         memory = before[-1].peak_extra_bytes
-        return GROWTH.get(cell.variant, 5.0) * min(before[-1].total), None if memory is None else 4.5 * memory
+        return self.growth.get(cell.variant, 5.0) * min(before[-1].total), None if memory is None else 4.5 * memory
 
     def _reason_to_skip(self, seconds: float | None, memory: float | None) -> str | None:
         if seconds is not None and (seconds > LONGEST_SECONDS or time.perf_counter() + seconds > self.end):
@@ -276,8 +284,8 @@ def study(sides: Sequence[int], widths: Sequence[int], repeats: int, seconds: fl
             "models": DIT_OF,
         },
         "targets": targets(run.cells),
-        "exponents": _rounded(exponents),
-        "times_faster_than_attention": _rounded(ratios),
+        "exponents": rounded(exponents),
+        "times_faster_than_attention": rounded(ratios),
         "cells": [cell.as_json() for cell in run.cells],
         "seconds": round(time.perf_counter() - began),
         "device_after": run.device.describe(),
@@ -285,9 +293,9 @@ def study(sides: Sequence[int], widths: Sequence[int], repeats: int, seconds: fl
     return report, run.cells
 
 
-def _rounded(tree: Any) -> Any:
+def rounded(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _rounded(value) for key, value in tree.items() if value is not None}
+        return {key: rounded(value) for key, value in tree.items() if value is not None}
     return round(tree, 3)
 
 

@@ -1,11 +1,11 @@
-"""Quality at one learning rate: cells of (data set × model × seed × budget), trained and scored in one way.
+"""Quality at one learning rate, which is no fair comparison: what the tables of docs/evidence.md were made by.
 
-    python -m benchmarks.quality --data digits --seconds 120 --jobs 2 \\
-        --out benchmarks/results/quality_digits.json
+    python -m benchmarks.one_rate --data digits --seconds 30 --jobs 2 --out benchmarks/results/quality_digits.json
 
-Every cell is a run of `train.py` on one thread, then samples with guidance and seed fixed beforehand, then
-`fid`. A budget is a number of optimiser steps, or of seconds: those are turned into steps by timing all variants in
-turn, once, before the first cell, so that a busy neighbour hits every model alike and each learning rate schedule ends
+`benchmarks.quality` gives every model its own. Cells are (data set × model × seed × budget). Every cell is a run of
+`train.py` on one thread, then samples with guidance and seed fixed beforehand, then `fid`. A budget is a number of
+optimiser steps, or of seconds: those are turned into steps by timing all variants in turn, once, before the first cell,
+so that a busy neighbour hits every model alike and each learning rate schedule ends
 with its budget. Cells of one seed share data order, noise, times and labels: the comparison is paired. A cell that is
 done is not run again, whatever study asks for it, and says which commit trained it; one that was interrupted resumes
 from its last checkpoint; one that was trained or scored with other settings than today's is refused.
@@ -17,64 +17,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.scoring import DATA_SETS, METRICS, SETTING, refuse_other_scores
 from benchmarks.study import call, interval, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
-if TYPE_CHECKING:
-    from gspn_dit.data.images import ImageSet
-
-SAMPLES = 1_000
-SAMPLING_STEPS = 20
-GUIDANCE_SCALE = 1.0
-REFERENCE = 5_000
-"""Real images to compare with, evenly spaced, where there are more."""
-SETTING = {
-    "samples": SAMPLES,
-    "steps": SAMPLING_STEPS,
-    "guidance_scale": GUIDANCE_SCALE,
-    "reference": REFERENCE,
-    "sampling_seed": "the cell's",
-}
-"""How every cell is scored."""
 LEARNING_RATE, EMA_DECAY = 4e-3, 0.99
 """One rate for all variants, too low for attention: no fair comparison (docs/evidence.md, Correction)."""
-METRICS = {
-    "fd": "FD",
-    "is": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "class_agreement": "class agreement",
-    "val_loss": "validation loss",
-}
-"""What is compared, and what tables call it."""
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What is learnt, the patch that gives 64 tokens or fewer, and the feature extractor that scores it."""
-
-    config: str
-    patch: int
-    features: str
-    """Weights of the feature extractor: "digits", or a file that `fid.train_features` made."""
-    images: tuple[str, str | None]
-    """Name and path of the real images, for `load_images`."""
-
-    def load(self, split: str) -> ImageSet:
-        """Return the real images of a split."""
-        from gspn_dit.data.images import load_images
-
-        return load_images(*self.images, split)
-
-
-FASHION_NET = "runs/fashion/features.safetensors"
-DATA_SETS = {
-    "digits": DataSet("configs/digits_gspn.yaml", 2, "digits", ("digits", None)),
-    "fashion": DataSet("configs/fashion_pixels.yaml", 4, FASHION_NET, ("hf", "runs/fashion/data")),
-    "fashion-latents": DataSet("configs/fashion_gspn.yaml", 1, FASHION_NET, ("hf", "runs/fashion/data")),
-}
 _SCANS = {"model.name": "DiT-{size}/{patch}", "model.mixer": "gspn", "model.positions": True, "model.weight_groups": 4}
 _BLOCKS = {"model.name": "GSPN-{size}/{patch}"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -122,7 +72,7 @@ def train_arguments(data: str, variant: str, size: str, seed: int, steps: int) -
         "training.trackers": "[]",
         **{key: str(value).format(size=size, patch=source.patch) for key, value in VARIANTS[variant].items()},
     }
-    return ["--config", source.config, *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
+    return [*source.arguments(), *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
 
 
 def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
@@ -134,63 +84,13 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     trained = train(words, directory / "run")
     if not result.exists():
         call(
-            ["-m", "benchmarks.quality", "--score", str(directory.absolute()), "--data", cell.data],
+            ["-m", "benchmarks.scoring", str(directory.absolute()), "--data", cell.data],
             directory / "log.txt",
         )
         print(f"{directory}: {json.loads(result.read_text(encoding='utf-8'))}", flush=True)
     figures = json.loads(result.read_text(encoding="utf-8"))
     del figures["setting"]
     return {**figures, "variant": cell.variant, "seed": cell.seed, "steps": cell.steps, "commit": trained["commit"]}
-
-
-def refuse_other_scores(result: Path) -> None:
-    """Raise UserError if what lies in a cell's directory was scored otherwise."""
-    if result.exists() and json.loads(result.read_text(encoding="utf-8")).get("setting") != SETTING:
-        raise UserError(f"{result.parent} was scored with other settings; delete it to score it anew")
-
-
-def score_cell(directory: Path, data: str) -> None:
-    """Draw a trained cell's samples with the cell's own seed, and write result.json last."""
-    import numpy as np
-
-    from benchmarks.demo_quality import training_seconds
-    from benchmarks.judge import judge_agreement
-    from fid.evaluation import score
-    from fid.features import load_feature_net
-    from fid.images import LabelledImages, Reference
-    from gspn_dit.config import load_config
-    from gspn_dit.data.images import evenly_spaced
-    from gspn_dit.pipeline import GSPNPipeline
-
-    run = directory / "run"
-    seed = load_config(run / "config.yaml").seed
-    pipeline = GSPNPipeline.from_checkpoint(run)
-    pipeline.set_progress_bar_config(disable=True)
-    labels = np.arange(SAMPLES) % len(pipeline.class_names)
-    images = pipeline(
-        labels.tolist(), num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE, seed=seed, output_type="np"
-    ).images
-    assert isinstance(images, np.ndarray)
-    real = {split: DATA_SETS[data].load(split) for split in ("train", "validation")}
-    net = load_feature_net(DATA_SETS[data].features)
-    rows = {name: evenly_spaced(len(part), REFERENCE) for name, part in real.items()}
-    sets = {name: LabelledImages(part.pixels(rows[name]), name, part.labels[rows[name]]) for name, part in real.items()}
-    reference = Reference(sets["train"], sets["validation"])
-    scores = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
-    figures = {
-        "fd": scores[f"FD-{net.score_suffix}"],
-        "is": scores[f"IS-{net.score_suffix}"]["mean"],
-        "precision": scores["precision"],
-        "recall": scores["recall"],
-        **judge_agreement(images, labels, real["train"], real["validation"]),
-        "training_seconds": training_seconds(run)["training_seconds"],
-        "val_loss": training_seconds(run)["final_val_loss"],
-        "setting": SETTING,
-        "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
-    }
-    partial = directory / "result.json.partial"
-    partial.write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    partial.replace(directory / "result.json")
 
 
 def summary(rows: list[dict[str, Any]], baseline: str) -> dict[str, Any]:
@@ -257,8 +157,8 @@ def study(options: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run a study, or score one cell of it."""
-    parser = ArgumentParser(prog="benchmarks.quality", description=__doc__.split("\n")[0])
+    """Run a study."""
+    parser = ArgumentParser(prog="benchmarks.one_rate", description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=tuple(DATA_SETS), default="digits")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["gspn", "attention"])
     parser.add_argument("--baseline", choices=tuple(VARIANTS), default="attention", help="what the ratios divide by")
@@ -271,17 +171,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
     parser.add_argument("--work", default="runs/quality", help="where the cells live")
     parser.add_argument("--out", help="write the JSON here as well")
-    parser.add_argument("--score", metavar="DIR", help="only score this trained cell (used by the study itself)")
     options = parser.parse_args()
-    if options.score:
-        return score_cell(Path(options.score), options.data)
     if not (options.steps or options.seconds):
         raise UserError("no budget; give --steps N, --seconds N, or both")
     text = json.dumps(study(options), indent=2)
     print(text)
     if options.out:
         Path(options.out).write_text(text + "\n", encoding="utf-8")
-    return None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import calibration, quality
+from benchmarks import calibration, scoring
 from benchmarks.judge import Emoji, add_emoji_options, emoji_of
 from benchmarks.study import best_rate, interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
@@ -110,8 +110,8 @@ def run_cell(recipe: str, seed: int, rate: float, steps: int, work: Path, emoji:
 def score_digits(cell: Path) -> dict[str, float]:
     """Return the scores of a cell of digits; its images are drawn with the cell's own seed."""
     if not (cell / "result.json").exists():
-        quality.score_cell(cell, "digits")
-    quality.refuse_other_scores(cell / "result.json")
+        scoring.score_cell(cell, "digits")
+    scoring.refuse_other_scores(cell / "result.json")
     figures = json.loads((cell / "result.json").read_text(encoding="utf-8"))
     return {name: figures[name] for name in METRICS}
 
@@ -167,7 +167,7 @@ def study(seconds: int, seeds: int, work: Path, emoji: Emoji | None = None) -> d
         "data": data,
         "model": DATA_SETS[data],
         "seconds": seconds,
-        "setting": EMOJI_SETTING if emoji else quality.SETTING,
+        "setting": EMOJI_SETTING if emoji else scoring.SETTING,
         "milliseconds_per_step": milliseconds,
         "rates": rates,
         "cells": cells,

@@ -3,7 +3,7 @@
     python -m benchmarks.resolution --study benchmarks/results/quality_fashion{,_block}.json \\
         --picture docs/resolution.png --out benchmarks/results/resolution.json
 
-The models are those that studies of `benchmarks.quality` trained with their first seed, or those that --runs names.
+The models are those that studies of `benchmarks.one_rate` trained with their first seed, or those that --runs names.
 
 A model without positions is given another grid, and nothing else changes. One with sine and cosine positions is drawn
 twice: with positions that continue beyond the training grid, and with positions squeezed into its range. Every size is
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.quality import DATA_SETS, GUIDANCE_SCALE, Cell
+from benchmarks.one_rate import Cell
+from benchmarks.scoring import DATA_SETS, SETTING
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def image_count(scale: int, samples: int) -> int:
 
 def variants(name: str, pipeline: GSPNPipeline) -> Iterator[str]:
     """Yield the name of each way to draw larger images, having set the model to it."""
-    from gspn_dit.models import DiT
-
-    if not isinstance(pipeline.model, DiT) or not pipeline.model.has_positions:
+    if not pipeline.model.has_positions:
         yield name
         return
     for interpolate in (False, True):
@@ -172,7 +171,7 @@ def runs_of_study(file: Path, work: Path) -> tuple[str, dict[str, str]]:
         rows = [row for row in study["cells"] if (row["seed"], row["budget"]) == (0, next(iter(study["budgets"])))]
         cells = [Cell(study["data"], row["variant"], study["size"], row["seed"], row["steps"]) for row in rows]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} cannot be read as a study of benchmarks.quality: {error}") from None
+        raise UserError(f"{file} cannot be read as a study of benchmarks.one_rate: {error}") from None
     return study["data"], {cell.variant: str(cell.directory(work) / "run") for cell in cells}
 
 
@@ -190,14 +189,14 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.resolution", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--study", metavar="FILE", nargs="+", help="results of benchmarks.quality, whose runs are there"
+        "--study", metavar="FILE", nargs="+", help="results of benchmarks.one_rate, whose runs are there"
     )
     source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
-    parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.quality")
+    parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.one_rate")
     parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
     parser.add_argument("--samples", type=int, default=256, help="crops at each size, and images of the training size")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
-    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    parser.add_argument("--guidance-scale", type=float, default=SETTING["guidance_scale"])
     parser.add_argument("--picture", help="write this PNG")
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()

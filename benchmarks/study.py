@@ -117,3 +117,31 @@ def paired_ratio(rows: Sequence[Mapping[str, Any]], metric: str, variant: str, b
     )
     logs = interval([math.log(tried[seed] / known[seed]) for seed in sorted(set(tried) & set(known))])
     return {key: math.exp(value) for key, value in logs.items()} | {"pairs": len(set(tried) & set(known))}
+
+
+def paired_p(rows: Sequence[Mapping[str, Any]], metric: str, variant: str, baseline: str) -> float:
+    """Return the two-sided p-value of a ratio of 1: Student's t over the logarithms that `paired_ratio` averages.
+
+    It is 1 for fewer than two pairs, which show nothing.
+    """
+    from scipy.stats import ttest_1samp
+
+    tried, known = (
+        {row["seed"]: row[metric] for row in rows if row["variant"] == name} for name in (variant, baseline)
+    )
+    logs = [math.log(tried[seed] / known[seed]) for seed in sorted(set(tried) & set(known))]
+    if len(logs) < 2 or not any(logs):
+        return 1.0
+    return float(ttest_1samp(logs, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for all of them together, in their order (Holm, Scand. J. Statist. 6, 1979).
+
+    The k-th smallest of n is multiplied by n - k + 1; none is below a smaller one's, and none is above 1.
+    """
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        corrected[number] = largest
+    return corrected

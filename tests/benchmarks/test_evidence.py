@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.few_step import summary as few_step_summary
-from benchmarks.quality import METRICS, summary
+from benchmarks.one_rate import summary
+from benchmarks.scoring import METRICS
 from gspn_dit.errors import UserError
 
 MACHINE = {"processor": "a chip", "cores": 2, "kernels": "kernels (AVX2)"}

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import quality
-from benchmarks.quality import SETTING, VARIANTS, Cell, budgets_of, run_cell, train_arguments
+from benchmarks import one_rate
+from benchmarks.one_rate import VARIANTS, Cell, budgets_of, run_cell, train_arguments
+from benchmarks.scoring import SETTING
 from gspn_dit.config import parse_train_arguments
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
@@ -46,8 +47,8 @@ def make_cell(work: Path, **changes: Any) -> Path:
 
 def test_a_cell_that_is_done_is_not_scored_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_cell(tmp_path)
-    monkeypatch.setattr(quality, "train", lambda words, run: {"commit": "0123456", "step": 40})
-    monkeypatch.setattr(quality, "call", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(one_rate, "train", lambda words, run: {"commit": "0123456", "step": 40})
+    monkeypatch.setattr(one_rate, "call", lambda *_: pytest.fail("it ran"))
     row = {"fd": 1.5, "variant": "gspn", "seed": 0, "steps": 40, "commit": "0123456"}
     assert run_cell(CELL, tmp_path) == row
 

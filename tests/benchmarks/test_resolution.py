@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import resolution
-from benchmarks.quality import Cell
+from benchmarks.one_rate import Cell
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
@@ -119,7 +119,7 @@ def test_studies_say_which_runs(tmp_path: Path) -> None:
 
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(UserError, match=r"study.json cannot be read as a study of benchmarks.quality: 'cells'"):
+    with pytest.raises(UserError, match=r"study.json cannot be read as a study of benchmarks.one_rate: 'cells'"):
         resolution.runs_of_studies([tmp_path / "study.json"], tmp_path)
 
 

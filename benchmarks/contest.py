@@ -1,0 +1,298 @@
+"""The cells of a study of quality on one data set: searches on seeds that are not scored, then the scored ones.
+
+`benchmarks.quality` is the command, `benchmarks.protocol` its rules, `benchmarks.contenders` who takes part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import calibration, scoring
+from benchmarks.contenders import (
+    CONTENDERS,
+    REFERENCE,
+    TOLERANCE,
+    Setting,
+    describe,
+    fitted,
+    parameters,
+    reference_parameters,
+    train_words,
+)
+from benchmarks.protocol import CENTRE, SEARCH, SEARCH_SEED, Protocol, next_rate, part_name, rate_grid, rungs
+from benchmarks.study import call, commit, last_metrics, once, train
+from gspn_dit.errors import UserError
+from gspn_dit.sweep.halving import survivors
+
+DRIFT = 0.05
+"""By which a contender's time of a step, over the reference's, may differ after the last cell from before the first."""
+SEARCH_ROUNDS = 12
+"""Timed steps of each setting that may be tried; of those that are scored there are `calibration.ROUNDS`."""
+DIVERGED = "non-finite loss"
+"""What a training says that gave up for it."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: everything about it that differs between cells of a data set."""
+
+    data: str
+    contender: str
+    setting: Setting
+    rate: float
+    steps: int
+    seed: int
+
+    def directory(self, work: Path, size: str) -> Path:
+        place = work / self.data / f"{self.contender}-{size}" / (describe(self.setting) or "defaults")
+        return place / f"{self.steps}-steps" / f"rate-{self.rate:g}" / f"seed-{self.seed}"
+
+    def arguments(self, size: str) -> list[str]:
+        """Return the command line of `train.py`, but for the run's directory."""
+        values: dict[str, Any] = {
+            "seed": self.seed,
+            "training.max_steps": self.steps,
+            "training.learning_rate": self.rate,
+            "training.ema_decay": 0.99,
+            "training.warmup_steps": max(1, self.steps // 10),
+            "training.checkpoint_every": max(self.steps // 4, 1),
+            "training.validate_every": self.steps,
+            "training.sample_every": self.steps,
+            "training.trackers": "[]",
+            "sampling.steps": 1,
+            "sampling.per_class": 1,
+        }
+        words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        model = train_words(fitted(self.contender, self.setting, self.data, size))
+        return [*scoring.DATA_SETS[self.data].arguments(), *model, *words]
+
+
+def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
+    """Train and score a cell in processes of their own, unless its result is there, and return its figures.
+
+    A training that diverges is a result, too: its figures are infinite.
+    """
+    directory = cell.directory(work, size)
+    result = directory / "result.json"
+    scoring.refuse_other_scores(result)
+    figures = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    if not figures.get("diverged"):
+        try:
+            train(cell.arguments(size), directory / "run")
+        except UserError:
+            if not _diverged(directory):
+                raise
+            once(result, lambda: {"diverged": True, "setting": scoring.SETTING})
+    if not result.exists():
+        words = ["-m", "benchmarks.scoring", str(directory.absolute()), "--data", cell.data]
+        call(words, directory / "log.txt")
+        print(f"{directory}: FD {json.loads(result.read_text(encoding='utf-8'))['fd']:.3f}", flush=True)
+    figures = json.loads(result.read_text(encoding="utf-8"))
+    del figures["setting"]
+    told = {"variant": cell.contender, "options": dict(cell.setting), "rate": cell.rate, "steps": cell.steps}
+    return {**told, "seed": cell.seed, "commit": commit(directory / "run"), "diverged": False, **figures}
+
+
+def _diverged(directory: Path) -> bool:
+    log, done = directory / "run.log", last_metrics(directory / "run")
+    return "step" in done and log.exists() and DIVERGED in log.read_text(encoding="utf-8")
+
+
+def score_of(row: dict[str, Any]) -> float:
+    """Return what a search minimises: the logarithm of FD, infinite for a training that diverged."""
+    fd = row.get("fd")
+    return math.log(fd) if fd is not None and math.isfinite(fd) else math.inf
+
+
+class Study:
+    """The cells of one data set, and what was found on it."""
+
+    def __init__(self, data: str, contenders: Sequence[str], protocol: Protocol, work: Path, jobs: int) -> None:
+        self.data, self.contenders, self.protocol, self.work, self.jobs = data, contenders, protocol, work, jobs
+        self.seconds = protocol.seconds or scoring.DATA_SETS[data].seconds
+        self.times: dict[tuple[str, Setting], float] = {}
+        self.rows: dict[Cell, dict[str, Any]] = {}
+        self.roles: dict[Cell, list[str]] = {}
+
+    # -- cells -------------------------------------------------------------------------------------------------------
+
+    def run(self, cells: Sequence[Cell], role: str) -> list[dict[str, Any]]:
+        """Return the figures of cells, running those that are not there; `role` says what for, in the result."""
+        missing = [cell for cell in dict.fromkeys(cells) if cell not in self.rows]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            found = pool.map(lambda cell: run_cell(cell, self.work, self.protocol.size), missing)
+            self.rows.update(zip(missing, found, strict=True))
+        for cell in cells:
+            self.roles.setdefault(cell, []).append(role)
+        return [self.rows[cell] for cell in cells]
+
+    def calibrate(self, chosen: Sequence[tuple[str, Setting]], name: str, rounds: int) -> dict[str, float]:
+        """Return milliseconds of the processor for a step of each, taken in turn, kept in a file of that name."""
+        words = {
+            f"{contender} {describe(setting)}": Cell(self.data, contender, setting, CENTRE, 100, 0).arguments(
+                self.protocol.size
+            )
+            for contender, setting in chosen
+        }
+        file = self.work / self.data / f"{name}-{self.protocol.size}.json"
+        return calibration.calibrated(file, words, rounds, time.process_time)
+
+    def time_steps(self, chosen: Sequence[tuple[str, Setting]], name: str, rounds: int) -> None:
+        """Fix how long a step of each takes."""
+        found = self.calibrate(chosen, name, rounds)
+        self.times.update({key: found[f"{key[0]} {describe(key[1])}"] for key in chosen})
+
+    def steps(self, contender: str, setting: Setting, budget: float = 1) -> int:
+        """Return the steps that fit into a budget."""
+        return max(1, int(1e3 * self.seconds * budget / self.times[contender, setting]))
+
+    # -- search ------------------------------------------------------------------------------------------------------
+
+    def trial(self, contender: str, setting: Setting, rates: Sequence[float], steps: int, role: str) -> list[float]:
+        """Return the score of a setting at each learning rate, the mean over the search's seeds."""
+        seeds = range(SEARCH_SEED, SEARCH_SEED + self.protocol.search_seeds)
+        cells = [Cell(self.data, contender, setting, rate, steps, seed) for rate in rates for seed in seeds]
+        scores = [score_of(row) for row in self.run(cells, role)]
+        return [sum(scores[i : i + len(seeds)]) / len(seeds) for i in range(0, len(scores), len(seeds))]
+
+    def best_rate(
+        self, contender: str, setting: Setting, grid: Sequence[float], steps: int, role: str
+    ) -> dict[str, Any]:
+        """Try a grid of learning rates, and what lies beyond its better end, until the best lies inside."""
+        found = dict(zip(grid, self.trial(contender, setting, grid, steps, role), strict=True))
+        while (rate := next_rate(found)) is not None:
+            found[rate] = self.trial(contender, setting, [rate], steps, role)[0]
+        best = min(found, key=lambda rate: found[rate])
+        return {"steps": steps, "best": best, "fd": {f"{rate:g}": _plain(found[rate]) for rate in sorted(found)}}
+
+    def search(self, contender: str, kept: set[str]) -> dict[str, Any]:
+        """Choose the options and learning rates of a contender, on seeds that are not scored."""
+        settings = CONTENDERS[contender].settings(self.protocol.trials)
+        grid = rate_grid(CENTRE, self.protocol.rates)
+        first = self.best_rate(contender, settings[0], grid, self.steps(contender, settings[0]), SEARCH[0])
+        rounds, alive = [], list(range(len(settings)))
+        for rung in rungs(len(settings), 1024):
+            alive, share = alive[: rung.candidates], rung.images / 1024
+            scores = {
+                number: self.trial(
+                    contender,
+                    settings[number],
+                    [first["best"]],
+                    self.steps(contender, settings[number], share),
+                    SEARCH[1],
+                )[0]
+                for number in alive
+            }
+            rounds.append({"share_of_steps": share, "fd": {str(n): _plain(score) for n, score in scores.items()}})
+            alive = survivors(scores, len(scores))
+        chosen = settings[alive[0]]
+        grid = rate_grid(first["best"], self.protocol.rates)
+        rates = {1: self.best_rate(contender, chosen, grid, self.steps(contender, chosen), SEARCH[2])}
+        for budget in self.protocol.budgets[1:2]:
+            if (name := part_name(budget, "learning rates")) in kept:
+                grid = rate_grid(rates[1]["best"], 3)
+                rates[budget] = self.best_rate(contender, chosen, grid, self.steps(contender, chosen, budget), name)
+        return {
+            "settings": [dict(setting) for setting in settings],
+            "first_rates": first,
+            "rounds": rounds,
+            "chosen": chosen,
+            "rates": rates,
+        }
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def score(self, found: dict[str, Any], kept: set[str]) -> list[dict[str, Any]]:
+        """Train and score every contender at every budget; return the rows, each with its budget and kind."""
+        rows = []
+        for number, budget in enumerate(self.protocol.budgets):
+            models = self.finalists(found) if number >= 2 else list(self.contenders)
+            for kind in ("equal time", "equal steps"):
+                if part_name(budget, kind) not in kept:
+                    continue
+                rows += [
+                    {**row, "data": self.data, "budget": budget, "kind": kind}
+                    for row in self.run(self.scored_cells(models, found, budget, kind), part_name(budget, kind))
+                ]
+        return rows
+
+    def scored_cells(self, models: Sequence[str], found: dict[str, Any], budget: int, kind: str) -> list[Cell]:
+        """Return the cells of a budget, seed by seed; a budget without learning rates of its own takes the last's."""
+        cells = []
+        for seed in range(self.protocol.seeds):
+            for contender in models:
+                chosen, rates = found[contender]["chosen"], found[contender]["rates"]
+                rate = rates[max(known for known in rates if known <= budget)]["best"]
+                timed = (REFERENCE, found[REFERENCE]["chosen"]) if kind == "equal steps" else (contender, chosen)
+                cells.append(Cell(self.data, contender, chosen, rate, self.steps(*timed, budget), seed))
+        return cells
+
+    def finalists(self, found: dict[str, Any]) -> list[str]:
+        """Return the best by the search's own scores, which choose and are not reported, and the reference."""
+
+        def last_score(contender: str) -> float:
+            last = found[contender]["rates"][max(found[contender]["rates"])]
+            return last["fd"][f"{last['best']:g}"]
+
+        others = sorted((name for name in self.contenders if name != REFERENCE), key=last_score)
+        return [REFERENCE, *others[: self.protocol.finalists]]
+
+
+def _plain(score: float) -> float | None:
+    """Return the FD of a score, as JSON has it: null for infinite."""
+    return None if math.isinf(score) else math.exp(score)
+
+
+def refuse_unequal(rows: Sequence[dict[str, Any]], size: str) -> None:
+    """Raise UserError where models that were trained differ from what was planned, or too far from the reference."""
+    for row in rows:
+        if row["diverged"]:
+            continue
+        setting = tuple(row["options"].items())
+        planned = parameters(row["data"], fitted(row["variant"], setting, row["data"], size))
+        target = reference_parameters(row["data"], size)
+        if row["parameters"] != planned or abs(planned / target - 1) > TOLERANCE:
+            raise UserError(
+                f"{row['variant']} on {row['data']} has {row['parameters']:,} parameters, but {planned:,} were planned "
+                f"and {REFERENCE} has {target:,}; mend the classes and channels in benchmarks/scoring.py"
+            )
+
+
+def drift(before: dict[str, float], after: dict[str, float], reference: str) -> dict[str, float]:
+    """Return by what share each one's time over the reference's has changed."""
+    return {name: (after[name] / after[reference]) / (before[name] / before[reference]) - 1 for name in before}
+
+
+def study_of(data: str, contenders: Sequence[str], protocol: Protocol, kept: set[str], work: Path, jobs: int) -> Any:
+    """Search and score on one data set; return what was found, and the scored rows."""
+    study = Study(data, contenders, protocol, work, jobs)
+    tried = [(name, setting) for name in contenders for setting in CONTENDERS[name].settings(protocol.trials)]
+    study.time_steps(tried, "calibration-search", SEARCH_ROUNDS)
+    found = {name: study.search(name, kept) for name in contenders}
+    chosen = [(name, found[name]["chosen"]) for name in contenders]
+    study.time_steps(chosen, "calibration", calibration.ROUNDS)
+    rows = study.score(found, kept)
+    refuse_unequal(rows, protocol.size)
+    before, after = (study.calibrate(chosen, name, calibration.ROUNDS) for name in ("calibration", "recheck"))
+    moved = drift(before, after, f"{REFERENCE} {describe(found[REFERENCE]['chosen'])}")
+    for name in contenders:
+        found[name]["model"] = fitted(name, found[name]["chosen"], data, protocol.size)
+        found[name]["chosen"] = dict(found[name]["chosen"])
+    trials = [{**study.rows[cell], "for": roles} for cell, roles in study.roles.items()]
+    return {
+        "tokens": scoring.DATA_SETS[data].tokens,
+        "seconds": study.seconds,
+        "milliseconds_per_step": before,
+        "milliseconds_per_step_at_the_end": after,
+        "drift": moved,
+        "time_held": all(abs(share) <= DRIFT for share in moved.values()),
+        "search": found,
+        "cells": trials,
+    }, rows

@@ -1,0 +1,158 @@
+"""Quality of scans beside their rivals, each at its own best: searched alike, equal parameters, equal measured time.
+
+    python -m benchmarks.quality --data digits fashion --plan
+    python -m benchmarks.quality --data digits fashion --jobs 2 --hours 12 --out benchmarks/results/quality.json
+
+For every contender and data set, on seeds that are not scored: a geometric grid of learning rates, extended until the
+best lies inside; settings of its own options, as many for all, by successive halving; a grid for what was chosen, and
+rates around the best at the next budget. Scored are paired seeds at three budgets, at equal time and at equal steps.
+Time is the processor's, on one thread, of steps that all contenders take in turn; steps are fixed from it before the
+first scored cell, and it is measured again after the last. Ratios of ours to each rival are paired by seed, their
+p-values corrected for the whole table (Holm). What does not fit into --hours is dropped by parts, never by seeds, and
+said. A study can be stopped and started again: what is done is kept, what was interrupted resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scoring
+from benchmarks.contenders import CONTENDERS, REFERENCE, fitted
+from benchmarks.contest import study_of
+from benchmarks.protocol import FACTOR, Part, Protocol, as_json, fit_into, parts
+from benchmarks.study import holm, interval, once, paired_p, paired_ratio
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+
+# -- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the ratio of ours to each rival, for every data set, budget and kind, with p-values for all together.
+
+    Seeds of which one of both diverged are left out of a ratio, and counted.
+    """
+    table = []
+    for data, budget, kind in dict.fromkeys((row["data"], row["budget"], row["kind"]) for row in rows):
+        own = [row for row in rows if (row["data"], row["budget"], row["kind"]) == (data, budget, kind)]
+        there = list(dict.fromkeys(row["variant"] for row in own))
+        finite = [row for row in own if not row["diverged"]]
+        for ours in (name for name in there if CONTENDERS[name].ours):
+            for rival in (name for name in there if not CONTENDERS[name].ours):
+                entry: dict[str, Any] = {"data": data, "budget": budget, "kind": kind, "ours": ours, "rival": rival}
+                entry["diverged"] = sum(row["diverged"] for row in own if row["variant"] in (ours, rival))
+                for metric in ("fd", "val_loss"):
+                    entry[metric] = paired_ratio(finite, metric, ours, rival)
+                table.append(entry | {"p": paired_p(finite, "fd", ours, rival)})
+    for entry, corrected in zip(table, holm([entry["p"] for entry in table]), strict=True):
+        entry["p_holm"] = corrected
+    return table
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each contender's mean figures with intervals, by data set, kind and budget."""
+    points = dict.fromkeys((row["data"], row["kind"], row["variant"], row["budget"]) for row in rows)
+    found = []
+    for data, kind, variant, budget in points:
+        own = [row for row in rows if (row["data"], row["kind"], row["variant"]) == (data, kind, variant)]
+        own = [row for row in own if row["budget"] == budget and not row["diverged"]]
+        means = {metric: interval([row[metric] for row in own]) for metric in scoring.METRICS} if own else {}
+        found.append({"data": data, "kind": kind, "variant": variant, "budget": budget, "seeds": len(own), **means})
+    return found
+
+
+def study(
+    data: Sequence[str], contenders: Sequence[str], protocol: Protocol, kept: Sequence[Part], work: Path, jobs: int
+) -> dict[str, Any]:
+    """Run every cell that is not there yet, and return all figures."""
+    from benchmarks.measure import CpuDevice, software
+
+    settings = {"protocol": asdict(protocol), "setting": scoring.SETTING}
+    if json.loads(json.dumps(settings)) != once(work / "protocol.json", lambda: settings):
+        raise UserError(f"{work} holds a study of another protocol; give another --work, or delete it")
+    results, rows = {}, []
+    for name in data:
+        names = {part.name for part in kept if part.data == name}
+        results[name], own = study_of(name, contenders, protocol, names, work, jobs)
+        rows += own
+    return {
+        **settings,
+        "factor_of_rates": FACTOR,
+        "contenders": {name: asdict(CONTENDERS[name]) for name in contenders},
+        "data": results,
+        "comparisons": comparisons(rows),
+        "curves": curves(rows),
+        "machine": CpuDevice().describe(),
+        "software": software(),
+    }
+
+
+# -- command ---------------------------------------------------------------------------------------------------------
+
+
+def show_plan(kept: Sequence[Part], dropped: Sequence[Part], jobs: int, say: Callable[[str], Any] = print) -> None:
+    """Print every part of a plan, what is dropped, and the hours."""
+    for part in kept:
+        say(f"{part.data:16} {part.name:38} {part.cells:5} cells of {part.seconds:7.0f} s {part.hours:8.2f} core hours")
+    for part in dropped:
+        say(f"{part.data:16} {part.name:38} {part.cells:5} cells dropped, {part.hours:.2f} core hours")
+    cells, hours = sum(part.cells for part in kept), sum(part.hours for part in kept) / jobs
+    say(f"{cells} cells, {hours:.1f} hours of {jobs} cores; seeds are not dropped")
+
+
+def _options(arguments: Sequence[str] | None) -> Any:
+    parser = ArgumentParser(prog="benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", nargs="+", choices=tuple(scoring.DATA_SETS), default=["digits"])
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--size", default=Protocol.size, help="preset of all models, such as N or T")
+    parser.add_argument("--seeds", type=int, default=Protocol.seeds, help="scored and paired, from 0 on")
+    parser.add_argument("--search-seeds", type=int, default=Protocol.search_seeds, help="that choose, from 100 on")
+    parser.add_argument("--rates", type=int, default=Protocol.rates, help="learning rates of a grid, odd")
+    parser.add_argument("--trials", type=int, default=Protocol.trials, help="settings of options of each contender")
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(Protocol.budgets), help="multiples of --seconds")
+    parser.add_argument("--widest", help="the data set of the largest budgets; default: the first of --data")
+    parser.add_argument("--finalists", type=int, default=Protocol.finalists, help="for the largest budgets")
+    parser.add_argument("--seconds", type=float, help="of the smallest budget; default: each data set's own")
+    parser.add_argument("--hours", type=float, default=12, help="what does not fit is dropped, by parts")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    parser.add_argument("--plan", action="store_true", help="say what would run and how long, and run nothing")
+    parser.add_argument("--work", type=Path, default=Path("runs/fair"), help="where the cells live")
+    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Plan a study, or run it."""
+    options = _options(arguments)
+    data, contenders = list(dict.fromkeys(options.data)), list(dict.fromkeys(options.contenders))
+    if REFERENCE not in contenders:
+        raise UserError(f"--contenders lacks {REFERENCE}, which the others are measured by; add it")
+    if options.widest not in (None, *data):
+        raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(data)}")
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
+    names = ("size", "seeds", "search_seeds", "rates", "trials", "widest", "finalists", "seconds")
+    protocol = Protocol(budgets=tuple(options.budgets), **{name: getattr(options, name) for name in names})
+    for name in contenders:  # a setting too few, or parameters that cannot be equal, is told before anything runs
+        for setting in CONTENDERS[name].settings(protocol.trials):
+            for one in data:
+                fitted(name, setting, one, protocol.size)
+    every = parts(protocol, len(contenders), {name: scoring.DATA_SETS[name].seconds for name in data})
+    kept, dropped = fit_into(every, options.hours, options.jobs)
+    show_plan(kept, dropped, options.jobs)
+    if options.plan:
+        return
+    found = study(data, contenders, protocol, kept, options.work, options.jobs)
+    found["plan"] = {"kept": [as_json(part) for part in kept], "dropped": [as_json(part) for part in dropped]}
+    text = json.dumps(found, indent=2)
+    (options.work / "study.json").write_text(text + "\n", encoding="utf-8")
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print(f"written: {options.out or options.work / 'study.json'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

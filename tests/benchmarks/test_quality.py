@@ -1,0 +1,308 @@
+"""A study of quality from its plan to its table: killed and resumed, with trainings that are made up, and real ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import calibration, contest, quality, scoring
+from benchmarks.contenders import CONTENDERS, fitted, parameters
+from benchmarks.contest import Cell, drift
+from benchmarks.scoring import METRICS, SETTING
+from gspn_dit.config import parse_train_arguments
+from gspn_dit.errors import UserError
+
+NAMES = ["attention", "conv", "gspn-normed"]
+BASE = {"attention": 2.0, "conv": 3.0, "gspn-normed": 1.5}
+BEST_RATE = {"attention": 0.016, "conv": 0.004, "gspn-normed": 0.064}
+"""The last lies beyond the first grid."""
+MILLISECONDS = {"attention": 10.0, "conv": 5.0, "gspn-normed": 20.0}
+BETTER = 1
+"""The number of the setting that is best for all."""
+COMMAND = ["--data", "digits", "--contenders", *NAMES, "--trials", "2", "--seconds", "10", "--finalists", "1"]
+
+
+class World:
+    """Trainings that take no time, whose FD is a formula."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trained: Counter[str] = Counter()
+        self.stop_after = math.inf
+        self.cells: dict[str, Cell] = {}
+        arguments = Cell.arguments
+
+        def remembered(cell: Cell, size: str) -> list[str]:
+            self.cells[str(cell)] = cell
+            return [*arguments(cell, size), "--cell", str(cell)]
+
+        monkeypatch.setattr(Cell, "arguments", remembered)
+        monkeypatch.setattr(contest, "train", self.train)
+        monkeypatch.setattr(contest, "call", self.score)
+        monkeypatch.setattr(calibration, "milliseconds_per_step", self.time)
+
+    def train(self, words: Sequence[str], run: Path) -> dict[str, Any]:
+        cell = self.cells[words[-1]]
+        assert parse_train_arguments([*words[:-2], "--output_dir", str(run)]).config.training.max_steps == cell.steps
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "environment.json").write_text(json.dumps({"git_commit": "0123456789", "git_changes": False}))
+        if not (run / "metrics.jsonl").exists():
+            if len(self.trained) >= self.stop_after:
+                raise KeyboardInterrupt
+            self.trained[words[-1]] += 1
+            (run / "metrics.jsonl").write_text(json.dumps({"step": cell.steps, "loss": 1.0}) + "\n")
+        (run / "cell").write_text(words[-1])
+        if cell.contender == "conv" and cell.rate > 0.01:
+            run.with_name("run.log").write_text("8 steps in a row had a non-finite loss or gradient and were skipped")
+            raise UserError("it failed")
+        return {}
+
+    def score(self, words: Sequence[str], log: Path) -> None:
+        directory = Path(words[2])
+        cell = self.cells[(directory / "run" / "cell").read_text()]
+        options = fitted(cell.contender, cell.setting, cell.data, "N")
+        figures = {**dict.fromkeys(METRICS, 0.5), "parameters": parameters(cell.data, options), "setting": SETTING}
+        (directory / "result.json").write_text(json.dumps(figures | {"fd": formula(cell)}))
+
+    def time(self, arguments: Mapping[str, Sequence[str]], folder: Path, *_: Any) -> dict[str, float]:
+        slower = {"gspn-normed": 1.2} if folder.name.startswith("recheck") else {}
+        names = {key: key.split()[0] for key in arguments}
+        return {key: MILLISECONDS[name] * slower.get(name, 1.0) for key, name in names.items()}
+
+
+def formula(cell: Cell) -> float:
+    settings = CONTENDERS[cell.contender].settings(2)
+    fd = BASE[cell.contender] * (1 + abs(math.log2(cell.rate / BEST_RATE[cell.contender])))
+    fd *= 1.0 if cell.setting == settings[BETTER] else 1.1
+    wobble = 0.01 * BASE[cell.contender] * (cell.seed % 3)
+    return fd * math.exp(wobble) * (1000 / cell.steps) ** 0.5
+
+
+def found(work: Path) -> dict[str, Any]:
+    result = json.loads((work / "study.json").read_text())
+    return {key: value for key, value in result.items() if key not in ("machine", "software")}
+
+
+def ratio(result: Mapping[str, Any], budget: int, kind: str, rival: str) -> dict[str, Any]:
+    key = {"budget": budget, "kind": kind, "rival": rival}
+    (entry,) = (row for row in result["comparisons"] if {name: row[name] for name in key} == key)
+    return entry
+
+
+def test_a_study_that_is_stopped_and_resumed_is_the_uninterrupted_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    world = World(monkeypatch)
+    once, twice = (["--work", str(tmp_path / name)] for name in ("once", "twice"))
+    quality.main([*COMMAND, *once, "--jobs", "1"])
+    assert set(world.trained.values()) == {1}
+    trained, world.trained, world.stop_after = set(world.trained), Counter(), 17
+    with pytest.raises(KeyboardInterrupt):
+        quality.main([*COMMAND, *twice, "--jobs", "1"])
+    assert len(world.trained) == 17 and not (tmp_path / "twice" / "study.json").exists()
+    world.stop_after = math.inf
+    quality.main([*COMMAND, *twice, "--jobs", "1"])
+    assert set(world.trained.values()) == {1} and set(world.trained) == trained
+    assert found(tmp_path / "once") == found(tmp_path / "twice")
+    with pytest.raises(UserError, match=r"twice holds a study of another protocol; give another --work"):
+        quality.main([*COMMAND, *twice, "--seeds", "6"])
+
+
+def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    World(monkeypatch)
+    quality.main([*COMMAND, "--work", str(tmp_path), "--out", str(tmp_path / "out.json"), "--jobs", "1"])
+    result = found(tmp_path)
+    digits = result["data"]["digits"]
+    for name in NAMES:
+        search = digits["search"][name]
+        best = {budget: rates["best"] for budget, rates in search["rates"].items()}
+        assert best == {"1": pytest.approx(BEST_RATE[name]), "4": pytest.approx(BEST_RATE[name])}
+        assert search["chosen"] == dict(CONTENDERS[name].settings(2)[BETTER])
+        assert len(search["first_rates"]["fd"]) >= 5 and len(search["rates"]["1"]["fd"]) >= 5
+    assert digits["search"]["conv"]["first_rates"]["fd"]["0.032"] is None  # it diverged
+    cells = digits["cells"]
+    scored = [cell for cell in cells if any("equal" in role for role in cell["for"])]
+    assert {cell["seed"] for cell in scored} == set(range(5))
+    assert {cell["seed"] for cell in cells if cell not in scored} == {100}
+    steps = {(c["variant"], role): c["steps"] for c in scored for role in c["for"] if c["rate"] and "16" not in role}
+    assert steps["attention", "1×, equal time"] == steps["conv", "1×, equal steps"] == 1000
+    assert steps["conv", "1×, equal time"] == 2000 and steps["gspn-normed", "4×, equal time"] == 2000
+    assert steps["gspn-normed", "4×, equal steps"] == 4000
+    assert {cell["variant"] for cell in cells if "16×, equal time" in cell["for"]} == {"attention", "gspn-normed"}
+    # FD ∝ base · exp(0.01 · base · (0, 1, 2, 0, 1)) / √steps: means of logarithms by hand.
+    wobble = 0.01 * (1.5 - 2.0) * 4 / 5
+    steps_alike = ratio(result, 1, "equal steps", "attention")
+    assert steps_alike["fd"]["mean"] == pytest.approx(1.5 / 2 * math.exp(wobble))
+    assert steps_alike["fd"]["pairs"] == 5
+    time_alike = ratio(result, 4, "equal time", "attention")
+    assert time_alike["fd"]["mean"] == pytest.approx(1.5 / 2 * 2**0.5 * math.exp(wobble))
+    table = result["comparisons"]
+    assert len(table) == 4 * 2 + 2 * 1  # two budgets of two kinds with two rivals, the largest with one
+    assert all(row["p"] <= row["p_holm"] <= len(table) * row["p"] + 1e-12 for row in table)
+    smallest = min(table, key=lambda row: row["p"])
+    assert smallest["p_holm"] == pytest.approx(len(table) * smallest["p"])
+    points = {(p["variant"], p["budget"]): p["fd"]["mean"] for p in result["curves"] if p["kind"] == "equal time"}
+    assert points["attention", 16] == pytest.approx(points["attention", 1] / 4)
+    assert not digits["time_held"] and max(digits["drift"].values()) == pytest.approx(0.2)
+    plain = json.loads(
+        (tmp_path / "out.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    assert plain["plan"]["dropped"] == []
+
+
+def test_what_is_dropped_is_not_run_and_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(monkeypatch)
+    hours = next(tenths / 10 for tenths in range(1, 1000) if "4×, equal steps" in kept_names(tenths / 10))
+    quality.main([*COMMAND, "--work", str(tmp_path), "--hours", str(hours), "--jobs", "1"])
+    result = found(tmp_path)
+    dropped = [part["part"] for part in result["plan"]["dropped"]]
+    assert dropped == ["16×, equal steps"]
+    assert not [cell for cell in result["data"]["digits"]["cells"] if "16×, equal steps" in cell["for"]]
+    assert "16×, equal steps" in capsys.readouterr().out
+    assert world.trained
+
+
+def kept_names(hours: float) -> set[str]:
+    """What the command's plan keeps within so many hours of one core; nothing where the plan is refused."""
+    from benchmarks.protocol import Protocol, fit_into, parts
+
+    every = parts(Protocol(trials=2, seconds=10, finalists=1), len(NAMES), {"digits": 30})
+    try:
+        return {part.name for part in fit_into(every, hours, 1)[0]}
+    except UserError:
+        return set()
+
+
+def test_the_plan_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in ((contest, "train"), (contest, "call"), (calibration, "milliseconds_per_step")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it ran"))
+    quality.main([*COMMAND, "--work", str(tmp_path / "work"), "--plan", "--jobs", "2"])
+    out = capsys.readouterr().out
+    assert "digits           1×, equal time                            15 cells of      35 s     0.15 core hours" in out
+    assert "hours of 2 cores; seeds are not dropped" in out
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--contenders", "conv", "gspn"], "--contenders lacks attention, which the others are measured by; add it"),
+        (["--widest", "fashion"], "--widest is fashion, but must be one of --data: digits"),
+        (["--jobs", "0"], "--jobs is 0, but must be at least 1"),
+        (["--seeds", "3"], "--seeds is 3, but a fair study needs at least 5"),
+        (["--trials", "99"], "--trials is 99, but a contender has 16 settings; give fewer"),
+        (["--size", "M"], "--size is M, but must be one of N, T, S, B, L, XL"),
+        (["--hours", "0.01"], "the plan takes .* hours at least, but --hours is 0.01"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        quality.main([*COMMAND, "--work", str(tmp_path / "work"), *words])
+    assert not (tmp_path / "work").exists()
+
+
+def test_models_of_other_parameters_than_planned_are_refused() -> None:
+    setting = CONTENDERS["conv"].settings(1)[0]
+    planned = parameters("digits", fitted("conv", setting, "digits", "N"))
+    row = {"variant": "conv", "data": "digits", "options": dict(setting), "diverged": False, "parameters": planned}
+    contest.refuse_unequal([row], "N")
+    with pytest.raises(UserError, match=r"conv on digits has .* parameters, but .* were planned and attention has"):
+        contest.refuse_unequal([{**row, "parameters": planned + 64}], "N")
+
+
+def test_drift_is_of_times_over_the_references() -> None:
+    """A machine half as fast for all is no drift."""
+    assert drift({"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 4.0}, "a") == {"a": 0, "b": 0}
+    assert drift({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.2}, "a")["b"] == pytest.approx(0.1)
+
+
+def test_a_training_that_failed_for_another_reason_stops_the_study(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(words: Sequence[str], run: Path) -> None:
+        run.mkdir(parents=True)
+        run.with_name("run.log").write_text("no space left on device")
+        raise UserError("train.py failed")
+
+    monkeypatch.setattr(contest, "train", fail)
+    cell = Cell("digits", "attention", CONTENDERS["attention"].settings(1)[0], 0.01, 5, 0)
+    with pytest.raises(UserError, match=r"train.py failed"):
+        contest.run_cell(cell, tmp_path, "N")
+    assert not (cell.directory(tmp_path, "N") / "result.json").exists()
+
+
+# -- real trainings --------------------------------------------------------------------------------------------------
+
+REAL = """
+import json, math, os, signal, sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from benchmarks import contest, quality, scoring, study
+from gspn_dit.config import parse_train_arguments
+from gspn_dit.training.loop import train
+
+torch.set_num_threads(1)
+scoring.SETTING.update(samples=30, steps=1, reference=100)
+work, last = sys.argv[1], int(sys.argv[2])
+done = Path(work) / "trained.txt"
+
+def train_here(words, log):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with done.open("a") as file:
+        file.write(words[words.index("--output_dir") + 1] + "\\n")
+    train(parse_train_arguments(words[1:]))
+
+def score_here(words, log):
+    directory = Path(words[2])
+    scoring.score_cell(directory, "digits")
+    file = directory / "result.json"
+    figures = json.loads(file.read_text())
+    rate = float(directory.parent.name.removeprefix("rate-"))
+    assert math.isfinite(figures["fd"])
+    file.write_text(json.dumps(figures | {"fd": 1 + abs(math.log2(rate / 0.008))}))  # two steps say nothing of rates
+    if len(done.read_text().splitlines()) >= last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+study.call, contest.call = train_here, score_here
+quality.main(["--work", work, *sys.argv[3:]])
+"""
+
+
+@pytest.mark.slow
+def test_real_trainings_killed_and_resumed(tmp_path: Path) -> None:
+    """Two contenders, five seeds, one budget of some steps: every cell is trained once, whatever was killed."""
+
+    def run(last: int) -> int:
+        words = ["--data", "digits", "--contenders", "attention", "gspn-normed", "--trials", "2", "--budgets", "1"]
+        words += ["--seconds", "0.2", "--jobs", "1"]
+        command = [sys.executable, "-c", REAL, str(tmp_path), str(last), *words]
+        return subprocess.run(command, cwd=scoring_root(), capture_output=True, check=False).returncode
+
+    assert run(6) == -signal.SIGKILL
+    assert not (tmp_path / "study.json").exists()
+    assert run(10**6) == 0
+    result = json.loads((tmp_path / "study.json").read_text())
+    trained = (tmp_path / "trained.txt").read_text().splitlines()
+    cells = result["data"]["digits"]["cells"]
+    assert len(trained) == len(set(trained)) == len(cells) >= 20
+    assert all(math.isfinite(cell["val_loss"]) for cell in cells)
+    assert {row["kind"] for row in result["comparisons"]} == {"equal time", "equal steps"}
+    assert {search["rates"]["1"]["best"] for search in result["data"]["digits"]["search"].values()} == {0.008}
+
+
+def scoring_root() -> Path:
+    return Path(scoring.__file__).parents[1]
