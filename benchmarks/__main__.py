@@ -36,6 +36,7 @@ COMMANDS: dict[str, list[str]] = {
     "classification_emoji": ["benchmarks.classification", "--data", "emoji", "--out"],
     "classification_long": ["benchmarks.learning_curve", "--run", "runs/fashion/long", "--out"],
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],
+    "cost": ["benchmarks.cost", "--out"],
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
     "digits_one_step": [
@@ -55,6 +56,9 @@ COMMANDS: dict[str, list[str]] = {
     "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [
         *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "300", "--out"),
+    ],
+    "quality": [
+        *("benchmarks.quality", "--data", "digits", "fashion", "--hours", "24", "--jobs", "2", "--out"),
     ],
     "quality_digits": [*ONE_RATE, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*ONE_RATE, "--data", "fashion", "--seconds", "120", "--out"],

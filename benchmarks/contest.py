@@ -177,35 +177,29 @@ class Study:
         settings = CONTENDERS[contender].settings(self.protocol.trials)
         grid = rate_grid(CENTRE, self.protocol.rates)
         first = self.best_rate(contender, settings[0], grid, self.steps(contender, settings[0]), SEARCH[0])
-        rounds, alive = [], list(range(len(settings)))
-        for rung in rungs(len(settings), 1024):
-            alive, share = alive[: rung.candidates], rung.images / 1024
-            scores = {
-                number: self.trial(
-                    contender,
-                    settings[number],
-                    [first["best"]],
-                    self.steps(contender, settings[number], share),
-                    SEARCH[1],
-                )[0]
-                for number in alive
-            }
-            rounds.append({"share_of_steps": share, "fd": {str(n): _plain(score) for n, score in scores.items()}})
-            alive = survivors(scores, len(scores))
-        chosen = settings[alive[0]]
-        grid = rate_grid(first["best"], self.protocol.rates)
-        rates = {1: self.best_rate(contender, chosen, grid, self.steps(contender, chosen), SEARCH[2])}
+        rounds, chosen, rates = [], settings[0], {1: first}
+        if SEARCH[1] in kept:
+            rounds, chosen = self.halve(contender, settings, first["best"])
+            grid = rate_grid(first["best"], self.protocol.rates)
+            rates[1] = self.best_rate(contender, chosen, grid, self.steps(contender, chosen), SEARCH[1])
         for budget in self.protocol.budgets[1:2]:
             if (name := part_name(budget, "learning rates")) in kept:
                 grid = rate_grid(rates[1]["best"], 3)
                 rates[budget] = self.best_rate(contender, chosen, grid, self.steps(contender, chosen, budget), name)
-        return {
-            "settings": [dict(setting) for setting in settings],
-            "first_rates": first,
-            "rounds": rounds,
-            "chosen": chosen,
-            "rates": rates,
-        }
+        tried = [dict(setting) for setting in settings]
+        return {"settings": tried, "first_rates": first, "rounds": rounds, "chosen": chosen, "rates": rates}
+
+    def halve(self, contender: str, settings: Sequence[Setting], rate: float) -> tuple[list[dict[str, Any]], Setting]:
+        """Train ever fewer settings for ever longer; return the FD of each round, and the setting that is left."""
+        rounds, alive = [], list(range(len(settings)))
+        for rung in rungs(len(settings), 1024):
+            share, scores = rung.images / 1024, {}
+            for number in alive[: rung.candidates]:
+                steps = self.steps(contender, settings[number], share)
+                scores[number] = self.trial(contender, settings[number], [rate], steps, SEARCH[1])[0]
+            rounds.append({"share_of_steps": share, "fd": {str(n): _plain(score) for n, score in scores.items()}})
+            alive = survivors(scores, len(scores))
+        return rounds, settings[alive[0]]
 
     # -- scores ------------------------------------------------------------------------------------------------------
 

@@ -133,7 +133,11 @@ def part_name(budget: int, kind: str) -> str:
     return f"{budget}×, {kind}"
 
 
-SEARCH = ("learning rates of the defaults", "options by halving", "learning rates of the chosen options")
+SEARCH = ("learning rates of the defaults", "options by halving, and their learning rates")
+"""Names of the parts that choose at the smallest budget."""
+RANKS = {"learning rates": (0, 5, 0), "equal time": (0, 4, 7), "equal steps": (6, 8, 9)}
+"""Ranks of the first budget, the second and the larger ones; see `Part.rank`."""
+RANK_OF_OPTIONS = 3
 
 
 def parts(protocol: Protocol, contenders: int, data: Mapping[str, float]) -> list[Part]:
@@ -156,28 +160,31 @@ def _parts(protocol: Protocol, contenders: int, data: str, unit: float, first: s
     search = contenders * protocol.search_seeds
     yield Part(data, SEARCH[0], search * (protocol.rates + 1), seconds + CELL_SECONDS)
     rounds = rungs(protocol.trials, 1024)
-    trained = sum(rung.candidates * rung.images for rung in rounds) / rounds[-1].images
-    count = sum(rung.candidates for rung in rounds)
-    yield Part(data, SEARCH[1], search * count, seconds * trained / count + CELL_SECONDS)
-    yield Part(data, SEARCH[2], search * (protocol.rates + 1), seconds + CELL_SECONDS)
+    trained = sum(rung.candidates * rung.images for rung in rounds) / rounds[-1].images + protocol.rates + 1
+    count = sum(rung.candidates for rung in rounds) + protocol.rates + 1
+    yield Part(data, SEARCH[1], search * count, seconds * trained / count + CELL_SECONDS, RANK_OF_OPTIONS)
     for number, budget in enumerate(protocol.budgets):
-        large = number >= 2
-        if large and data != (protocol.widest or first):
+        place = min(number, 2)
+        if place == 2 and data != (protocol.widest or first):
             continue
-        each, models = budget * seconds + CELL_SECONDS, min(contenders, protocol.finalists + 1) if large else contenders
-        if budget > 1 and not large:
-            yield Part(data, part_name(budget, "learning rates"), search * 3, each, rank=1)
-        yield Part(data, part_name(budget, "equal time"), models * protocol.seeds, each, rank=3 if large else 0)
-        # The reference's cells of equal steps are those of equal time.
-        ranks = {0: 2, 1: 4}
-        yield Part(data, part_name(budget, "equal steps"), (models - 1) * protocol.seeds, each, ranks.get(number, 5))
+        models = contenders if place < 2 else min(contenders, protocol.finalists + 1)
+        cells = {
+            "learning rates": search * 3 if place == 1 else 0,
+            "equal time": models * protocol.seeds,
+            "equal steps": (models - 1) * protocol.seeds,  # the reference's are those of equal time
+        }
+        for kind, amount in cells.items():
+            if amount:
+                name, each = part_name(budget, kind), budget * seconds + CELL_SECONDS
+                yield Part(data, name, amount, each, RANKS[kind][place])
 
 
 def fit_into(every: Sequence[Part], hours: float, cores: int) -> tuple[list[Part], list[Part]]:
     """Return the parts of a plan that are run within hours of so many cores, and those that are dropped for it.
 
     Equal steps at the largest budgets go first, then those at the middle one, the largest budgets, equal steps at the
-    smallest one, and the middle one's own learning rates; of equals the last data set's. Seeds are never dropped.
+    smallest one, the middle one's own learning rates, the middle one, and the search of options, without which all have
+    their defaults; of equals the last data set's. Seeds are never dropped.
 
     Raises:
         UserError: what may not be dropped is too much.

@@ -1,7 +1,7 @@
 """Quality of scans beside their rivals, each at its own best: searched alike, equal parameters, equal measured time.
 
     python -m benchmarks.quality --data digits fashion --plan
-    python -m benchmarks.quality --data digits fashion --jobs 2 --hours 12 --out benchmarks/results/quality.json
+    python -m benchmarks.quality --data digits fashion --jobs 2 --hours 24 --out benchmarks/results/quality.json
 
 For every contender and data set, on seeds that are not scored: a geometric grid of learning rates, extended until the
 best lies inside; settings of its own options, as many for all, by successive halving; a grid for what was chosen, and

@@ -80,13 +80,14 @@ EACH = 75 + CELL_SECONDS
 
 
 def test_a_plan_by_hand() -> None:
-    """Three contenders: 8 settings at a quarter, 4 at a half, 2 whole are 6 trainings' worth of steps in 14 cells."""
+    """Three contenders: 8 settings at a quarter, 4 at a half, 2 whole are 6 trainings' worth of steps in 14 cells; six
+    learning rates of what they choose follow.
+    """
     found = {(part.data, part.name): part for part in parts(PROTOCOL, CONTENDERS, {"a": 75, "b": 75})}
     cells = {name: part.cells for (data, name), part in found.items() if data == "a"}
     assert cells == {
         "learning rates of the defaults": 3 * 6,
-        "options by halving": 3 * 14,
-        "learning rates of the chosen options": 3 * 6,
+        "options by halving, and their learning rates": 3 * 20,
         "1×, equal time": 3 * 5,
         "1×, equal steps": 2 * 5,
         "4×, learning rates": 3 * 3,
@@ -96,7 +97,8 @@ def test_a_plan_by_hand() -> None:
         "16×, equal steps": 2 * 5,
     }
     assert not [name for data, name in found if data == "b" and name.startswith("16")]
-    assert found["a", "options by halving"].seconds == pytest.approx(75 * 6 / 14 + CELL_SECONDS)
+    options = found["a", "options by halving, and their learning rates"]
+    assert options.seconds == pytest.approx(75 * 12 / 20 + CELL_SECONDS)
     assert found["a", "4×, equal time"].seconds == 4 * 75 + CELL_SECONDS
     assert found["a", "1×, equal time"].hours == pytest.approx(15 * EACH / 3600)
     wide = Protocol(seconds=75, widest="b", search_seeds=2)
@@ -121,6 +123,10 @@ def test_what_does_not_fit_is_dropped_in_order_and_seeds_never() -> None:
         ("a", "1×, equal steps"),
         ("b", "4×, learning rates"),
         ("a", "4×, learning rates"),
+        ("b", "4×, equal time"),
+        ("a", "4×, equal time"),
+        ("b", "options by halving, and their learning rates"),
+        ("a", "options by halving, and their learning rates"),
     ]
     assert kept == [part for part in every if part not in dropped]
     assert all(part.cells == 15 for part in kept if "equal time" in part.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_what_is_dropped_is_not_run_and_written_down(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    world = World(monkeypatch)
+    World(monkeypatch)
     hours = next(tenths / 10 for tenths in range(1, 1000) if "4×, equal steps" in kept_names(tenths / 10))
     quality.main([*COMMAND, "--work", str(tmp_path), "--hours", str(hours), "--jobs", "1"])
     result = found(tmp_path)
@@ -169,7 +170,6 @@ def test_what_is_dropped_is_not_run_and_written_down(
     assert dropped == ["16×, equal steps"]
     assert not [cell for cell in result["data"]["digits"]["cells"] if "16×, equal steps" in cell["for"]]
     assert "16×, equal steps" in capsys.readouterr().out
-    assert world.trained
 
 
 def kept_names(hours: float) -> set[str]:
@@ -190,7 +190,7 @@ def test_the_plan_runs_nothing(
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it ran"))
     quality.main([*COMMAND, "--work", str(tmp_path / "work"), "--plan", "--jobs", "2"])
     out = capsys.readouterr().out
-    assert "digits           1×, equal time                            15 cells of      35 s     0.15 core hours" in out
+    assert re.search(r"digits +1×, equal time +15 cells of +35 s +0\.15 core hours", out)  # 15 · 35 s are 0.146 h
     assert "hours of 2 cores; seeds are not dropped" in out
     assert not (tmp_path / "work").exists()
 
@@ -286,15 +286,18 @@ quality.main(["--work", work, *sys.argv[3:]])
 def test_real_trainings_killed_and_resumed(tmp_path: Path) -> None:
     """Two contenders, five seeds, one budget of some steps: every cell is trained once, whatever was killed."""
 
-    def run(last: int) -> int:
+    def run(last: int) -> tuple[int, str]:
         words = ["--data", "digits", "--contenders", "attention", "gspn-normed", "--trials", "2", "--budgets", "1"]
         words += ["--seconds", "0.2", "--jobs", "1"]
         command = [sys.executable, "-c", REAL, str(tmp_path), str(last), *words]
-        return subprocess.run(command, cwd=scoring_root(), capture_output=True, check=False).returncode
+        done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
+        return done.returncode, done.stderr[-2000:]
 
-    assert run(6) == -signal.SIGKILL
+    root = Path(scoring.__file__).parents[1]
+    assert run(6)[0] == -signal.SIGKILL
     assert not (tmp_path / "study.json").exists()
-    assert run(10**6) == 0
+    code, told = run(10**6)
+    assert code == 0, told
     result = json.loads((tmp_path / "study.json").read_text())
     trained = (tmp_path / "trained.txt").read_text().splitlines()
     cells = result["data"]["digits"]["cells"]
@@ -302,7 +305,3 @@ def test_real_trainings_killed_and_resumed(tmp_path: Path) -> None:
     assert all(math.isfinite(cell["val_loss"]) for cell in cells)
     assert {row["kind"] for row in result["comparisons"]} == {"equal time", "equal steps"}
     assert {search["rates"]["1"]["best"] for search in result["data"]["digits"]["search"].values()} == {0.008}
-
-
-def scoring_root() -> Path:
-    return Path(scoring.__file__).parents[1]
