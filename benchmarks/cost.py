@@ -19,6 +19,7 @@ from benchmarks.contenders import CONTENDERS, REFERENCE, fitted, reference_param
 from benchmarks.mixer_cases import disagreement, keep_freed_memory
 from benchmarks.mixers import Cell, Study, exponent, rounded, times_faster
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.files import cannot_hold, write_whole
 
 SIDES = (8, 16, 32, 64, 128)
 """Rows and columns of tokens."""
@@ -99,11 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--sides is {' '.join(map(str, options.sides))}, but each must be at least 1")
     if REFERENCE not in options.contenders:
         raise UserError(f"--contenders lacks {REFERENCE}, which the others are measured by; add it")
+    if options.out and (problem := cannot_hold(options.out)):
+        raise UserError(f"--out {problem}")
     sides, contenders = sorted(set(options.sides)), list(dict.fromkeys(options.contenders))
     report = study(options.size, sides, contenders, options.repeats, options.seconds)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.out, (json.dumps(report, indent=1) + "\n").encode())
     print(json.dumps({key: report[key] for key in ("exponents", "times_faster_than_attention", "megabytes")}, indent=1))
 
 

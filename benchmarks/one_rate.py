@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import publish
 from benchmarks.scoring import DATA_SETS, METRICS, SETTING, refuse_other_scores
 from benchmarks.study import call, interval, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
@@ -174,10 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.steps or options.seconds):
         raise UserError("no budget; give --steps N, --seconds N, or both")
-    text = json.dumps(study(options), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(study(options), options.out)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.contest import study_of
 from benchmarks.protocol import FACTOR, Part, Protocol, as_json, fit_into, parts
 from benchmarks.study import holm, interval, once, paired_p, paired_ratio
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.files import cannot_hold, write_whole
 
 # -- what it shows ---------------------------------------------------------------------------------------------------
 
@@ -134,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(data)}")
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
+    for flag, path in (("--work", options.work), ("--out", options.out)):  # not after twelve hours
+        if path is not None and (problem := cannot_hold(path)):
+            raise UserError(f"{flag} {problem}")
     names = ("size", "seeds", "search_seeds", "rates", "trials", "widest", "finalists", "seconds")
     protocol = Protocol(budgets=tuple(options.budgets), **{name: getattr(options, name) for name in names})
     for name in contenders:  # a setting too few, or parameters that cannot be equal, is told before anything runs
@@ -147,11 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     found = study(data, contenders, protocol, kept, options.work, options.jobs)
     found["plan"] = {"kept": [as_json(part) for part in kept], "dropped": [as_json(part) for part in dropped]}
-    text = json.dumps(found, indent=2)
-    (options.work / "study.json").write_text(text + "\n", encoding="utf-8")
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(f"written: {options.out or options.work / 'study.json'}")
+    files = [options.work / "study.json", *([options.out] if options.out else [])]
+    for file in files:
+        write_whole(file, (json.dumps(found, indent=2) + "\n").encode())
+    print(f"written: {files[-1]}")
 
 
 if __name__ == "__main__":

@@ -208,6 +208,10 @@ def test_the_plan_runs_nothing(
         (["--seeds", "3"], "--seeds is 3, but a fair study needs at least 5"),
         (["--trials", "99"], "--trials is 99, but a contender has 16 settings; give fewer"),
         (["--size", "M"], "--size is M, but must be one of N, T, S, B, L, XL"),
+        (
+            ["--out", "setup.py/study.json"],
+            "--out setup.py/study.json cannot be created: .* is not a directory",
+        ),
         (["--hours", "0.01"], "the plan takes .* hours at least, but --hours is 0.01"),
     ],
 )
