@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from gspn_dit.checkpoint import find_checkpoints, read_manifest, remove_old_checkpoints
 from gspn_dit.config import Config, TrainArguments
-from gspn_dit.errors import LocalUserError, UserError, advise_on_memory
+from gspn_dit.errors import UserError
 from gspn_dit.locks import sole_job
 from gspn_dit.tasks import Task, create_task
 from gspn_dit.training.accelerator import choose_threads, create_accelerator, peak_memory_bytes
+from gspn_dit.training.failures import explain_failures
 from gspn_dit.training.guard import MAX_RETURNS, SpikeGuard
 from gspn_dit.training.optimizer import learning_rate
 from gspn_dit.training.progress import Progress
@@ -32,13 +30,6 @@ from gspn_dit.training.stop import StopSignal
 from gspn_dit.training.summary import summarise
 from gspn_dit.training.trackers import start_trackers
 
-GRACE_SECONDS = 5
-"""How long a process that lost another one waits before it fails, so that the launcher finds the dead one first."""
-REFUSALS_OF_THE_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT),
-    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV),  # network drives
-)
-
 
 def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) -> None:
     """Train as `train.py` was asked to; raises UserError before anything is written if that cannot be done.
@@ -46,49 +37,7 @@ def train(arguments: TrainArguments, load_scorer: ScorerLoader | None = None) ->
     `load_scorer` finds the feature extractor of `training.fd_every`. In a job of several processes the launcher prints
     the traceback of the process that failed first.
     """
-    mistakes: list[UserError] = []
-
-    @record  # hands the launcher the traceback; a user's mistake needs none
-    def run() -> None:
-        try:
-            with advise_on_memory(_what_to_lower(arguments.config)):
-                _train(arguments, load_scorer)
-        except UserError as error:
-            mistakes.append(error)
-        except OSError as error:
-            if error.errno not in REFUSALS_OF_THE_DISK:
-                raise
-            mistakes.append(_refused_by_the_disk(error, arguments.config.output_dir))
-        except RuntimeError as error:
-            if _lost_a_process(error):
-                time.sleep(GRACE_SECONDS)
-            raise
-
-    run()
-    if mistakes:
-        raise mistakes[0]
-
-
-def _refused_by_the_disk(error: OSError, output_dir: str) -> UserError:
-    file = error.filename if isinstance(error.filename, str) else output_dir
-    mine = Path(output_dir).absolute() in (Path(file).absolute(), *Path(file).absolute().parents)
-    place = f"output_dir {output_dir} cannot be written" if mine else f"{file} cannot be used"
-    return LocalUserError(f"{place}: {error}; checkpoints stay as they are, resume with --resume auto")
-
-
-def _what_to_lower(config: Config) -> str:
-    settings, processes = config.training, int(os.environ.get("WORLD_SIZE", "1"))
-    images = max(1, settings.batch_size // settings.gradient_accumulation_steps // processes)
-    return (
-        f"training.batch_size is {settings.batch_size}, of which each process takes {images} images at a time; lower "
-        "it, raise training.gradient_accumulation_steps, or set training.activation_checkpointing true, in a new "
-        "output_dir; --resume auto resumes from the last checkpoint with more memory or more processes"
-    )
-
-
-def _lost_a_process(error: RuntimeError) -> bool:
-    """Tell whether a collective failed, which is seldom this process's own fault; gloo raises bare RuntimeErrors."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    explain_failures(arguments.config, lambda: _train(arguments, load_scorer))
 
 
 def _train(arguments: TrainArguments, load_scorer: ScorerLoader | None) -> None:
@@ -218,39 +167,50 @@ class Trainer:
         start_trackers(self.accelerator, self.config)
         progress = Progress(self.step, settings.max_steps, self.accelerator)
         with StopSignal(self.accelerator.num_processes) as stop, progress:
-            started, first_step = time.perf_counter(), self.step
-            asked: int | None = None
-            while self.step < settings.max_steps and asked is None:
-                norm = self.train_step()
-                progress.advance()
-                if self.state.guard is not None and self.state.guard.must_go_back(self.step):
-                    self._go_back(self.state.guard, progress)
-                if self._due(settings.log_every):
-                    seconds = time.perf_counter() - started
-                    self._log(norm, (self.step - first_step) * settings.batch_size / seconds, progress)
-                    started, first_step = time.perf_counter(), self.step
-                with self._paused() as paused:
-                    if self._due(settings.validate_every):
-                        self._validate(progress)
-                    if self._due(settings.sample_every):
-                        self._sample()
-                    if self.quick_fd is not None and settings.fd_every and self._due(settings.fd_every):
-                        self._score(self.quick_fd, progress)
-                    if self.state.power_emas and self._due(settings.ema_snapshot_every):
-                        self._snapshot()
-                    if self._due(settings.checkpoint_every):
-                        self.save(progress)
-                    asked = stop.agreed()
-                    ends = asked is not None or self.step == settings.max_steps
-                    shown = (settings.validate_every, settings.sample_every, settings.checkpoint_every)
-                    if ends or any(self._due(every) for every in shown):
-                        self._show(running=not ends)
-                started += paused()
+            asked = self._train_until_asked(stop, progress)
             if asked is not None:
                 self.save(progress)
                 progress.write(f"stopped by signal {asked}; --resume auto resumes from step {self.step}")
             if self.step == settings.max_steps and self.accelerator.is_main_process:
                 self._judge(progress)
+
+    def _train_until_asked(self, stop: StopSignal, progress: Progress) -> int | None:
+        """Take steps to max_steps, or until a signal asks to end; return its number then, else None."""
+        settings = self.config.training
+        started, first_step = time.perf_counter(), self.step
+        asked: int | None = None
+        while self.step < settings.max_steps and asked is None:
+            norm = self.train_step()
+            progress.advance()
+            if self.state.guard is not None and self.state.guard.must_go_back(self.step):
+                self._go_back(self.state.guard, progress)
+            if self._due(settings.log_every):
+                seconds = time.perf_counter() - started
+                self._log(norm, (self.step - first_step) * settings.batch_size / seconds, progress)
+                started, first_step = time.perf_counter(), self.step
+            with self._paused() as paused:
+                self._do_what_is_due(progress)
+                asked = stop.agreed()
+                ends = asked is not None or self.step == settings.max_steps
+                shown = (settings.validate_every, settings.sample_every, settings.checkpoint_every)
+                if ends or any(self._due(every) for every in shown):
+                    self._show(running=not ends)
+            started += paused()
+        return asked
+
+    def _do_what_is_due(self, progress: Progress) -> None:
+        """Validate, draw, score and save as the intervals ask at this step."""
+        settings = self.config.training
+        if self._due(settings.validate_every):
+            self._validate(progress)
+        if self._due(settings.sample_every):
+            self._sample()
+        if self.quick_fd is not None and settings.fd_every and self._due(settings.fd_every):
+            self._score(self.quick_fd, progress)
+        if self.state.power_emas and self._due(settings.ema_snapshot_every):
+            self._snapshot()
+        if self._due(settings.checkpoint_every):
+            self.save(progress)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.training.max_steps
