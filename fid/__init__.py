@@ -13,7 +13,7 @@ _HOMES = {
     "FeatureNet": "fid.features",
     "evaluate": "fid.evaluation",
     "load_feature_net": "fid.features",
-    "score": "fid.evaluation",
+    "score": "fid.opened",
 }
 __all__ = [*_HOMES]
 

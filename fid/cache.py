@@ -17,7 +17,7 @@ from torch import Tensor
 from fid.distributed import World
 from fid.extraction import Extraction, extract_all
 from fid.features import FeatureNet
-from fid.images import LabelledImages, image_digests
+from fid.labelled import LabelledImages, image_digests
 from fid.moments import Moments
 from gspn_dit.errors import UserError
 from gspn_dit.files import cannot_hold, write_whole

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fid.features import FeatureNet
-from fid.images import LabelledImages, Reference
+from fid.labelled import LabelledImages, Reference
 from fid.measured import Measured
 from fid.unverified import SUFFIX as UNVERIFIED
 from gspn_dit.errors import UserError, nearest

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fid.distributed import World
 from fid.features import FeatureNet, resolve_device
-from fid.images import LabelledImages, image_digests
+from fid.labelled import LabelledImages, image_digests
 from fid.moments import Moments
 from gspn_dit.errors import LocalUserError, UserError
 

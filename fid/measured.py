@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fid.extraction import Extraction
 from fid.features import FeatureNet
-from fid.images import LabelledImages, interleave
 from fid.intervals import strata_of
+from fid.labelled import LabelledImages, interleave
 from fid.moments import Gaussian
 from gspn_dit.errors import UserError
 

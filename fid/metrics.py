@@ -58,7 +58,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
 def inception_scores(logits: torch.Tensor, splits: int = IS_SPLITS) -> np.ndarray:
     """Inception score exp(E KL(p(y|x) ‖ p(y))) (arXiv 1606.03498) of every consecutive split, float64 [splits].
 
-    Nothing is shuffled, so give the logits in an order in which every run is balanced (`fid.images.interleave`):
+    Nothing is shuffled, so give the logits in an order in which every run is balanced (`fid.labelled.interleave`):
     splits of a class-ordered set would each see one class and score 1.
 
     Args:

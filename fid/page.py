@@ -157,7 +157,7 @@ def page(report: dict[str, Any], picture: str, neighbours: Sequence[Sequence[tup
     """The report as one HTML page with style and images inside.
 
     Args:
-        report: what `fid.evaluation.score` returned.
+        report: what `fid.opened.score` returned.
         picture: the grid's PNG in base64.
         neighbours: rows of (caption, PNG in base64), a sample first and then the real images nearest to it.
     """

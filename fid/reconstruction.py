@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.images import LabelledImages
+from fid.labelled import LabelledImages
 
 CHUNK = 64
 WINDOW, SIGMA = 11, 1.5

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fid.images import LabelledImages
+from fid.labelled import LabelledImages
 from fid.page import markdown, page
 from gspn_dit import environment
 from gspn_dit.data.decoding import as_pixels
@@ -125,7 +125,7 @@ def write_report(
     """Write report.json, report.md, index.html and grid.png into `out`, all of them or nothing.
 
     Args:
-        report: what `fid.evaluation.score` returned.
+        report: what `fid.opened.score` returned.
         samples: the images to show; `class_names` names their classes where they do not themselves.
         reference: the real images, of which those nearest to some samples are shown.
     """

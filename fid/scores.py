@@ -18,8 +18,8 @@ from torch import Tensor
 from fid import intervals
 from fid.captions import Texts
 from fid.features import FeatureNet
-from fid.images import LabelledImages
 from fid.intervals import Interval
+from fid.labelled import LabelledImages
 from fid.measured import Measured, Target
 from fid.metrics import (
     class_agreement,

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fid.classifier import METADATA_KEY, Classifier, ClassifierInfo, load_classifier, save_classifier
 from fid.extraction import extract
 from fid.features import BUNDLED, FeatureNet, load_feature_net
-from fid.images import Reference, interleave
+from fid.labelled import Reference, interleave
 from fid.metrics import class_agreement, frechet_distance, inception_scores
 from fid.train_features import main, train_classifier
 from gspn_dit.data import ImageSet, load_images

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fid import extraction, npz
-from fid import images as images_module
+from fid import extraction, labelled, npz
 from fid.distributed import World, local_device
 from fid.extraction import extract_all
 from fid.features import FeatureNet
@@ -155,7 +154,7 @@ def test_large_directories_are_decoded_on_demand(tmp_path: Path, monkeypatch: py
     for index, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{4 - index}-{index % 2}.png")
     small = read_samples(tmp_path)
-    monkeypatch.setattr(images_module, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(labelled, "IN_MEMORY_BYTES", 10)
     large = read_samples(tmp_path)
     assert isinstance(small.pixels, np.ndarray) and isinstance(large.pixels, LazyPixels)
     np.testing.assert_array_equal(large.pixels[:], pixels[::-1])

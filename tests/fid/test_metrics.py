@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fid import metrics
-from fid.images import interleave
 from fid.intervals import half_samples
+from fid.labelled import interleave
 from fid.metrics import (
     class_agreement,
     frechet_distance,
