@@ -84,11 +84,10 @@ def build_data(config: Config) -> Data:
 
 def _build_images(config: Config) -> Data:
     data = config.data
-    training, held_out = load_splits(data.name, data.path, data.image_size, data.validation_fraction)
-    latent = create_latent(config.latent, training.image_size, training.channels)
-    training = dataclasses.replace(training, channels=latent.image_channels)
-    if held_out is not None:
-        held_out = dataclasses.replace(held_out, channels=latent.image_channels)
+    as_stored, held_out = load_splits(data.name, data.path, data.image_size, data.validation_fraction)
+    latent = create_latent(config.latent, as_stored.image_size, as_stored.channels)
+    training = in_channels_of(latent, as_stored)
+    held_out = None if held_out is None else in_channels_of(latent, held_out)
     batches: Batches | BucketBatches
     validation: Batches | BucketBatches | None
     if sizes := data.bucket_sizes():
@@ -132,9 +131,7 @@ def _build_stream(config: Config, read: Callable[[str | None], dict[str, Any]]) 
     stream, held_out = open_stream(data.path, data.image_size, config.training.validation_images, read)
     latent = create_latent(config.latent, stream.image_size, stream.channels)
     stream = dataclasses.replace(stream, channels=latent.image_channels)
-    validation = None
-    if held_out is not None:
-        validation = Batches(dataclasses.replace(held_out, channels=latent.image_channels), latent, config.seed)
+    validation = None if held_out is None else Batches(in_channels_of(latent, held_out), latent, config.seed)
     batches = StreamBatches(
         stream,
         latent,
@@ -146,6 +143,11 @@ def _build_stream(config: Config, read: Callable[[str | None], dict[str, Any]]) 
     )
     facts = [stream.class_names, stream.image_size, stream.channels, len(stream), stream.dataset.num_shards]
     return Data(batches, validation, latent, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
+
+
+def in_channels_of(latent: Latent, images: ImageSet) -> ImageSet:
+    """Return images in the channels that a latent takes: an autoencoder of RGB encodes grey ones, too."""
+    return dataclasses.replace(images, channels=latent.image_channels)
 
 
 def fingerprint(images: ImageSet) -> str:

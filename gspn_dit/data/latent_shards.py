@@ -4,13 +4,12 @@
     shard-00000.safetensors   moments float16 [n, 2, 2·C, h, w], labels int64 [n], indices int64 [n]
 
 The moments of an image are mean and log-variance of its posterior, as it is and mirrored; of an autoencoder without
-a posterior the latent alone, C channels. A shard is written beside its
-place, fsynced and renamed: it is complete or absent.
+a posterior the latent alone, C channels. A shard is written beside its place, fsynced and renamed: it is complete or
+absent.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ import numpy as np
 from gspn_dit.data.folders import LeftOut, choose_splits, list_folder
 from gspn_dit.data.image_sources import require_directory, split_rows
 from gspn_dit.errors import UserError
+from gspn_dit.files import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -135,12 +135,11 @@ class Shard:
 
     def entry(self) -> dict[str, Any]:
         """Return what the manifest says of the shard; reads all of it."""
-        content = self.path.read_bytes()
         return {
             "file": self.path.name,
             "images": len(self.labels),
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": self.path.stat().st_size,
+            "sha256": sha256_of(self.path),
         }
 
 
@@ -172,13 +171,8 @@ def find_damage(directory: Path, entry: Mapping[str, Any], thorough: bool) -> st
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"the shard {path} has {size} bytes instead of {entry['bytes']}"
-    if thorough:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            for block in iter(functools.partial(file.read, 1 << 24), b""):
-                digest.update(block)
-        if digest.hexdigest() != entry["sha256"]:
-            return f"the shard {path} is damaged (checksum)"
+    if thorough and sha256_of(path) != entry["sha256"]:
+        return f"the shard {path} is damaged (checksum)"
     return None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +90,15 @@ class ImageStream:
             first = next(rows, None)
 
 
+class _Block(NamedTuple):
+    """Rows that were read one after another and are shuffled among themselves."""
+
+    epoch: int
+    number: int
+    """Place among the blocks of the epoch."""
+    rows: list[dict[str, Any]]
+
+
 @dataclass
 class StreamBatches:
     """Batches of a stream for one process of `world`; `shuffled` must be asked for the sample numbers of this one."""
@@ -102,7 +111,7 @@ class StreamBatches:
     """Rows that are kept, and shuffled among themselves."""
     rank: int = 0
     world: int = 1
-    _block: tuple[int, int, list[dict[str, Any]]] = field(default=(-1, -1, []), init=False, repr=False)
+    _block: _Block = field(default=_Block(-1, -1, []), init=False, repr=False)
     _rows: Iterator[dict[str, Any]] = field(default_factory=lambda: iter(()), init=False, repr=False)
 
     @cached_property
@@ -137,20 +146,21 @@ class StreamBatches:
     def _row(self, position: int) -> dict[str, Any]:
         """Return what this process reads at a position of its own; blocks of rows are read in order and shuffled."""
         epoch, offset = divmod(position, self._rows_per_epoch)
-        block, place = divmod(offset, self.shuffle_images)
-        if (epoch, block) != self._block[:2]:
-            self._read_block(epoch, block)
-        rows = self._block[2]
+        number, place = divmod(offset, self.shuffle_images)
+        if (epoch, number) != (self._block.epoch, self._block.number):
+            self._block = self._read_block(epoch, number)
+        rows = self._block.rows
         blocks = -(-self._rows_per_epoch // self.shuffle_images)
-        order = rng.permutation(self.seed, (epoch * blocks + block) * self.world + self.rank, len(rows))
+        order = rng.permutation(self.seed, (epoch * blocks + number) * self.world + self.rank, len(rows))
         return rows[order[place]]
 
-    def _read_block(self, epoch: int, block: int) -> None:
-        if (epoch, block - 1) != self._block[:2]:  # the first one, a new epoch or a resumed run
-            skip = block * self.shuffle_images
-            self._rows = self.images.rows(self.seed, epoch, self.rank, self.world, skip)
-        length = min(self.shuffle_images, self._rows_per_epoch - block * self.shuffle_images)
-        self._block = epoch, block, list(itertools.islice(self._rows, length))
+    def _read_block(self, epoch: int, number: int) -> _Block:
+        """Read on, or, for the first block, a new epoch or a resumed run, from the block's first row."""
+        first = number * self.shuffle_images
+        if (epoch, number - 1) != (self._block.epoch, self._block.number):
+            self._rows = self.images.rows(self.seed, epoch, self.rank, self.world, first)
+        length = min(self.shuffle_images, self._rows_per_epoch - first)
+        return _Block(epoch, number, list(itertools.islice(self._rows, length)))
 
 
 def open_stream(

@@ -61,12 +61,10 @@ class FlowMapObjective(FewStepObjective):
             drift = map_drift(
                 denoise[rows], noisy[rows], target[rows], t[rows], s[rows], middle[rows], predicted.detach()[rows]
             )
-        error = (predicted - target).square().flatten(1).mean(dim=1)
-        of_pairs = drift.square().flatten(1).mean(dim=1)
-        error = error.index_put((rows,), of_pairs)
-        numerator = error.index_put((rows,), -(predicted[rows] * drift).flatten(1).mean(dim=1))
-        error = error.detach()
-        return {"loss": numerator / (error + WEIGHT_FLOOR), "error": error}
+        of_velocities = (predicted - target).square().flatten(1).mean(dim=1)
+        error = of_velocities.detach().index_put((rows,), drift.square().flatten(1).mean(dim=1))
+        minimised = of_velocities.index_put((rows,), -(predicted[rows] * drift).flatten(1).mean(dim=1))
+        return {"loss": minimised / (error + WEIGHT_FLOOR), "error": error}
 
 
 def map_drift(

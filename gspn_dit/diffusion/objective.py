@@ -15,6 +15,11 @@ from torch import Tensor
 from gspn_dit.config import ObjectiveConfig
 from gspn_dit.errors import UserError
 
+TIMESTEP_SCALE = 1000
+"""A model of flow matching receives 1000·t."""
+
+Times = TypeVar("Times", float, Tensor, np.ndarray)
+
 Model = Callable[..., Tensor]
 """`model(latents [B, C, H, W], timesteps [B], class_labels [B]) -> [B, out_channels, H, W]`."""
 
@@ -56,11 +61,6 @@ class Conditioned:
     def has_class(self) -> Tensor:
         """Which rows have a class, bool [B]."""
         return self.class_labels != self.null_label
-
-
-TIMESTEP_SCALE = 1000
-"""A model of flow matching receives 1000·t."""
-Times = TypeVar("Times", float, Tensor, "np.ndarray")
 
 
 def shifted(t: Times, shift: float) -> Times:

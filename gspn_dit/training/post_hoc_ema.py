@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ SNAPSHOT_FORMAT_VERSION = 1
 FOLDER = "ema_snapshots"
 MAX_SIGMA_REL = 0.28
 """Relative lengths stay below 12^-1/2, that of the plain mean of all steps."""
+OF_ONE_CHECKPOINT = ("format_version", "step", "files")
+"""Keys of a manifest that each checkpoint has for itself."""
 MAX_PROFILE_ERROR = 0.1
 """Relative error of a profile above which no weights are written: the snapshots are too few, or too short."""
 
@@ -171,11 +174,7 @@ def write_reconstruction(
     if not snapshots or not checkpoints:
         missing = "checkpoints" if snapshots else "snapshots"
         raise UserError(f"{run_directory} has no {missing} of averages; train with training.ema_sigma_rel: [0.05, 0.1]")
-    newest = max(snapshot.step for snapshot in snapshots)
-    step = newest if step is None else step
-    if not min(snapshot.step for snapshot in snapshots) <= step <= newest:
-        steps = sorted({snapshot.step for snapshot in snapshots})
-        raise UserError(f"--step is {step}, but the snapshots are of steps {steps[0]} to {newest}")
+    step = _step_within(snapshots, step)
     out = out or run_directory / "ema" / f"{ema_file_stem(sigma_rel)}-step-{step:08d}"
     if out.exists():
         raise UserError(f"{out} exists; delete it, or give another --out")
@@ -186,13 +185,23 @@ def write_reconstruction(
             f"(profile error {error:.0%}); choose a length nearer to "
             f"{', '.join(f'{x:g}' for x in sorted({s.sigma_rel for s in snapshots}))}, or a step of a snapshot"
         )
-    checkpoint = checkpoints[max(checkpoints)]
-    manifest = read_manifest(checkpoint)
-    manifest["ema"] = {"sigma_rel": sigma_rel, "updates": step, "post_hoc": True, "profile_error": error}
-    other = {name: tensor for name, tensor in load_tensors(checkpoint, "ema").items() if name not in tensors}
-    described = {key: value for key, value in manifest.items() if key not in ("format_version", "step", "files")}
-    write_checkpoint(out, step, {"ema": {**tensors, **other}}, described)
+    facts = {"sigma_rel": sigma_rel, "updates": step, "post_hoc": True, "profile_error": error}
+    _write_like(checkpoints[max(checkpoints)], out, step, tensors, facts)
     return out, error
+
+
+def _step_within(snapshots: Sequence[Snapshot], step: int | None) -> int:
+    """Return a step that snapshots lead up to, that of the newest one for None; raises UserError for another."""
+    steps = [snapshot.step for snapshot in snapshots]
+    if step is not None and not min(steps) <= step <= max(steps):
+        raise UserError(f"--step is {step}, but the snapshots are of steps {min(steps)} to {max(steps)}")
+    return max(steps) if step is None else step
+
+
+def _write_like(checkpoint: Path, out: Path, step: int, averages: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write a checkpoint of averaged weights alone; buffers, and what else is known of the model, are another's."""
+    manifest = {key: value for key, value in read_manifest(checkpoint).items() if key not in OF_ONE_CHECKPOINT}
+    write_checkpoint(out, step, {"ema": {**load_tensors(checkpoint, "ema"), **averages}}, {**manifest, "ema": facts})
 
 
 def main() -> None:

@@ -28,15 +28,16 @@ WRITTEN = (
 )
 """What a run and its report leave in the directory, and all that `--overwrite` deletes; what proves a run is last."""
 
+_INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every", "ema_snapshot_every", "fd_every")
 MAY_DIFFER = (
-    *("output_dir", "data.path", "latent.vae", "training.max_steps", "training.trackers", "training.num_processes"),
-    "training.cpu_threads",
-    *("training.log_every", "training.checkpoint_every", "training.sample_every", "training.validate_every"),
-    *("training.ema_snapshot_every", "training.keep_last", "training.keep_every"),
-    *("training.sharding", "training.repa_features"),
-    *("training.fd_every", "training.fd_samples", "training.fd_features"),
+    *("output_dir", "data.path", "latent.vae", "training.repa_features"),
+    *("training.max_steps", *(f"training.{name}" for name in _INTERVALS)),
+    *("training.keep_last", "training.keep_every", "training.trackers"),
+    *("training.fd_samples", "training.fd_features"),
+    *("training.num_processes", "training.cpu_threads", "training.sharding"),
 )
-"""Config keys that a resumed run may change: length, intervals, retention, trackers, paths, processes, sharding."""
+"""Config keys that a resumed run may change: paths, length and intervals, what is kept and tracked, how a quick FD is
+measured, processes and sharding."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,9 @@ def _delete_run(path: Path) -> None:
 def _refuse_to_delete(path: Path) -> None:
     """Raise UserError unless all that `--overwrite` would delete is provably of a run: its config says so."""
     written = [target for pattern in WRITTEN for target in path.glob(pattern)]
-    try:
-        keys = read_mapping(path / "config.yaml", lambda key: True).keys()
-    except UserError:
-        keys = {}.keys()
+    keys: set[str] = set()
+    with contextlib.suppress(UserError):
+        keys = set(read_mapping(path / "config.yaml", lambda key: True))
     if written and not {"output_dir", "seed", "model", "data", "training"} <= keys:
         raise UserError(
             f"output_dir {path} holds {written[0].relative_to(path)}, but no run of this project, whose config.yaml "

@@ -18,13 +18,13 @@ def validate(model: nn.Module, task: Task, batch_size: int, accelerator: Acceler
     count = task.validation_count
     if count == 0:
         return {}
-    sums: dict[str, torch.Tensor] = {}
-    # Every process needs the names, so one without a share of its own looks at the first sample and counts nothing.
     starts = range(accelerator.process_index * batch_size, count, accelerator.num_processes * batch_size)
-    for start in starts or [0]:
-        figures = task.validate(model, range(start, min(start + batch_size, count)) if starts else range(1))
-        for name, pair in figures.items():
-            both = torch.stack([value.detach().double().cpu() for value in pair])
-            sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + (both if starts else 0 * both)
+    shares = [(range(start, min(start + batch_size, count)), 1.0) for start in starts]
+    # All processes must add up the same figures: one without a share looks at a sample, which tells their names.
+    sums: dict[str, torch.Tensor] = {}
+    for samples, weight in shares or [(range(1), 0.0)]:
+        for name, pair in task.validate(model, samples).items():
+            both = weight * torch.stack([value.detach().double().cpu() for value in pair])
+            sums[name] = sums[name] + both if name in sums else both
     whole = accelerator.reduce(torch.stack(list(sums.values())).to(accelerator.device), reduction="sum").cpu()
     return dict(zip(sums, (whole[:, 0] / whole[:, 1]).tolist(), strict=True))
