@@ -40,7 +40,7 @@ PROJECTED = ProjectedGeometry(DTYPE, 32, 16, 16, 1152, 1152, 72, (0, 1, 2, 3), 0
 def measure_projected() -> dict[str, Any]:
     """Count what the fused projected scan moves; through memory it is 42 elements per token and channel."""
     shape = [PROJECTED.batch, PROJECTED.height, PROJECTED.width, PROJECTED.channels]
-    elements = count_projected_elements(PROJECTED)
+    elements = sum(count_projected_elements(PROJECTED).values())
     return {"arch": "sm_90", "shape": shape, "proxy_channels": PROJECTED.proxy_channels, "elements": round(elements, 3)}
 
 

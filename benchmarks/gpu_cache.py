@@ -22,6 +22,7 @@ import torch
 
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.ops.cuda.plan import plan
+from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedPlan, plan_forward
 from gspn_dit.ops.cuda.sources import compile_options, source_text
 from gspn_dit.ops.cuda.types import Geometry, Variant
@@ -66,7 +67,7 @@ def compile_into_cache(variant: Variant, arch: str) -> None:
 
 
 def variants(arch: str, shapes: Iterable[tuple[int, int, int, int]]) -> list[Variant]:
-    """The variants that scans of these shapes [B, H, W, C] run, forward and backward, and the fused forward pass."""
+    """The variants that scans of these shapes [B, H, W, C] run, forward and backward, and the fused ones."""
     device, found = device_of(arch), dict[Variant, None]()
     for dtype in DTYPES:
         for batch, height, width, channels in shapes:
@@ -75,11 +76,10 @@ def variants(arch: str, shapes: Iterable[tuple[int, int, int, int]]) -> list[Var
             for backward in (False, True):
                 found |= dict.fromkeys(launch.variant for launch in plan(geometry, device, backward).launches)
             proxy = max(channels // 16, 8)
-            fused = plan_forward(
-                ProjectedGeometry(dtype, batch, height, width, channels, channels, proxy, (0, 1, 2, 3), 0), device
-            )
-            if isinstance(fused, ProjectedPlan):
-                found |= dict.fromkeys(launch.variant for launch in fused.launches)
+            projected = ProjectedGeometry(dtype, batch, height, width, channels, channels, proxy, (0, 1, 2, 3), 0)
+            for fused in (plan_forward(projected, device), plan_backward(projected, device)):
+                if isinstance(fused, ProjectedPlan):
+                    found |= dict.fromkeys(launch.variant for launch in fused.launches)
     return list(found)
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from benchmarks import scan_cases
 from benchmarks.measure import CpuDevice
 from gspn_dit.errors import UserError
 from gspn_dit.ops import DIRECTIONS, gspn_scan
-from gspn_dit.ops.materialised import projected_forward
+from gspn_dit.ops.materialised import projected_backward, projected_forward
 from gspn_dit.ops.reference import scan_reference
 
 REGIMES = {
@@ -52,6 +52,7 @@ class Machine:
     backend: str
     """Of `gspn_scan`."""
     projected: Callable[..., Tensor]
+    projected_backward: Callable[..., Sequence[Tensor]]
     clock: CpuDevice
     is_gpu: bool
 
@@ -62,11 +63,11 @@ class Machine:
 def gpu() -> Machine:
     """The current GPU."""
     from benchmarks.scan_cuda import CudaDevice
-    from gspn_dit.ops.cuda.binding import problem, projected_forward
+    from gspn_dit.ops.cuda.binding import problem, projected_backward, projected_forward
 
     if (reason := problem()) is not None:
         raise UserError(f"nothing can be measured on a GPU: {reason}")
-    return Machine("cuda", "cupy", projected_forward, CudaDevice(), True)
+    return Machine("cuda", "cupy", projected_forward, projected_backward, CudaDevice(), True)
 
 
 class Rehearsal(Machine):
@@ -85,10 +86,11 @@ def rehearsal() -> Machine:
     """This CPU; needs g++, and CuPy for NVRTC."""
     from gspn_dit.ops.cuda.host.harness import H100
     from gspn_dit.ops.cuda.host.ptx.host import PtxHost
-    from gspn_dit.ops.cuda.projected import run_projected_forward
+    from gspn_dit.ops.cuda.projected import run_projected_backward, run_projected_forward
 
-    fused = partial(run_projected_forward, device=H100, launcher=PtxHost())
-    return Rehearsal("cpu", "cpu", fused, CpuDevice(), False)  # type: ignore[arg-type]
+    host = {"device": H100, "launcher": PtxHost()}
+    forward, backward = partial(run_projected_forward, **host), partial(run_projected_backward, **host)  # type: ignore[arg-type]
+    return Rehearsal("cpu", "cpu", forward, backward, CpuDevice(), False)  # type: ignore[arg-type]
 
 
 def machine(of: Machine) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _repeats(of: Machine, shape: tuple[int, ...]) -> bool:
 
 
 def projected(of: Machine) -> dict[str, Any]:
-    """The fused forward pass against the float64 reference, with its time beside the one through memory."""
+    """The fused passes against the float64 reference of one image, with their times beside those through memory."""
     sizes = (32, 16, 16, 1152, 72) if of.is_gpu else (1, 5, 6, 8, 4)
     batch, height, width, channels, proxy_channels = sizes
     generator = torch.Generator(of.device).manual_seed(0)
@@ -138,27 +140,37 @@ def projected(of: Machine) -> dict[str, Any]:
         torch.randn(size, generator=generator, device=of.device).mul_(0.2 if i > 1 else 1).bfloat16()
         for i, size in enumerate(shapes)
     )
-    merge, codes = torch.ones(4, device=of.device), [0, 1, 2, 3]
-    arguments = (x, proxy, weights, merge, None, codes, 0)
-    y = of.projected(*arguments)
-    part = slice(0, 1)
-    exact = projected_forward(
-        scan_reference,
-        x[part].double(),
-        proxy[part].double(),
-        [w.double() for w in weights],
-        merge.double(),
-        None,
-        codes,
-        0,
-    )
-    error = ((y[part].double() - exact).abs() / (1 + exact.abs())).max().item()
-    found: dict[str, Any] = {"sizes": list(sizes), "largest_error": float(f"{error:.3g}"), "right": error <= 3e-2}
+    arguments = (x, proxy, weights, torch.ones(4, device=of.device), None, [0, 1, 2, 3], 0)
+    # Only the first image has a gradient, so that it alone makes those of the weights.
+    grad_y = torch.zeros_like(x)
+    grad_y[0] = torch.cos(torch.arange(x[0].numel(), device=of.device)).reshape(x[0].shape)
+    y, gradients = of.projected(*arguments), of.projected_backward(grad_y, *arguments)
+    leaves = [tensor.double().requires_grad_() for tensor in (x[:1], proxy[:1], *weights)]
+    exact = projected_forward(scan_reference, leaves[0], leaves[1], leaves[2:], *arguments[3:])
+    pairs = {"y": (y[:1], exact.detach())}
+    found_by_name = (gradients[0][:1], gradients[1][:1], *gradients[2:5])
+    names = ("x", "proxy", "logits_weight", "input_gate_weight", "output_gate_weight")
+    wanted = torch.autograd.grad(exact, leaves, grad_y[:1].double())
+    pairs |= {f"grad_{name}": pair for name, pair in zip(names, zip(found_by_name, wanted, strict=True), strict=True)}
+    errors = {
+        name: ((one.double() - other).abs() / (other.abs() + other.abs().max() / 100)).max().item()
+        for name, (one, other) in pairs.items()
+    }
+    found: dict[str, Any] = {
+        "sizes": list(sizes),
+        "largest_error": {name: float(f"{error:.3g}") for name, error in errors.items()},
+        "right": all(error <= 3e-2 for error in errors.values()),
+        "repeats_bit_by_bit": all(map(torch.equal, gradients, of.projected_backward(grad_y, *arguments))),
+    }
     if of.is_gpu:
-        from gspn_dit.ops.cuda.binding import scan_forward
+        from gspn_dit.ops.cuda.binding import scan_backward, scan_forward
 
-        through_memory = partial(projected_forward, scan_forward, *arguments)
-        runs: dict[str, Callable[[], object]] = {"fused": partial(of.projected, *arguments), "memory": through_memory}
+        runs: dict[str, Callable[[], object]] = {
+            "fused": partial(of.projected, *arguments),
+            "memory": partial(projected_forward, scan_forward, *arguments),
+            "fused_backward": partial(of.projected_backward, grad_y, *arguments),
+            "memory_backward": partial(projected_backward, scan_backward, grad_y, *arguments),
+        }
         found |= {name: timing.as_json() for name, timing in of.clock.time_together(runs, 20).items()}
     return found
 

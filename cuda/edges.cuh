@@ -3,27 +3,15 @@
 // block's and what comes from there.
 #pragma once
 
+#include "blocks.cuh"
 #include "weights.cuh"
 
 #ifndef GSPN_ON_HOST
-// Blocks of a cluster. `in_block` is a block's own place in the shared memory of another one. `send` puts a value into
-// another block's shared memory and counts its bytes there: `Arrivals` complete a phase, 0 and 1 in turn, once the
-// bytes that `expect` announced are in. Unlike a barrier of the cluster it waits for no access to global memory. The
-// values lie in this block's own shared memory, so acquiring them for the block is enough: for the cluster it would
-// empty the L1 cache.
+// `send` puts a value into another block's shared memory and counts its bytes there: `Arrivals` complete a phase, 0 and 1
+// in turn, once the bytes that `expect` announced are in. Unlike a barrier of the cluster it waits for no access to
+// global memory. The values lie in this block's own shared memory, so acquiring them for the block is enough: for the
+// cluster it would empty the L1 cache.
 using Arrivals = unsigned long long;
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-template <typename Item>
-__device__ __forceinline__ Item* in_block(Item* pointer, int rank) {
-    Item* result;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(result) : "l"(pointer), "r"(rank));
-    return result;
-}
 __device__ __forceinline__ void start_arrivals(Arrivals* arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
                  ::"r"(shared_address(arrivals)) : "memory");
@@ -60,8 +48,6 @@ __device__ __forceinline__ void send(Item* place, const Item& value, Arrivals* a
 #endif
 
 namespace gspn {
-
-constexpr int CLUSTER = GSPN_CLUSTER;
 
 // Line by line, blocks hand each other the edges of their strips. A line in shared memory is the strip with one row of
 // each neighbouring strip: rows 0 and strip + 1 are written by the neighbouring blocks. A block is at most one line

@@ -26,10 +26,16 @@ struct ProjectedProblem {
     const Element *x, *proxy, *logits_weight, *input_gate_weight, *output_gate_weight, *skip_weight;
     const void* merge_weight;
     Element* y;
+    const Element* grad_y;
+    Element *grad_x, *grad_proxy, *grad_logits_weight, *grad_input_gate_weight, *grad_output_gate_weight;
+    Element* grad_skip_weight;
+    void* grad_merge_weight;
+    // Partial sums: of grad_proxy per cluster, of the weights' gradients per part, of the merge weights' per warp.
+    Real *proxy_sums, *weight_sums, *skip_sums, *merge_sums;
     Index batch, height, width, channels, groups, proxy_channels, directions, code[4], window, merge_is_float;
-    Index x_stride[3], proxy_stride[3];
-    Index slab, slabs, parts, stages;
-    Index proxy_pitch, proxy_row, x_pitch, x_row, sum_pitch, sum_row;
+    Index x_stride[3], proxy_stride[3], grad_y_stride[3];
+    Index slab, slabs, parts, stages, spans, slots, steps, group_bits, job;  // spans: slabs of a cluster
+    Index proxy_pitch, proxy_row, x_pitch, x_row, sum_pitch, sum_row, grad_pitch, grad_row;
 };
 
 // A lane's place in the fragments of tensor_core.cuh.
@@ -81,9 +87,10 @@ struct Map {
 
 // The maps' values for the proxies `low` and `high` in shared memory: sums 0 and 1 are `low`'s for channels 2 t and
 // 2 t + 1, sums 2 and 3 are `high`'s.
-template <int N>
-__device__ __forceinline__ void project(const Map (&maps)[N], const Element* low, const Element* high,
+template <int ALL, int N>
+__device__ __forceinline__ void project(const Map (&maps)[ALL], const Element* low, const Element* high,
                                         Real (&sum)[N][4]) {
+    static_assert(N <= ALL, "the first N maps");
 #pragma unroll
     for (int i = 0; i < N; ++i) {
 #pragma unroll
@@ -125,7 +132,7 @@ __device__ __forceinline__ void project(const Map (&maps)[N], const Element* low
 // is the product of the other two b over the sum of these products. The smallest b lies in [1, 2]; a logit that is 28
 // below has no weight in float32, and no product overflows. A neighbour off the line takes part in nothing.
 struct Ratios {
-    Real weight[3];
+    Real weight[3], power[3], b[3];
 
     __device__ Ratios(Real before, Real same, Real after, bool has_previous, bool has_next) {
         const Real l[3] = {has_previous ? before : minus_infinity(), same, has_next ? after : minus_infinity()};
@@ -133,11 +140,11 @@ struct Ratios {
         most = most > l[2] ? most : l[2];
         most = most < Real(0) ? most : Real(0);
         const Real scale = exponential(most);
-        Real b[3];
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
             const Real below = most - l[k];
-            b[k] = scale + exponential(below < Real(28) ? below : Real(28));
+            power[k] = exponential(below < Real(28) ? below : Real(28));
+            b[k] = scale + power[k];
         }
         const Real edges = b[0] * b[2];
         weight[0] = has_previous ? b[1] * b[2] : Real(0);
@@ -149,6 +156,13 @@ struct Ratios {
     }
     __device__ Real mean(Real before, Real same, Real after) const {
         return weight[0] * before + weight[1] * same + weight[2] * after;
+    }
+    // The derivative of the mean for logit k is weight_k sigmoid(-l_k) (h_k - mean): all of it but weight_k.
+    __device__ void slopes(Real before, Real same, Real after, Real (&slope)[3]) const {
+        const Real center = mean(before, same, after), inverse = reciprocal(b[0] * b[1] * b[2]);
+        slope[0] = power[0] * (b[1] * b[2] * inverse) * (before - center);
+        slope[1] = power[1] * (b[0] * b[2] * inverse) * (same - center);
+        slope[2] = power[2] * (b[0] * b[1] * inverse) * (after - center);
     }
 };
 
@@ -259,6 +273,22 @@ struct Lines {
     // Offsets in a plane of shared memory whose tokens lie `pitch` apart, its rows `row_pitch`.
     __device__ int line_step(int pitch, int row_pitch) const { return columns ? pitch : row_pitch; }
     __device__ int position_step(int pitch, int row_pitch) const { return columns ? row_pitch : pitch; }
+};
+
+// Counts visits, to tell at which of them the state restarts.
+struct Segments {
+    int left, length;  // visits before it does, and from then to the next time
+
+    __device__ explicit Segments(const Lines& path) : left(0), length(path.first_segment()) {}
+    __device__ bool starts(const Lines& path) {
+        const bool restart = left == 0;
+        if (restart) {
+            left = length;
+            length = path.window;
+        }
+        --left;
+        return restart;
+    }
 };
 
 __device__ __forceinline__ Real projected_merge_weight(const ProjectedProblem& p, int d) {

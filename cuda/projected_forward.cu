@@ -67,18 +67,13 @@ __device__ __forceinline__ void scan_direction(const ProjectedProblem& p, const 
     const bool meets = warp.meets;
     const int middle = path.backwards ? path.lines / 2 : (path.lines + 1) / 2;
     Real h[SPAN][2] = {};
-    int left = 0, segment = path.first_segment();  // visits before the state restarts, and from then to the next
+    Segments segments(path);
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
 #pragma unroll 1
         for (int visit = half == 0 ? 0 : middle; visit < (half == 0 ? middle : path.lines); ++visit) {
             const int line = path.line_of(visit);
-            const bool restart = left == 0;
-            if (restart) {
-                left = segment;
-                segment = path.window;
-            }
-            --left;
+            const bool restart = segments.starts(path);
             Real before[2], after[2];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {

@@ -28,6 +28,20 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(b));
 }
+
+// Transpose 8 x 8 numbers: lane 4 g + t gives columns 2t, 2t+1 of row g, and gets those of the transposed. Volatile, or
+// what a loop transposes anew in each turn is kept beside what it comes from.
+__device__ __forceinline__ unsigned transposed(unsigned word) {
+    unsigned result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+    return result;
+}
+// Load four times 8 x 8 numbers from shared memory, transposed: lane 8 m + r says where row r of number m lies.
+__device__ __forceinline__ void load_transposed(unsigned (&words)[4], const Element* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))));
+}
 #endif
 
 // Copy so many bytes from global to shared memory, or zeros; complete after `await_copies`, and for other threads

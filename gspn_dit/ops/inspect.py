@@ -25,6 +25,8 @@ from gspn_dit.ops.cuda import sass
 from gspn_dit.ops.cuda.estimate import estimate
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.plan import plan
+from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
+from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedPlan, plan_forward
 from gspn_dit.ops.cuda.sources import compile_cubin
 from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant, has_clusters
 
@@ -32,6 +34,7 @@ DEFAULT_BANDWIDTH_GBS = 3350.0
 """An H100 SXM's."""
 DEFAULT_CLOCK_GHZ = 1.755
 """An H100 SXM's, under load."""
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
 _COUNTED_TOKENS = 1 << 15
 """Images of a batch are alike: enough of them are run to count, and no shape of more tokens than this."""
 _RESERVED_SHARED_BYTES = 1024  # of each block, for the system
@@ -166,6 +169,17 @@ def count_bytes(geometry: Geometry, device: Device, backward: bool) -> tuple[dic
     return {kernel: SECTOR_BYTES * number / floor for kernel, number in sectors.items()}, None
 
 
+def count_projected_bytes(
+    geometry: ProjectedGeometry, device: Device, backward: bool
+) -> tuple[dict[str, float], str | None]:
+    """The same of a fused pass of the projected scan."""
+    if harness.compiler() is None:
+        return {}, "g++ is not installed: apt-get install g++"
+    count = harness.count_projected_backward_elements if backward else harness.count_projected_elements
+    whole = geometry.tokens * geometry.channels * geometry.dtype.itemsize / geometry.floor_bytes(backward)
+    return {kernel: elements * whole for kernel, elements in count(geometry, device).items()}, None
+
+
 @dataclass(frozen=True)
 class _Compiled:
     """One module's kernels, by name."""
@@ -186,8 +200,8 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _report(
-    todo: Plan,
-    geometry: Geometry,
+    todo: Plan | ProjectedPlan,
+    geometry: Geometry | ProjectedGeometry,
     arch: str,
     backward: bool,
     bandwidth_gbs: float,
@@ -196,7 +210,11 @@ def _report(
 ) -> list[KernelReport]:
     limits = ARCHITECTURES[arch]
     device = device_of(arch)
-    ratios, reason = count_bytes(geometry, device, backward)
+    for launch in todo.launches:
+        if launch.variant not in compiled:
+            compiled[launch.variant] = _compile(launch.variant, arch)
+    projected = isinstance(geometry, ProjectedGeometry)
+    ratios, reason = (count_projected_bytes if projected else count_bytes)(geometry, device, backward)  # type: ignore[arg-type]
     total = sum(ratios.values()) if reason is None else None
     launches: dict[tuple[Variant, str], list[Launch]] = {}
     for launch in todo.launches:
@@ -239,7 +257,7 @@ def _report(
                 latency_ms=_rounded(least.latency_ms),
                 code_bytes=None if code is None else code.bytes,
                 instructions=None
-                if code is None
+                if code is None or projected  # whose lines have no barrier to tell them by
                 else {kind: round(count / variant.vector, 2) for kind, count in code.instructions.items()},
                 kernel_bytes_ratio=None if own is None else round(own, 4),
                 launches=len(runs),
@@ -268,9 +286,33 @@ def inspect(
         geometry = Geometry(dtype, batch, height, width, channels, groups, (0, 1, 2, 3), 0, alignment)
         for backward in (False, True):
             todo = plan(geometry, device, backward)
-            for launch in todo.launches:
-                if launch.variant not in compiled:
-                    compiled[launch.variant] = _compile(launch.variant, arch)
+            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled)
+    return reports
+
+
+def inspect_projected(
+    arch: str,
+    shape: Sequence[int],
+    proxy_channels: int,
+    dtypes: Sequence[torch.dtype] = FUSED_DTYPES,
+    bandwidth_gbs: float = DEFAULT_BANDWIDTH_GBS,
+    clock_ghz: float = DEFAULT_CLOCK_GHZ,
+) -> list[KernelReport]:
+    """The same of the fused kernels of a projected scan with a skip; raises ValueError for what they do not take."""
+    batch, height, width, channels, groups = shape
+    device = device_of(arch)
+    compiled: dict[Variant, _Compiled] = {}
+    reports = []
+    for dtype in dtypes:
+        if dtype not in FUSED_DTYPES:
+            raise ValueError(f"{str(dtype).removeprefix('torch.')} runs through memory, not by fused kernels")
+        vector = 4 if channels % 4 == proxy_channels % 4 == 0 else 1
+        sizes = (batch, height, width, channels, groups, proxy_channels, (0, 1, 2, 3), 0)
+        geometry = ProjectedGeometry(dtype, *sizes, vector=vector, skip=True)
+        for backward in (False, True):
+            todo = (plan_backward if backward else plan_forward)(geometry, device)
+            if isinstance(todo, str):
+                raise ValueError(f"the {'backward' if backward else 'forward'} pass runs through memory: {todo}")
             reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled)
     return reports
 
@@ -293,6 +335,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m gspn_dit.ops.inspect", description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", default="sm_90", choices=ARCHITECTURES, help="GPU architecture to compile for")
     parser.add_argument("--shape", default="32,16,16,1152,1152", help="B,H,W,C,G: x is [B, H, W, C], G divides C")
+    parser.add_argument("--proxy-channels", type=int, help="the fused kernels of a projected scan of so many")
     names = [str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES]
     parser.add_argument("--dtype", choices=names, action="append", help="only this dtype; may be repeated")
     parser.add_argument("--bandwidth-gbs", type=float, default=DEFAULT_BANDWIDTH_GBS, help="memory bandwidth, GB/s")
@@ -306,6 +349,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, value in (("bandwidth-gbs", options.bandwidth_gbs), ("clock-ghz", options.clock_ghz)):
         if not 0 < value < math.inf:
             parser.error(f"--{name} is {value}, but must be a positive number")
+    if options.proxy_channels is not None and options.proxy_channels < 1:
+        parser.error(f"--proxy-channels is {options.proxy_channels}, but must be a positive number")
+    if options.proxy_channels is not None and not options.dtype:
+        names = [str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES]
     options.dtypes = [getattr(torch, name) for name in options.dtype or names]
     return options
 
@@ -322,7 +369,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report; one line and exit code 2 where it cannot be made."""
     options = _arguments(arguments)
     try:
-        reports = inspect(options.arch, options.shape, options.dtypes, options.bandwidth_gbs, options.clock_ghz)
+        rest = (options.dtypes, options.bandwidth_gbs, options.clock_ghz)
+        if options.proxy_channels is None:
+            reports = inspect(options.arch, options.shape, *rest)
+        else:
+            reports = inspect_projected(options.arch, options.shape, options.proxy_channels, *rest)
+    except ValueError as error:
+        print(f"inspect: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except ImportError as error:
         major = (torch.version.cuda or "13").split(".")[0]
         why = " ".join(str(error).split())

@@ -31,8 +31,8 @@ def gspn_scan_from_proxy(
 ) -> Tensor:
     """Compute `gspn_scan` with logits and gates that are linear maps of a narrow proxy of the tokens.
 
-    The logits and gates (20 values per token and channel for four directions) dwarf every other activation. The kernels
-    for CPUs hold them in registers alone, as does the forward pass on GPUs; the backward pass there recomputes them.
+    The logits and gates (20 values per token and channel for four directions) dwarf every other activation. Fused
+    kernels hold them in registers alone, in the backward pass too, which computes them again.
 
     Args:
         x: tokens [B, H, W, C].

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gspn_dit.ops.cpu import projected as cpu
 from gspn_dit.ops.cuda import binding as cuda
-from gspn_dit.ops.materialised import projected_backward
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -59,7 +58,7 @@ def _(x: Tensor, proxy: Tensor, logits: Tensor, input_gate: Tensor, output_gate:
 def _(
     grad_y: Tensor, x: Tensor, proxy: Tensor, logits: Tensor, input_gate: Tensor, output_gate: Tensor, *others: Any
 ) -> _Gradients:
-    return projected_backward(cuda.scan_backward, grad_y, x, proxy, (logits, input_gate, output_gate), *others)
+    return cuda.projected_backward(grad_y, x, proxy, (logits, input_gate, output_gate), *others)
 
 
 @projected_scan_forward.register_fake

@@ -85,7 +85,8 @@ def test_kernels_compiled_beforehand_lie_where_cupy_looks(monkeypatch: pytest.Mo
 
 def test_what_is_compiled_beforehand_covers_each_regime() -> None:
     found = gpu_cache.variants("sm_90", gpu_steps.GPU_SHAPES)
-    assert {variant.regime for variant in found} == {*gpu_steps.REGIMES, "finish", "projected_forward"}
+    fused = {f"projected_{name}" for name in ("forward", "backward", "join")}
+    assert {variant.regime for variant in found} == {*gpu_steps.REGIMES, "finish", *fused}
     assert Variant("short", torch.bfloat16, 4, False) in found
 
 

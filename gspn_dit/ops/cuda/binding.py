@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspn_dit.ops.cuda.projected import run_projected_forward
+from gspn_dit.ops.cuda.projected import Gradients, run_projected_backward, run_projected_forward
 from gspn_dit.ops.cuda.run import run_backward, run_forward
 from gspn_dit.ops.cuda.sources import compile_options, source_text
 from gspn_dit.ops.cuda.types import Device, Launch, Variant, has_clusters
+from gspn_dit.ops.materialised import projected_backward as materialised_backward
 from gspn_dit.ops.materialised import projected_forward as materialised_forward
 
 
@@ -210,3 +211,24 @@ def projected_forward(
         if isinstance(y, Tensor):
             return y
     return materialised_forward(scan_forward, *arguments)
+
+
+def projected_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    proxy: Tensor,
+    weights: Sequence[Tensor],
+    merge_weight: Tensor,
+    skip_weight: Tensor | None,
+    directions: Sequence[int],
+    window: int,
+) -> Gradients:
+    """Return the gradients of the projected scan's tensors, [0] for no skip weight; fused as `projected_forward` is."""
+    _check()
+    arguments = (grad_y, x, proxy, weights, merge_weight, skip_weight, directions, window)
+    if x.dtype.itemsize == 2:
+        with _current(x.device) as index:
+            gradients = run_projected_backward(*arguments, device=_device(index), launcher=_launcher(index))
+        if not isinstance(gradients, str):
+            return gradients
+    return materialised_backward(scan_backward, *arguments)

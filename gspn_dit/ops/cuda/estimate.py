@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry
 from gspn_dit.ops.cuda.sass import Code
 from gspn_dit.ops.cuda.types import Geometry, Launch
 
@@ -65,7 +66,7 @@ def lines_in_turn(launch: Launch, geometry: Geometry) -> int:
 
 def estimate(
     launches: Sequence[Launch],
-    geometry: Geometry,
+    geometry: Geometry | ProjectedGeometry,
     code: Code | None,
     moved_bytes: float | None,
     *,
@@ -76,7 +77,7 @@ def estimate(
 ) -> Estimate:
     """Estimate the launches of one kernel on a device that holds `resident` of its blocks at once."""
     bytes_ms = None if moved_bytes is None else moved_bytes / bandwidth_gbs / 1e6
-    if code is None:
+    if code is None or not isinstance(geometry, Geometry):
         return Estimate(bytes_ms, None, None, None)
     warp_lines = clocks = 0.0
     for launch in launches:

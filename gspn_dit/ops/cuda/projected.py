@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops.cuda.plan import alignment_of
+from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import FIELDS, ProjectedGeometry, ProjectedPlan, plan_forward
 from gspn_dit.ops.cuda.run import readable, token_strides
 from gspn_dit.ops.cuda.types import Device, Launcher
@@ -20,16 +21,18 @@ for _name, _count in FIELDS:
     _LENGTH += _count
 PROBLEM_BYTES = 8 * _LENGTH
 
-_TOKENS = ("x", "proxy")
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+_TOKENS = ("x", "proxy", "grad_y")
 _WEIGHTS = ("logits_weight", "input_gate_weight", "output_gate_weight", "skip_weight")
 
 
 def _inputs(
-    x: Tensor, proxy: Tensor, weights: Sequence[Tensor], merge_weight: Tensor, skip_weight: Tensor | None
+    tokens: Sequence[Tensor], weights: Sequence[Tensor], merge_weight: Tensor, skip_weight: Tensor | None
 ) -> dict[str, Tensor]:
     given = [*weights, *([] if skip_weight is None else [skip_weight])]
     return {
-        **{name: readable(tensor.detach()) for name, tensor in zip(_TOKENS, (x, proxy))},
+        **{name: readable(tensor.detach()) for name, tensor in zip(_TOKENS, tokens)},
         **{name: weight.detach().contiguous() for name, weight in zip(_WEIGHTS, given)},
         "merge_weight": merge_weight.detach().contiguous(),
     }
@@ -39,7 +42,7 @@ def _geometry(inputs: Mapping[str, Tensor], codes: Sequence[int], window: int) -
     x, proxy = inputs["x"], inputs["proxy"]
     batch, height, width, channels = x.shape
     read = [tensor for name, tensor in inputs.items() if name != "merge_weight"]
-    strides = [stride for name in _TOKENS for stride in token_strides(inputs[name])]
+    strides = [stride for name in _TOKENS if name in inputs for stride in token_strides(inputs[name])]
     aligned = alignment_of([t.data_ptr() for t in read], [*strides, channels, proxy.shape[-1]], x.element_size()) >= 4
     groups = len(inputs["logits_weight"]) // (3 * len(codes))
     return ProjectedGeometry(
@@ -93,7 +96,7 @@ def run_projected_forward(
     """
     if x.numel() == 0 or proxy.numel() == 0:
         return "there is nothing to compute"
-    inputs = _inputs(x, proxy, weights, merge_weight, skip_weight)
+    inputs = _inputs((x, proxy), weights, merge_weight, skip_weight)
     geometry = _geometry(inputs, directions, window)
     todo = plan_forward(geometry, device)
     if isinstance(todo, str):
@@ -101,3 +104,45 @@ def run_projected_forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch_all(todo, geometry, inputs, {"y": y}, launcher)
     return y
+
+
+def run_projected_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    proxy: Tensor,
+    weights: Sequence[Tensor],
+    merge_weight: Tensor,
+    skip_weight: Tensor | None,
+    directions: Sequence[int],
+    window: int,
+    *,
+    device: Device,
+    launcher: Launcher,
+    cut: tuple[int, int] | None = None,
+) -> Gradients | str:
+    """Return the gradients of x, proxy, the three weights, the merge weight and the skip weight ([0] without), or say
+    why the fused kernels do not take the call; `cut` as in `plan_backward`.
+    """
+    if x.numel() == 0 or proxy.numel() == 0:
+        return "there is nothing to compute"
+    inputs = _inputs((x, proxy, grad_y), weights, merge_weight, skip_weight)
+    geometry = _geometry(inputs, directions, window)
+    todo = plan_backward(geometry, device, cut)
+    if isinstance(todo, str):
+        return todo
+    names = [name for name in inputs if name != "grad_y"]
+    outputs = {f"grad_{name}": torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in names}
+    buffers = {name: torch.empty(length, dtype=torch.float32, device=x.device) for name, length in todo.buffers.items()}
+    _launch_all(todo, geometry, inputs, {**outputs, **buffers}, launcher)
+    outputs.setdefault("grad_skip_weight", x.new_empty(0))
+    grad_x, grad_proxy, *grad_weights = (outputs[f"grad_{name}"] for name in ("x", "proxy", *_WEIGHTS[:3]))
+    logits, input_gate, output_gate = grad_weights
+    return (
+        grad_x,
+        grad_proxy,
+        logits,
+        input_gate,
+        output_gate,
+        outputs["grad_merge_weight"],
+        outputs["grad_skip_weight"],
+    )

@@ -29,9 +29,15 @@ def source_folder() -> Path:
 
 @cache
 def source_text(name: str) -> str:
-    """One source file with its headers put in: CuPy keys its cache of compiled modules by this text."""
-    text = (source_folder() / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
-    return _INCLUDE.sub(lambda include: source_text(include[1]), text)
+    """One source file with its headers put in, each once: CuPy keys its cache of compiled modules by this text."""
+    put_in: set[str] = set()
+
+    def text_of(name: str) -> str:
+        put_in.add(name)
+        text = (source_folder() / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda include: "" if include[1] in put_in else text_of(include[1]), text)
+
+    return text_of(name)
 
 
 def compile_options(variant: Variant) -> tuple[str, ...]:

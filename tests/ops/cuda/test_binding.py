@@ -131,6 +131,12 @@ def test_a_projected_scan_is_fused_where_tensor_cores_are(h100: FakeCupy, dtype:
     y = cuda.projected_forward(x, proxy, weights, torch.ones(4), torch.zeros(8, 4, dtype=dtype), [0, 1, 2, 3], 0)
     assert (y.shape, y.dtype) == (x.shape, dtype)
     assert {name for name, *_ in h100.launches} == {f"gspn_{kernels}_kernel"}
+    h100.launches.clear()
+    arguments = (x, proxy, weights, torch.ones(4), torch.zeros(8, 4, dtype=dtype), [0, 1, 2, 3], 0)
+    gradients = cuda.projected_backward(y, *arguments)
+    assert [gradient.shape for gradient in gradients[2:5]] == [weight.shape for weight in weights]
+    fused = {"gspn_projected_backward_kernel", "gspn_projected_join_kernel"}
+    assert ({name for name, *_ in h100.launches} == fused) == (dtype == torch.bfloat16)
 
 
 def test_the_fake_has_what_cupy_has_and_no_more() -> None:

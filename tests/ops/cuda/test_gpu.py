@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
-from gspn_dit.ops import gspn_scan
+from gspn_dit.ops import gspn_scan, gspn_scan_from_proxy
 from gspn_dit.ops.cuda import binding as cuda
 from gspn_dit.ops.operator import scan_backward, scan_forward
-from tests.ops.scan_cases import DTYPES, STRIDES, Inputs, check_against_reference, make_inputs, scan_and_gradients
+from tests.ops.scan_cases import (
+    DTYPES,
+    STRIDES,
+    Inputs,
+    assert_close,
+    check_against_reference,
+    make_inputs,
+    scan_and_gradients,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda.problem() is not None, reason=str(cuda.problem()))]
 
@@ -89,6 +97,24 @@ def test_results_repeat_bit_by_bit() -> None:
     first, second = (scan_and_gradients(inputs, grad_y, backend="cupy") for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("groups", [1152, 9])
+def test_projected_scan_of_a_published_width_repeats_bit_by_bit(groups: int) -> None:
+    """The fused kernels, in clusters where there are some, against the float64 reference, and against themselves."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [(2, 16, 16, 1152), (2, 16, 16, 72), (12 * groups, 72), (4 * 1152, 72), (4 * 1152, 72), (4,), (1152, 72)]
+    tensors = [torch.randn(size, generator=generator, device="cuda").bfloat16() for size in sizes]
+    grad_y = torch.randn(sizes[0], generator=generator, device="cuda").bfloat16()
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    y = gspn_scan_from_proxy(*leaves, backend="cupy")
+    first, second = (torch.autograd.grad(y, leaves, grad_y, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    exact = gspn_scan_from_proxy(*wide, backend="reference")
+    assert_close(y, exact, "y", size=0.0)
+    for index, (one, other) in enumerate(zip(first, torch.autograd.grad(exact, wide, grad_y.double()), strict=True)):
+        assert_close(one, other, f"gradient {index}", size=0.0)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 64), (1, 100, 60, 16), (1, 250, 200, 16)])

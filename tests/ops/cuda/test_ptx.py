@@ -21,6 +21,7 @@ from gspn_dit.ops.cuda.host.ptx.host import PtxHost, cached_ptx, translated
 from gspn_dit.ops.cuda.host.ptx.translate import translate
 from gspn_dit.ops.cuda.types import Device, Variant
 from tests.ops.cuda.test_projected import check
+from tests.ops.cuda.test_projected_backward import check as check_backward
 from tests.ops.scan_cases import DTYPES, check_against_reference, make_inputs, scan_and_gradients
 from tests.ops.test_projected import draw
 
@@ -323,3 +324,18 @@ def test_fused_forward_with_groups_and_partial_tiles(dtype: torch.dtype) -> None
     tensors = draw((1, 4, 33, 5), 1, 4, 3, dtype)
     for schedule in (0, 1):
         check(tensors, host=PtxHost(schedule=schedule))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [(2, 1), (1, 2)])
+def test_fused_backward_in_clusters_and_without(cut: tuple[int, int]) -> None:
+    tensors = draw((2, 5, 7, 12), 6, 4, 24, torch.bfloat16)
+    for schedule in (0, 1):
+        check_backward(tensors, window=3, host=PtxHost(schedule=schedule), cut=cut)
+
+
+@pytest.mark.slow
+def test_a_barrier_left_out_of_the_fused_backward_kernel_shows() -> None:
+    tensors = draw((1, 5, 6, 16), None, 4, 24, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"line \d+: shared memory at \d+ that nobody has written"):
+        check_backward(tensors, host=PtxHost(change=without_barriers), cut=(1, 1))

@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gspn_dit.ops.cuda import projected, run
+from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedVariant, plan_forward
 from gspn_dit.ops.cuda.sources import source_folder
 from gspn_dit.ops.cuda.types import POINTERS, SECTOR_BYTES, Device, Geometry, Launch, Variant
@@ -192,8 +194,8 @@ def count_sectors(
     return host.sectors
 
 
-def count_projected_elements(geometry: ProjectedGeometry, device: Device = H100, slabs: int = 2) -> float:
-    """Elements per token and channel that the fused projected scan moves, in sectors of 32 bytes.
+def count_projected_elements(geometry: ProjectedGeometry, device: Device = H100, slabs: int = 2) -> dict[str, float]:
+    """Elements per token and channel that each kernel of the fused projected scan moves, in sectors of 32 bytes.
 
     Only so many slabs of channels are run, on a device that is smaller in proportion, so that the batch is cut among
     blocks as it is for all of them. Raises ValueError where the fused kernels do not take the call.
@@ -204,22 +206,60 @@ def count_projected_elements(geometry: ProjectedGeometry, device: Device = H100,
     (launch,) = todo.launches
     slab = launch.fields["slab"]
     assert isinstance(slab, int)
-    channels, batch, dtype = min(slabs * slab, geometry.channels), geometry.batch, geometry.dtype
+    channels = min(slabs * slab, geometry.channels)
     device = replace(device, processors=max(1, round(device.processors * channels / geometry.channels)))
-    directions, proxy_channels = len(geometry.codes), geometry.proxy_channels
-    tokens = (batch, geometry.height, geometry.width)
+    part = replace(geometry, channels=channels)
+    host = Host()
+    x, proxy, weights, merge, skip = _projected_inputs(part)
+    projected.run_projected_forward(
+        x, proxy, weights, merge, skip, part.codes, part.window, device=device, launcher=host
+    )
+    (found,) = host.launches
+    assert found.grid[1:] == launch.grid[1:] and found.block == launch.block, "the part is not cut as the whole is"
+    return {name: count * SECTOR_BYTES / x.nbytes for name, count in host.sectors.items()}
+
+
+def count_projected_backward_elements(geometry: ProjectedGeometry, device: Device = H100) -> dict[str, float]:
+    """The same of the backward pass, of one cluster's channels.
+
+    What is moved is linear in images and in the blocks that share them: one image is run, two, and two in two blocks.
+    What is written of grad_proxy counts in full for these channels, though all clusters write it once together.
+    """
+    todo = plan_backward(geometry, device)
+    if isinstance(todo, str):
+        raise ValueError(todo)
+    launch = todo.launches[0]
+    slab, parts = launch.fields["slab"], launch.fields["parts"]
+    assert isinstance(slab, int) and isinstance(parts, int) and isinstance(launch.variant, ProjectedVariant)
+    cluster, channels = launch.variant.cluster, min(slab * launch.variant.cluster, geometry.channels)
+    device = replace(device, processors=max(1, round(device.processors * channels / geometry.channels)))
+
+    def moved(images: int, parts: int) -> dict[str, float]:
+        part = replace(geometry, batch=images, channels=channels)
+        x, proxy, weights, merge, skip = _projected_inputs(part)
+        host = Host()
+        inputs = (x, x, proxy, weights, merge, skip, part.codes, part.window)
+        projected.run_projected_backward(*inputs, device=device, launcher=host, cut=(cluster, parts))
+        assert host.launches[0].block == launch.block, "the part is not cut as the whole is"
+        return {name: count * SECTOR_BYTES / x[0].nbytes for name, count in host.sectors.items()}
+
+    one, two, shared = moved(1, 1), moved(2, 1), moved(2, 2)
+    return {
+        name: (first + (geometry.batch - 1) * (two[name] - first) + (parts - 1) * (shared[name] - two[name]))
+        / geometry.batch
+        for name, first in one.items()
+    }
+
+
+def _projected_inputs(geometry: ProjectedGeometry) -> list[Any]:
+    """Arguments of the projected scan of zeros: x, proxy, weights, merge weight, skip weight."""
+    tokens, channels = (geometry.batch, geometry.height, geometry.width), geometry.channels
+    dtype, directions, proxy_channels = geometry.dtype, len(geometry.codes), geometry.proxy_channels
     x = aligned(*tokens, channels, dtype=dtype)
     proxy = aligned(*tokens, proxy_channels, dtype=dtype)
     weights = [aligned(count * directions * channels, proxy_channels, dtype=dtype) for count in (3, 1, 1)]
     skip = aligned(channels, proxy_channels, dtype=dtype) if geometry.skip else None
-    host = Host()
-    merge = torch.ones(directions)
-    projected.run_projected_forward(
-        x, proxy, weights, merge, skip, geometry.codes, geometry.window, device=device, launcher=host
-    )
-    (part,) = host.launches
-    assert part.grid[1:] == launch.grid[1:] and part.block == launch.block, "the part is not cut as the whole is"
-    return sum(host.sectors.values()) * SECTOR_BYTES / dtype.itemsize / x.numel()
+    return [x, proxy, weights, torch.ones(directions), skip]
 
 
 class Recorder:

@@ -110,7 +110,7 @@ To reinterpret(From value) {
 
 inline void __syncthreads() { host_cuda::barrier(); }
 
-// What cluster.cuh says of clusters.
+// What blocks.cuh and edges.cuh say of clusters.
 using Arrivals = uint64_t;
 inline void cluster_barrier() {
     host_cuda::cluster_arrive();
@@ -121,7 +121,7 @@ inline void expect(Arrivals* arrivals, unsigned bytes) { host_cuda::arrive(arriv
 inline void await(Arrivals* arrivals, unsigned phase) { host_cuda::await(arrivals, phase); }
 template <typename Item>
 Item* in_block(Item* pointer, int rank) {
-    return static_cast<Item*>(host_cuda::in_block(pointer, rank));
+    return static_cast<Item*>(host_cuda::in_block(const_cast<void*>(static_cast<const void*>(pointer)), rank));
 }
 template <typename Item>
 void send(Item* place, const Item& value, Arrivals* arrivals, int rank) {

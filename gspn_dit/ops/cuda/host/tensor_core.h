@@ -39,6 +39,29 @@ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
     multiply_add_words<4>(c, a, {b0, b1});
 }
 inline void multiply_add(float (&c)[4], const unsigned (&a)[2], unsigned b) { multiply_add_words<2>(c, a, {b}); }
+
+inline unsigned transposed(unsigned word) {
+    const unsigned char* all = host_cuda::exchange(&word, sizeof(word));
+    const int lane = static_cast<int>(host_cuda::current->linear % 32), g = lane / 4, t = lane % 4;
+    unsigned short halves[2];
+    for (int j = 0; j < 2; ++j) {  // column g of row 2 t + j
+        std::memcpy(&halves[j], all + (4 * (2 * t + j) + g / 2) * int(host_cuda::MOST_EXCHANGED) + g % 2 * 2, 2);
+    }
+    return halves[0] | static_cast<unsigned>(halves[1]) << 16;
+}
+inline void load_transposed(unsigned (&words)[4], const unsigned short* row) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) host_cuda::fail("a row of a matrix that is not aligned");
+    const unsigned char* all = host_cuda::exchange(&row, sizeof(row));
+    const int lane = static_cast<int>(host_cuda::current->linear % 32), g = lane / 4, t = lane % 4;
+    for (int m = 0; m < 4; ++m) {
+        words[m] = 0;
+        for (int j = 0; j < 2; ++j) {
+            const unsigned short* from;
+            std::memcpy(&from, all + (8 * m + 2 * t + j) * int(host_cuda::MOST_EXCHANGED), sizeof(from));
+            words[m] |= static_cast<unsigned>(from[g]) << 16 * j;
+        }
+    }
+}
 #endif
 
 template <int BYTES>

@@ -205,6 +205,14 @@ def _matrices(op: Op) -> str:
     return f"{{ uint32_t words[{len(items)}]; {call} {steps} }}"
 
 
+@EMITTERS.enter("movmatrix")
+def _transpose_matrix(op: Op) -> str:
+    op.drop("sync", "aligned", "m8n8", "trans")
+    type_ = op.type()
+    op.count(2)
+    return op.set(0, f"ptx::transpose_matrix({op.value(1, 'b32')}, {op.line})", "b32" if type_ == "b16" else type_)
+
+
 @EMITTERS.enter("bra")
 def _branch(op: Op) -> str:
     op.drop("uni")

@@ -123,4 +123,12 @@ template void store_matrices<1>(const uint32_t (&)[1], uint64_t, bool, int);
 template void store_matrices<2>(const uint32_t (&)[2], uint64_t, bool, int);
 template void store_matrices<4>(const uint32_t (&)[4], uint64_t, bool, int);
 
+uint32_t transpose_matrix(uint32_t word, int line) {
+    current->line = line;
+    const unsigned char* lanes = host_cuda::exchange(&word, sizeof(word));
+    const unsigned group = lane_of_thread() / 4, in_group = lane_of_thread() % 4;
+    const auto half = [&](unsigned row) { return given<uint16_t>(lanes, 4 * row + group / 2, group % 2); };
+    return uint32_t(half(2 * in_group + 1)) << 16 | half(2 * in_group);
+}
+
 }  // namespace ptx

@@ -27,5 +27,7 @@ template <unsigned N>
 void load_matrices(uint32_t (&d)[N], uint64_t address, bool transposed, int line);
 template <unsigned N>
 void store_matrices(const uint32_t (&values)[N], uint64_t address, bool transposed, int line);
+// One of them, from registers to registers.
+uint32_t transpose_matrix(uint32_t word, int line);
 
 }  // namespace ptx
