@@ -16,7 +16,7 @@ import torch
 from benchmarks.measure import CpuDevice, software
 from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.ops.cuda.host.harness import count_projected_elements
+from gspn_dit.ops.cuda.host.harness import count_projected_backward_elements, count_projected_elements
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry
 from gspn_dit.ops.inspect import inspect
 
@@ -38,10 +38,14 @@ PROJECTED = ProjectedGeometry(DTYPE, 32, 16, 16, 1152, 1152, 72, (0, 1, 2, 3), 0
 
 
 def measure_projected() -> dict[str, Any]:
-    """Count what the fused projected scan moves; through memory it is 42 elements per token and channel."""
-    shape = [PROJECTED.batch, PROJECTED.height, PROJECTED.width, PROJECTED.channels]
-    elements = sum(count_projected_elements(PROJECTED).values())
-    return {"arch": "sm_90", "shape": shape, "proxy_channels": PROJECTED.proxy_channels, "elements": round(elements, 3)}
+    """Count what the fused projected scan moves; through memory it is 42 elements per token and channel, then 103."""
+    passes = {"forward": count_projected_elements(PROJECTED), "backward": count_projected_backward_elements(PROJECTED)}
+    return {
+        **{"arch": "sm_90", "shape": [PROJECTED.batch, PROJECTED.height, PROJECTED.width, PROJECTED.channels]},
+        "proxy_channels": PROJECTED.proxy_channels,
+        "elements": {name: round(sum(kernels.values()), 3) for name, kernels in passes.items()},
+        "kernels": {name: round(count, 3) for kernels in passes.values() for name, count in kernels.items()},
+    }
 
 
 def measure(cases: tuple[tuple[str, tuple[int, int, int, int]], ...] = CASES) -> Iterator[dict[str, Any]]:
