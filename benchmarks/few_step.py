@@ -13,7 +13,6 @@ processor too, all ways in turn.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 from benchmarks import calibration
 from benchmarks.judge import Emoji, add_emoji_options, emoji_of
 from benchmarks.measure import CpuDevice, software
+from benchmarks.output import publish
 from benchmarks.study import interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, run_cli
 
@@ -375,12 +375,9 @@ def main() -> None:
     else:
         found = study(options.recipes, options.runs, options.seconds, options.seeds, emoji)
         rows = study_rows(options.runs, options.recipes)
-    text = json.dumps(found, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    publish(found, options.out)
     if options.picture:
         draw_picture(rows, options.picture)
-    print(text)
 
 
 if __name__ == "__main__":

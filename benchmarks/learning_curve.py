@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import calibration
 from benchmarks.markdown import provenance, table
 from benchmarks.measure import CpuDevice, software
+from benchmarks.output import publish
 from benchmarks.study import commit
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -87,10 +88,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="of task classification")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()
-    text = json.dumps(curve(options.run), indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(curve(options.run), options.out)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gspn_dit.files import write_whole
+
 
 def publish(result: Any, out: str | Path | None) -> None:
     """Print a result as JSON, and write it where a file is given, whose folder is made if need be."""
     text = json.dumps(result, indent=2)
     print(text)
     if out is not None:
-        file = Path(out)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
+        write_whole(Path(out), f"{text}\n".encode())

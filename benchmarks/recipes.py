@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks import calibration, scoring
 from benchmarks.judge import Emoji, add_emoji_options, emoji_of
+from benchmarks.output import publish
 from benchmarks.study import best_rate, interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -187,10 +188,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
     emoji = emoji_of(options.data, options.root, options.features)
-    text = json.dumps(study(options.seconds, options.seeds, options.work, emoji), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(study(options.seconds, options.seeds, options.work, emoji), options.out)
 
 
 if __name__ == "__main__":

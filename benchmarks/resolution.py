@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.one_rate import Cell
+from benchmarks.output import publish
 from benchmarks.scoring import DATA_SETS, SETTING
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -206,10 +207,7 @@ def main() -> None:
         runs = dict(item.partition("=")[::2] for item in options.runs)
     if not all(runs.values()):
         raise UserError("--runs takes NAME=DIR, such as gspn=runs/demo")
-    text = json.dumps(measure(runs, options), indent=2)
-    print(text)
-    if options.out:
-        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    publish(measure(runs, options), options.out)
 
 
 if __name__ == "__main__":
