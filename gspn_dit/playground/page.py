@@ -57,7 +57,7 @@ def build_page(sources: Sequence[Source], links: Sequence[tuple[str, str]], fold
                     start = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
                     stop = gr.Button("Stop", min_width=100, elem_id="stop")
                 chosen = gr.CheckboxGroup(titles, value=titles[:1], label="Weights", visible=len(titles) > 1)
-                per_subject = gr.Slider(1, 16, value=6, step=1, label=f"Images of each {subject}")
+                per_subject = gr.Slider(1, 16, value=6, step=1, label=f"Images per {subject}")
                 guidance = gr.Slider(0, 10, value=1.5, step=0.1, label="Guidance (1: none)")
                 steps = gr.Slider(1, 250, value=30, step=1, label="Steps")
                 seed = gr.Number(0, precision=0, label="Seed")
@@ -101,7 +101,8 @@ def build_page(sources: Sequence[Source], links: Sequence[tuple[str, str]], fold
 
         inputs, outputs = [subjects, chosen, per_subject, seed, guidance, steps, height, width], [*pictures, *files]
         # One drawing at a time: beside another it would be no faster.
-        drawing = start.click(draw, inputs, [state, *outputs], show_progress="hidden", concurrency_limit=1)
+        asked = start.click(lambda: "Waiting …", None, state, queue=False, show_progress="hidden")
+        drawing = asked.then(draw, inputs, [state, *outputs], show_progress="hidden", concurrency_limit=1)
         stop.click(lambda: "Stopped.", None, state, cancels=[drawing], show_progress="hidden")
     return page
 

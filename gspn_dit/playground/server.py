@@ -72,4 +72,6 @@ def serve(sources: Sequence[Source], pages: Sequence[tuple[str, Path]], host: st
     with listen(host, port) as server, tempfile.TemporaryDirectory(prefix="gspn-playground-") as folder:
         app = create_app(sources, pages, Path(folder))
         print(f"open http://{host}:{server.getsockname()[1]} in a browser; Ctrl-C stops", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="error")).run([server])
+        # An open page keeps a connection, for whose end the server would wait.
+        settings = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+        uvicorn.Server(settings).run([server])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,25 +38,27 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(run_directory: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "gspn_dit.playground", "--port", "0", "--device", "cpu", "--checkpoint"]
-    with subprocess.Popen([*command, str(run_directory)], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            (found,) = re.findall(r"open (http://\S+) in a browser", server.stdout.readline())
-            yield found
-        finally:
-            server.terminate()
-            server.wait(60)
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=chromium(), args=flags)
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def address(run_directory: Path, browser: Any) -> Iterator[str]:
+    command = [sys.executable, "-m", "gspn_dit.playground", "--port", "0", "--device", "cpu", "--checkpoint"]
+    with subprocess.Popen([*command, str(run_directory)], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            (found,) = re.findall(r"open (http://\S+) in a browser", server.stdout.readline())
+            yield found
+            open_page(browser, found)  # for which the server does not wait
+            server.terminate()
+            assert server.wait(60) == 128 + signal.SIGTERM
+        finally:
+            server.kill()
 
 
 def open_page(browser: Any, address: str) -> Any:
@@ -102,6 +105,7 @@ def test_a_grid_appears_and_can_be_taken_away(browser: Any, address: str, run_di
     page.click("#draw")
     assert np.array_equal(shown(page), expected(run_directory, 7))
     assert not np.array_equal(shown(page, 1), shown(page))
+    assert any(state.strip().endswith("Waiting …") for state in states)
     assert [state for state in states if re.fullmatch(r"mine, EMA: step \d+ of 30", state.strip())]
     with page.expect_download() as grid:
         page.click("#grid")
