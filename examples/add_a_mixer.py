@@ -44,5 +44,5 @@ class CrossMixer(Mixer):
 MIXERS["cross"] = (CrossMixer, CrossOptions)
 
 if __name__ == "__main__":
-    del sys.argv[0]
+    sys.argv = sys.argv[1:] or sys.exit("usage: python add_a_mixer.py MODULE ARGUMENTS")
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

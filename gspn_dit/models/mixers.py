@@ -83,7 +83,7 @@ def option_names(mixer: str) -> list[str]:
     """Return the names of a mixer's options; raises ValueError for an unknown mixer."""
     if mixer not in MIXERS:
         raise ValueError(
-            f"unknown mixer '{mixer}'; allowed are {', '.join(MIXERS)}, and what an imported module enters"
+            f"unknown mixer '{mixer}'; allowed are {', '.join(MIXERS)}; your own is known once its module is imported"
         )
     return [field.name for field in dataclasses.fields(MIXERS[mixer][1])]
 
