@@ -15,7 +15,7 @@ th, td { padding: .3rem .9rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; image-rendering: pixelated; }
 td.long { overflow-wrap: anywhere; }
-figure { display: inline-block; margin: 0 .8rem .8rem 0; }
+figure { display: inline-block; margin: 0 .8rem .8rem 0; min-width: 7rem; }
 figcaption, .methods { font-size: .8rem; color: var(--soft); }
 summary { font-size: 1.5em; font-weight: bold; cursor: pointer; margin: .83em 0; }
 """

@@ -187,7 +187,7 @@ def _neighbour_rows(
         name = f"sample {entry['sample']}"
         if label is not None:
             name += f": {class_names[label] if label < len(class_names) else label}"
-        captions = [name, *(f"distance {distance:.4g}" for distance in entry["distance"])]
+        captions = [name, *(f"distance {distance:#.3g}" for distance in entry["distance"])]
         drawn = samples.pixels[np.array([entry["sample"]])]
         pixels = [drawn, reference.pixels[np.array(entry["nearest"])]]
         pictures = [_encoded(image) for part in pixels for image in _smaller(part)]

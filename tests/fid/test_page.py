@@ -123,6 +123,8 @@ def test_large_images_are_shown_smaller_and_neighbours_are_the_nearest(tmp_path:
     assert report["neighbours"][0]["nearest"] == distances.argsort()[:3].tolist()
     assert report["neighbours"][0]["distance"] == pytest.approx(distances.sort().values[:3].tolist(), rel=1e-4)
     write_report(report, drawn, tmp_path / "report", reference=real)
+    shown = re.findall(r"<figcaption>distance (.*?)</figcaption>", (tmp_path / "report/index.html").read_text())
+    assert shown[:3] == [f"{distance:#.3g}" for distance in report["neighbours"][0]["distance"]]
     with Image.open(tmp_path / "report" / "grid.png") as grid:
         assert grid.height < 2 * (TILE_SIZE + 10) and grid.width > 10 * TILE_SIZE
 
