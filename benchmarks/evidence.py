@@ -307,7 +307,7 @@ def read_results(directory: Path) -> dict[str, Result]:
 
 
 def rewritten(page: str, text: str, results: dict[str, Result]) -> str:
-    """Return a page's text with what stands between its markers made anew; UserError for a study without a place."""
+    """Return a page's text with what stands between its markers rewritten; UserError for a study without a place."""
     own = [name for name, study in STUDIES.items() if study.page == page]
     if sorted(name for _, name, _ in BLOCK.findall(text)) != sorted(own):
         raise UserError(f"{page} must have one place <!-- begin NAME --> … <!-- end NAME --> each for {', '.join(own)}")

@@ -1,5 +1,5 @@
 // The fused backward pass: a warp scans one direction of eight channels twice, there for the states, which stay in shared
-// memory, and back with logits and gates computed again. The sums of the weights' gradients stay in its registers for all
+// memory, and back with logits and gates recomputed. The sums of the weights' gradients stay in its registers for all
 // images of its block; those of the proxies' in shared memory, where the blocks of a cluster join them.
 #include "blocks.cuh"
 #include "projected_gradients.cuh"

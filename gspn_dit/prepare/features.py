@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VERIFIED_IMAGES = 8
 LEAST_COSINE = 0.999
-"""Of stored features with those computed again, on whatever device."""
+"""Of stored features with those recomputed, on whatever device."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ def test_what_is_kept_is_what_was_computed(tmp_path: Path, monkeypatch: pytest.M
     nets = [tiny_net(), dataclasses.replace(tiny_net(layers=("features",)), sha256="1" * 64)]
     first, sha256 = extract_cached(images, nets, tmp_path, **OPTIONS)
     assert sha256 == images.sha256 and len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(cache_module, "extract_all", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(cache_module, "extract_all", lambda *_, **__: pytest.fail("recomputed"))
     again, other = extract_cached(dataclasses.replace(images, source="there"), nets, tmp_path, **OPTIONS)
     assert other == sha256
     for one, two in zip(first, again, strict=True):
