@@ -44,7 +44,7 @@ def steps() -> dict[str, Step]:
     found = {"machine": Step(60, gpu_steps.machine)}
     for regime in gpu_steps.REGIMES:
         found[f"correctness, {regime}"] = Step(60, partial(gpu_steps.correctness, regime=regime))
-    found["correctness, projected"] = Step(60, gpu_steps.projected)
+    found["correctness, projected"] = Step(90, gpu_steps.projected)
     found["tests"] = Step(120, gpu_steps.tests)
     for shape in gpu_steps.TIMED_SHAPES:
         found[f"times, {'x'.join(map(str, shape))}"] = Step(60, partial(gpu_steps.times, shape=shape))

@@ -80,8 +80,9 @@ def cuda_traffic_table(result: Result) -> str:
     fused = result["projected"]
     return (
         table(head, rows)
-        + f"\n{result['dtype']}, four directions. The fused projected scan forwards at {fused['shape']}, P = "
-        + f"{fused['proxy_channels']}: {fused['elements']:.1f} elements per token and channel. "
+        + f"\n{result['dtype']}, four directions. The fused projected scan at {fused['shape']}, P = "
+        + f"{fused['proxy_channels']}: {fused['elements']['forward']:.1f} elements per token and channel forwards, "
+        + f"{fused['elements']['backward']:.1f} backwards. "
         + f"Commit {result['software']['commit']}.\n"
     )
 

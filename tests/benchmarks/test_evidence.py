@@ -188,7 +188,7 @@ TRAFFIC = {
             "backward": {"bytes_ratio": 1.5424, "regime": "long"},
         }
     ],
-    "projected": {"shape": [1, 2, 3, 4], "proxy_channels": 5, "elements": 4.812},
+    "projected": {"shape": [1, 2, 3, 4], "proxy_channels": 5, "elements": {"forward": 4.812, "backward": 13.04}},
     "software": SOFTWARE,
 }
 
@@ -199,7 +199,7 @@ def test_memory_and_traffic() -> None:
     assert (time[1:3], peak[1:]) == (["1", "1.10 ×"], ["10.4 GB", "5.4 GB", "5.1 GB"])
     traffic = evidence.cuda_traffic_table(TRAFFIC)
     assert rows(traffic)[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
-    assert "at [1, 2, 3, 4], P = 5: 4.8 elements per token and channel" in traffic
+    assert "at [1, 2, 3, 4], P = 5: 4.8 elements per token and channel forwards, 13.0 backwards." in traffic
 
 
 def test_the_demos_scores_stand_beside_those_of_real_images() -> None:
