@@ -297,6 +297,8 @@ def test_full_disk_is_told_in_one_line_and_leaves_whole_files(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def open_(path: Any, mode: str = "r", *rest: Any) -> Any:
+        if mode == "rb":  # a shard that is whole is read once more, for its hash
+            return builtins.open(path, mode, *rest)
         opened.append(path)
         return Full(path, mode.replace("b", "")) if len(opened) > writes else builtins.open(path, mode, *rest)
 
