@@ -97,6 +97,7 @@ def build_page(sources: Sequence[Source], links: Sequence[tuple[str, str]], fold
                     **{button: gr.update(value=path, interactive=True) for button, path in zip(files, paths)},
                 }
             except (UserError, ValueError) as error:
+                yield {state: "Nothing was drawn."}
                 raise gr.Error(str(error), duration=None, title="This cannot be drawn", print_exception=False) from None
 
         inputs, outputs = [subjects, chosen, per_subject, seed, guidance, steps, height, width], [*pictures, *files]

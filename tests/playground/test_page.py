@@ -126,6 +126,7 @@ def test_an_error_can_be_read_and_the_page_goes_on(browser: Any, address: str, r
     page.click("#draw")
     message = page.get_by_text("height is 9 pixels, but must be a positive multiple of 2")
     playwright.expect(message).to_be_visible(timeout=SECONDS)
+    playwright.expect(page.locator("#state")).to_contain_text("Nothing was drawn", timeout=SECONDS)
     page.get_by_label("Height (0: as trained)").fill("8")
     page.click("#draw")
     assert np.array_equal(shown(page), expected(run_directory, 0, height=8))
