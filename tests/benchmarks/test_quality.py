@@ -1,10 +1,13 @@
-"""A study of quality from its plan to its table, stopped and resumed, with trainings that are made up."""
+"""A study of quality from its plan to its table: killed and resumed, with trainings that are made up, and real ones."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import calibration, contest, quality
+from benchmarks import calibration, contest, quality, scoring
 from benchmarks.contenders import CONTENDERS, fitted, parameters
 from benchmarks.contest import Cell, drift
 from benchmarks.scoring import METRICS, SETTING
@@ -246,3 +249,77 @@ def test_a_training_that_failed_for_another_reason_stops_the_study(
     with pytest.raises(UserError, match=r"train.py failed"):
         contest.run_cell(cell, tmp_path, "N")
     assert not (cell.directory(tmp_path, "N") / "result.json").exists()
+
+
+# -- real trainings --------------------------------------------------------------------------------------------------
+
+REAL = """
+import json, math, os, signal, sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from benchmarks import calibration, contest, quality, scoring, study
+from gspn_dit.config import parse_train_arguments
+from gspn_dit.training.loop import train
+
+torch.set_num_threads(1)
+scoring.SETTING.update(samples=100, steps=1, reference=100)
+work, last = sys.argv[1], int(sys.argv[2])
+done = Path(work) / "trained.txt"
+
+def train_here(words, log):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with done.open("a") as file:
+        file.write(words[words.index("--output_dir") + 1] + "\\n")
+    train(parse_train_arguments(words[1:]))
+
+def score_here(words, log):
+    directory = Path(words[2])
+    scoring.score_cell(directory, "digits")
+    file = directory / "result.json"
+    figures = json.loads(file.read_text())
+    rate = float(directory.parent.name.removeprefix("rate-"))
+    assert math.isfinite(figures["fd"])
+    file.write_text(json.dumps(figures | {"fd": 1 + abs(math.log2(rate / 0.008))}))  # two steps say nothing of rates
+    if len(done.read_text().splitlines()) >= last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class InTurn:  # trainings take signals, which the main thread alone can
+    def __init__(self, jobs): ...
+    def __enter__(self): return self
+    def __exit__(self, *_): ...
+    map = staticmethod(map)
+
+study.call, contest.call, contest.ThreadPoolExecutor = train_here, score_here, InTurn
+contest.SEARCH_ROUNDS = calibration.ROUNDS = 3
+quality.main(["--work", work, *sys.argv[3:]])
+"""
+
+
+@pytest.mark.slow
+def test_real_trainings_killed_and_resumed(tmp_path: Path) -> None:
+    """Two contenders, five seeds, one budget of some steps, and so few hours that the search of options and equal steps
+    are dropped: every cell is trained once, whatever was killed.
+    """
+
+    def run(last: int) -> tuple[int, str]:
+        words = ["--data", "digits", "--contenders", "attention", "gspn-normed", "--trials", "2", "--budgets", "1"]
+        words += ["--seconds", "0.4", "--jobs", "1", "--hours", "0.2"]
+        command = [sys.executable, "-c", REAL, str(tmp_path), str(last), *words]
+        done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
+        return done.returncode, done.stderr[-2000:]
+
+    root = Path(scoring.__file__).parents[1]
+    assert run(6)[0] == -signal.SIGKILL
+    assert not (tmp_path / "study.json").exists()
+    code, told = run(10**6)
+    assert code == 0, told
+    result = json.loads((tmp_path / "study.json").read_text())
+    trained = (tmp_path / "trained.txt").read_text().splitlines()
+    cells = result["data"]["digits"]["cells"]
+    assert len(trained) == len(set(trained)) == len(cells) == 2 * (5 + 5)
+    assert all(math.isfinite(cell["val_loss"]) for cell in cells)
+    assert {row["kind"] for row in result["comparisons"]} == {"equal time"}
+    assert [part["part"].split(",")[0] for part in result["plan"]["dropped"]] == ["1×", "options by halving"]
+    assert {search["rates"]["1"]["best"] for search in result["data"]["digits"]["search"].values()} == {0.008}
