@@ -180,8 +180,8 @@ struct Back {
     int left;            // visits before the state restarts
 };
 
-// The gradients of one line's values; what comes to grad_x takes the place of the line's states. With g = grad_y, u and v the gates, m the merge
-// weight, i + 1 the line visited next:
+// The gradients of one line's values; what comes to grad_x takes the place of the line's states. With g = grad_y, u and v
+// the gates, m the merge weight, i + 1 the line visited next:
 //   dh[i, n] = m u g + sum of w_k[i+1, n-k] dh[i+1, n-k]     grad u = m g h     grad v = x dh     grad x = v dh
 __device__ __forceinline__ void differentiate_line(const ProjectedProblem& p, const Map (&maps)[MAPS],
                                                    const Planes& planes, int visit, Back& back,

@@ -215,7 +215,8 @@ struct ProxyGradient {
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const Element* row = maps[n].row[c];
-                    sum += gradients.value[n][2 * i + c] * load<Element>(row + input, row != nullptr && input < maps[n].inputs);
+                    const bool exists = row != nullptr && input < maps[n].inputs;
+                    sum += gradients.value[n][2 * i + c] * load<Element>(row + input, exists);
                 }
             }
             sum += __shfl_down_sync(0xffffffffu, sum, 1);
