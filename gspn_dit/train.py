@@ -10,9 +10,9 @@ from gspn_dit.errors import UserError, run_cli
 
 def main() -> None:
     """Parse, then import what training needs, so that --help and mistakes answer at once."""
+    arguments = parse_train_arguments()  # answers a shell that asks how to complete, too
     if not sys.argv[1:]:  # the defaults are a model of 137 million parameters: nothing to start by accident
         raise UserError("nothing says what to train; give --config FILE, or keys such as --model.name (see --help)")
-    arguments = parse_train_arguments()
     if arguments.dry_run:
         from gspn_dit.training.dry_run import dry_run
 
