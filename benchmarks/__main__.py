@@ -52,6 +52,7 @@ COMMANDS: dict[str, list[str]] = {
         *("--recipes", "velocity", "flow_map, from scratch", "flow_map, half + half"),
         *("--picture", "docs/few_step_emoji.png", "--out"),
     ],
+    "highres": ["benchmarks.highres", "--out"],
     "memory": ["benchmarks.memory", "--out"],
     "mixers": ["benchmarks.mixers", "--widths", "384", "--seconds", "540", "--out"],
     "mixers_wide": [
@@ -79,7 +80,8 @@ COMMANDS: dict[str, list[str]] = {
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "text_quality": [
         *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts"),
-        *("--seconds", "180", "--search-steps", "200", "--images", "160", "--grid", "docs/text_quality.png", "--out"),
+        *("--seconds", "600", "--search-steps", "900", "--rates", "0.0015", "0.003", "0.006", "0.012"),
+        *("--images", "160", "--grid", "docs/text_quality.png", "--out"),
     ],
     "text_to_image": ["benchmarks.text_to_image", "--out"],
     "train_step": ["benchmarks.train_step", "--steps", "50", "--out"],

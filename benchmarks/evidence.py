@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.backbones import backbones_table
 from benchmarks.classification import classification_table
+from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
 from benchmarks.markdown import mean_and_interval, plural, provenance, ratio_and_interval, short, table
 from benchmarks.scoring import METRICS
@@ -295,6 +296,7 @@ STUDIES = {
     "classification_fashion": Study(CLASSIFICATION, classification_table),
     "classification_emoji": Study(CLASSIFICATION, classification_table),
     "classification_long": Study(CLASSIFICATION, curve_table),
+    "highres": Study(TEXT, highres_table),
     "text_quality": Study(TEXT, text_quality_table),
     "text_to_image": Study(TEXT, text_to_image_table),
 }

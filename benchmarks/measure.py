@@ -88,9 +88,9 @@ class CpuDevice:
             ctypes.CDLL(None).malloc_trim(0)  # or what earlier runs freed would hide what this one takes
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
-            before = _status_bytes("VmRSS")
+            before = status_bytes("VmRSS")
             result = run()
-            peak = _status_bytes("VmHWM")
+            peak = status_bytes("VmHWM")
             del result
         except OSError:
             return None
@@ -109,7 +109,8 @@ class CpuDevice:
         }
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a size that /proc says of this process, as "VmRSS" or "VmHWM"; OSError where it does not."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import CpuDevice, _status_bytes, software
+from benchmarks.measure import CpuDevice, software, status_bytes
 from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, run_cli
 from gspn_dit.models.gspn import GSPNBlock
@@ -127,7 +127,7 @@ def step_in_this_process(way: str, name: str, batch: int, dtype: str, steps: int
     model.gradient_checkpointing = way == "checkpointed"
     optimizer = create_optimizer(model, TrainingConfig())
     latents, labels = torch.randn(batch, 4, 32, 32), torch.arange(batch)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -137,7 +137,7 @@ def step_in_this_process(way: str, name: str, batch: int, dtype: str, steps: int
         optimizer_step(optimizer, model, 1e-4, 1.0)
         seconds.append(time.perf_counter() - began)
     return {
-        "peak_bytes": _status_bytes("VmHWM"),
+        "peak_bytes": status_bytes("VmHWM"),
         "before_bytes": before,
         "best_seconds": min(seconds),
         "loss": loss.item(),

@@ -51,7 +51,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time one model in this process: a step with clipping and AdamW, then forward passes; float32 weights."""
     import torch
 
-    from benchmarks.measure import _status_bytes
+    from benchmarks.measure import status_bytes
     from gspn_dit.models import create_model
 
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         results[what] = _timed(run, options.steps, options.batch, synchronize)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else _status_bytes("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")
         results[what]["peak_bytes"] = peak
     return results
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import re
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -17,55 +17,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DConditionModel,
 )
 from PIL import Image
 from torch import Tensor, nn
 
-from gspn_dit import GSPNAdapter, generate_highres, rng
+from benchmarks.highres import TinyPipeline
+from gspn_dit import generate_highres, rng
 from gspn_dit.highres import stages
 from gspn_dit.highres.decode import OVERLAP, TILE, decode_rows, spans, write_png
 from gspn_dit.highres.memory import LiveMemory, measure, on_meta
 from gspn_dit.highres.stages import Stage, chunked_feed_forward
 
 FACTOR = 8
-
-
-class TinyPipeline:
-    """What `generate_highres` uses of a Stable Diffusion pipeline, with scans, and with weights drawn from a seed."""
-
-    def __init__(self, scheduler: Any = None) -> None:
-        torch.manual_seed(0)
-        self.unet: Any = UNet2DConditionModel(
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D",) * 2,
-            up_block_types=("CrossAttnUpBlock2D",) * 2,
-            layers_per_block=1,
-            attention_head_dim=2,
-            cross_attention_dim=8,
-            norm_num_groups=8,
-        ).eval()
-        self.vae: Any = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-        ).eval()
-        self.scheduler = scheduler or DDIMScheduler(clip_sample=False)
-        self.adapter = GSPNAdapter.create(self.unet).mount(self.unet)
-
-    def encode_prompt(self, prompt: str, device: Any, count: int, guided: bool, negative_prompt: str) -> Any:
-        def states(text: str) -> Tensor:
-            return torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(len(text)))
-
-        return states(prompt), states(negative_prompt) if guided else None
 
 
 def draw(pipe: Any, out: Path, stages: Any, **options: Any) -> np.ndarray:
@@ -259,16 +227,17 @@ def test_a_copy_on_meta_computes_the_same_shapes() -> None:
 @pytest.mark.slow
 def test_4096_pixels_fit_the_memory_that_was_announced(tmp_path: Path) -> None:
     """End to end in a process of its own, with no tensor that grows with the square of the 262,144 tokens."""
+    out, image = tmp_path / "highres.json", tmp_path / "large.png"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.highres.draw_4096", str(tmp_path / "large.png")],
+        [sys.executable, "-m", "benchmarks.highres", "--image", str(image), "--out", str(out)],
         capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    bound = float(re.search(r"at most ([\d.]+) GB", done.stdout)[1])  # type: ignore[index]
-    peak, largest = (float(word) for word in done.stdout.split()[-2:])
-    assert peak <= bound * 1e9 and largest <= 512**2 * 256
+    found = json.loads(out.read_text())
+    assert f"at most {found['announced_bytes'] / 1e9:.2f} GB" in done.stdout
+    assert found["peak_bytes"] <= found["announced_bytes"] and found["largest_tensor_elements"] <= 512**2 * 256
     Image.MAX_IMAGE_PIXELS = None
-    assert Image.open(io.BytesIO((tmp_path / "large.png").read_bytes())).size == (4096, 4096)
+    assert Image.open(io.BytesIO(image.read_bytes())).size == (4096, 4096)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
