@@ -48,7 +48,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "few_step_emoji": [
         *("benchmarks.few_step", "--data", "emoji", "--root", "data/emoji_classes"),
-        *("--features", "runs/emoji_classifier", "--runs", "runs/few_step_emoji", "--seconds", "150"),
+        *("--features", "runs/emoji_judge", "--runs", "runs/few_step_emoji", "--seconds", "150"),
         *("--recipes", "velocity", "flow_map, from scratch", "flow_map, half + half"),
         *("--picture", "docs/few_step_emoji.png", "--out"),
     ],
@@ -71,7 +71,7 @@ COMMANDS: dict[str, list[str]] = {
     "recipes": ["benchmarks.recipes", "--seconds", "18", "--out"],
     "recipes_emoji": [
         *("benchmarks.recipes", "--data", "emoji", "--root", "data/emoji_classes", "--seconds", "30"),
-        *("--features", "runs/emoji_classifier", "--work", "runs/recipes_emoji", "--out"),
+        *("--features", "runs/emoji_judge", "--work", "runs/recipes_emoji", "--out"),
     ],
     "resolution": [
         *("benchmarks.resolution", "--study", "benchmarks/results/quality_fashion.json"),

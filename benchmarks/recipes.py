@@ -1,7 +1,7 @@
 """Recipes beside a baseline at equal time: Muon against AdamW, predicted data against velocity, shifted times.
 
     python -m benchmarks.recipes --seconds 18 --out benchmarks/results/recipes.json
-    python -m benchmarks.recipes --data emoji --root data/emoji_classes --features runs/emoji_classifier \
+    python -m benchmarks.recipes --data emoji --root data/emoji_classes --features runs/emoji_judge \
         --seconds 30 --out benchmarks/results/recipes_emoji.json
 
 All train the same scans in DiT's block, on the bundled digits or on emoji in colour (`make demo-colour`; the features
