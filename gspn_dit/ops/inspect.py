@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import torch
@@ -35,8 +35,8 @@ DEFAULT_BANDWIDTH_GBS = 3350.0
 DEFAULT_CLOCK_GHZ = 1.755
 """An H100 SXM's, under load."""
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
-_COUNTED_TOKENS = 1 << 15
-"""Images of a batch are alike: enough of them are run to count, and no shape of more tokens than this."""
+COUNTED_VALUES = 1 << 22
+"""So many values of x are run to count, at most: half a minute."""
 _RESERVED_SHARED_BYTES = 1024  # of each block, for the system
 
 
@@ -152,20 +152,20 @@ def occupancy(limits: Architecture, registers: int, threads: int, shared_bytes: 
     return resident_blocks(limits, registers, threads, shared_bytes) * -(-threads // 32) * 32 / limits.threads
 
 
-def count_bytes(geometry: Geometry, device: Device, backward: bool) -> tuple[dict[str, float], str | None]:
+def count_bytes(
+    geometry: Geometry, device: Device, backward: bool, most: int = COUNTED_VALUES
+) -> tuple[dict[str, float], str | None]:
     """Bytes of each kernel of a pass over the fewest possible, or the reason why they cannot be counted."""
-    image_bytes = geometry.height * geometry.width * geometry.channels * geometry.dtype.itemsize
-    images = min(geometry.batch, 1 if image_bytes % SECTOR_BYTES == 0 else 4)
-    counted = replace(geometry, batch=images)
-    if counted.tokens > _COUNTED_TOKENS:
-        return {}, f"more than {_COUNTED_TOKENS} tokens per image take too long on the host"
+    part, smaller = harness.whole_sectors(geometry, device, backward)
+    if part.tokens * part.channels > most:
+        return {}, f"more than {most} values take too long on the host"
     if harness.compiler() is None:
         return {}, "g++ is not installed: apt-get install g++"
     try:
-        sectors = harness.count_sectors(geometry, backward, device, images=images)
+        sectors = harness.count_sectors(part, backward, smaller)
     except RuntimeError as error:
         return {}, str(error)
-    floor = counted.floor_bytes(backward)
+    floor = part.floor_bytes(backward)
     return {kernel: SECTOR_BYTES * number / floor for kernel, number in sectors.items()}, None
 
 
@@ -207,6 +207,7 @@ def _report(
     bandwidth_gbs: float,
     clock_ghz: float,
     compiled: dict[Variant, _Compiled],
+    most: int = COUNTED_VALUES,
 ) -> list[KernelReport]:
     limits = ARCHITECTURES[arch]
     device = device_of(arch)
@@ -214,7 +215,10 @@ def _report(
         if launch.variant not in compiled:
             compiled[launch.variant] = _compile(launch.variant, arch)
     projected = isinstance(geometry, ProjectedGeometry)
-    ratios, reason = (count_projected_bytes if projected else count_bytes)(geometry, device, backward)  # type: ignore[arg-type]
+    if isinstance(geometry, ProjectedGeometry):
+        ratios, reason = count_projected_bytes(geometry, device, backward)
+    else:
+        ratios, reason = count_bytes(geometry, device, backward, most)
     total = sum(ratios.values()) if reason is None else None
     launches: dict[tuple[Variant, str], list[Launch]] = {}
     for launch in todo.launches:
@@ -275,6 +279,7 @@ def inspect(
     dtypes: Sequence[torch.dtype] = STORAGE_DTYPES,
     bandwidth_gbs: float = DEFAULT_BANDWIDTH_GBS,
     clock_ghz: float = DEFAULT_CLOCK_GHZ,
+    most_counted: int = COUNTED_VALUES,
 ) -> list[KernelReport]:
     """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU."""
     batch, height, width, channels, groups = shape
@@ -286,7 +291,7 @@ def inspect(
         geometry = Geometry(dtype, batch, height, width, channels, groups, (0, 1, 2, 3), 0, alignment)
         for backward in (False, True):
             todo = plan(geometry, device, backward)
-            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled)
+            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled, most_counted)
     return reports
 
 

@@ -221,10 +221,11 @@ FIGURES = {
 
 
 def bytes_ratio(shape: tuple[int, int, int, int], backward: bool, device: Device = harness.H100) -> float:
-    """32 × sectors over the floor, counted over one image of the batch."""
+    """32 × sectors over the floor, counted over a part that stands for all."""
     geometry = Geometry(torch.bfloat16, *shape, shape[-1], (0, 1, 2, 3), 0, 8 if shape[-1] % 8 == 0 else 4)
-    sectors = sum(harness.count_sectors(geometry, backward, device, images=1).values())
-    return SECTOR_BYTES * sectors / replace(geometry, batch=1).floor_bytes(backward)
+    part, smaller = harness.whole_sectors(geometry, device, backward)
+    sectors = sum(harness.count_sectors(part, backward, smaller).values())
+    return SECTOR_BYTES * sectors / part.floor_bytes(backward)
 
 
 @pytest.mark.slow
@@ -246,6 +247,20 @@ def test_a_short_plane_moves_once() -> None:
     unused = 4 * (3 / 8 + 7 / 8 * 2 / 8)
     assert bytes_ratio(shape, False) == pytest.approx((22 - unused) / 22, rel=1e-2)
     assert bytes_ratio(shape, True) == pytest.approx((43 - unused) / 43, rel=1e-2)
+
+
+def test_one_slab_moves_what_each_of_them_does() -> None:
+    geometry = Geometry(torch.bfloat16, 2, 40, 24, 64, 64, (0, 1, 2, 3), 0)
+    device = Device(processors=256, clusters=False)
+    part, smaller = harness.whole_sectors(geometry, device, False)
+    assert (part.batch, part.channels) == (1, 16) and smaller.processors == 32
+    share = geometry.tokens * geometry.channels // (part.tokens * part.channels)
+    whole = harness.count_sectors(geometry, False, device)
+    assert whole == {name: share * count for name, count in harness.count_sectors(part, False, smaller).items()}
+    # Rows of 12 channels begin within a sector, and shared weights with a group: no slab stands for the others.
+    for channels, groups in ((12, 12), (64, 2)):
+        other = replace(geometry, channels=channels, groups=groups)
+        assert harness.whole_sectors(other, device, False)[0].channels == channels
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops.cuda import projected, run
+from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedVariant, plan_forward
 from gspn_dit.ops.cuda.sources import source_folder
@@ -169,17 +170,33 @@ def aligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return buffer[first : first + count].view(shape)
 
 
-def count_sectors(
-    geometry: Geometry, backward: bool, device: Device = H100, images: int | None = None
-) -> dict[str, int]:
-    """Distinct 32-byte sectors per warp request of one pass, by kernel.
+def whole_sectors(geometry: Geometry, device: Device, backward: bool) -> tuple[Geometry, Device]:
+    """A part of a call that moves the same bytes over the fewest possible, and a device as much smaller.
 
-    With `images` only so many of the batch are run, on a device that is smaller in proportion, so that they are cut
-    into blocks as the whole batch would be.
+    Images of a batch are alike, and so are slabs of channels where each fills whole sectors: one image is enough, four
+    where images do not begin with a sector, and one slab if it is then cut into blocks as all of them are.
     """
-    if images is not None and images < geometry.batch:
-        device = replace(device, processors=max(1, round(device.processors * images / geometry.batch)))
-        geometry = replace(geometry, batch=images)
+    image_bytes = geometry.height * geometry.width * geometry.channels * geometry.dtype.itemsize
+    images = min(geometry.batch, 1 if image_bytes % SECTOR_BYTES == 0 else 4)
+    part = replace(geometry, batch=images)
+    device = replace(device, processors=max(1, round(device.processors * images / geometry.batch)))
+    launches = plan(part, device, backward).launches
+    slab = launches[0].fields["slab"]
+    assert isinstance(slab, int)
+    if geometry.groups < geometry.channels or geometry.channels % slab or slab * geometry.dtype.itemsize % SECTOR_BYTES:
+        return part, device
+    one = replace(part, channels=slab, groups=slab)
+    smaller = replace(device, processors=max(1, round(device.processors * slab / geometry.channels)))
+
+    def cut(launches: Sequence[Launch]) -> list[object]:
+        fields = ("slab", "owned", "halo", "tiles", "chunk", "chunks", "span")
+        return [(launch.kernel, launch.block, *map(launch.fields.get, fields)) for launch in launches]
+
+    return (one, smaller) if cut(plan(one, smaller, backward).launches) == cut(launches) else (part, device)
+
+
+def count_sectors(geometry: Geometry, backward: bool, device: Device = H100) -> dict[str, int]:
+    """Distinct 32-byte sectors per warp request of one pass, by kernel."""
     batch, height, width, channels = geometry.batch, geometry.height, geometry.width, geometry.channels
     directions, dtype = len(geometry.codes), geometry.dtype
     x = aligned(batch, height, width, channels, dtype=dtype)
