@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.scoring import DATA_SETS
+from benchmarks.scoring import DataSet
 from gspn_dit.errors import UserError
 
 REFERENCE = "attention"
@@ -109,15 +109,14 @@ def describe(setting: Setting) -> str:
     return ",".join(f"{name}={value}" for name, value in setting)
 
 
-def parameters(data: str, options: Mapping[str, Any]) -> int:
+def parameters(data: DataSet, options: Mapping[str, Any]) -> int:
     """Count the parameters of a model, `create_model`'s options given, on a data set."""
     import torch
 
     from gspn_dit.models import create_model
 
-    source = DATA_SETS[data]
     with torch.device("meta"):
-        model = create_model(options["name"], source.classes, *source.latent, **_without_name(options))
+        model = create_model(options["name"], data.classes, *data.latent, **_without_name(options))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -125,7 +124,7 @@ def _without_name(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "name"}
 
 
-def model_options(contender: str, setting: Setting, data: str, size: str) -> dict[str, Any]:
+def model_options(contender: str, setting: Setting, data: DataSet, size: str) -> dict[str, Any]:
     """Return the model of a contender, with `create_model`'s name and options, before parameters are made equal."""
     from gspn_dit.models.presets import DIT_PRESETS, PRESETS
 
@@ -135,7 +134,7 @@ def model_options(contender: str, setting: Setting, data: str, size: str) -> dic
     width = PRESETS[chosen.family][size].hidden_size
     # All that a config may say of another model is said anew.
     options = {"positions": False, "lpu": False, "hidden_size": width, "drop_path_rate": 0.0, **chosen.base}
-    options |= {**dict(setting), "name": f"{chosen.family}-{size}/{DATA_SETS[data].patch}"}
+    options |= {**dict(setting), "name": f"{chosen.family}-{size}/{data.patch}"}
     heads = DIT_PRESETS[size].num_heads
     if "num_heads" in options:
         options["num_heads"] = options["num_heads"] * heads // DIT_PRESETS["N"].num_heads
@@ -145,13 +144,13 @@ def model_options(contender: str, setting: Setting, data: str, size: str) -> dic
 
 
 @functools.cache
-def reference_parameters(data: str, size: str) -> int:
+def reference_parameters(data: DataSet, size: str) -> int:
     """Count the parameters of the reference with its defaults, which all others have."""
     return parameters(data, model_options(REFERENCE, CONTENDERS[REFERENCE].settings(1)[0], data, size))
 
 
 @functools.cache
-def fitted(contender: str, setting: Setting, data: str, size: str) -> dict[str, Any]:
+def fitted(contender: str, setting: Setting, data: DataSet, size: str) -> dict[str, Any]:
     """Return the model of a contender with as many parameters as the reference's defaults.
 
     Raises UserError where no width comes within `TOLERANCE`.

@@ -43,7 +43,7 @@ DIVERGED = "non-finite loss"
 class Cell:
     """One training: everything about it that differs between cells of a data set."""
 
-    data: str
+    data: scoring.DataSet
     contender: str
     setting: Setting
     rate: float
@@ -51,7 +51,7 @@ class Cell:
     seed: int
 
     def directory(self, work: Path, size: str) -> Path:
-        place = work / self.data / f"{self.contender}-{size}" / (describe(self.setting) or "defaults")
+        place = work / self.data.name / f"{self.contender}-{size}" / (describe(self.setting) or "defaults")
         return place / f"{self.steps}-steps" / f"rate-{self.rate:g}" / f"seed-{self.seed}"
 
     def arguments(self, size: str) -> list[str]:
@@ -71,7 +71,7 @@ class Cell:
         }
         words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         model = train_words(fitted(self.contender, self.setting, self.data, size))
-        return [*scoring.DATA_SETS[self.data].arguments(), *model, *words]
+        return [*self.data.arguments(), *model, *words]
 
 
 def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
                 raise
             once(result, lambda: {"diverged": True, "setting": scoring.SETTING})
     if not result.exists():
-        words = ["-m", "benchmarks.scoring", str(directory.absolute()), "--data", cell.data]
+        words = ["-m", "benchmarks.scoring", str(directory.absolute()), *cell.data.scoring_arguments()]
         call(words, directory / "log.txt")
         print(f"{directory}: FD {json.loads(result.read_text(encoding='utf-8'))['fd']:.3f}", flush=True)
     figures = json.loads(result.read_text(encoding="utf-8"))
@@ -114,9 +114,11 @@ def score_of(row: dict[str, Any]) -> float:
 class Study:
     """The cells of one data set, and what was found on it."""
 
-    def __init__(self, data: str, contenders: Sequence[str], protocol: Protocol, work: Path, jobs: int) -> None:
+    def __init__(
+        self, data: scoring.DataSet, contenders: Sequence[str], protocol: Protocol, work: Path, jobs: int
+    ) -> None:
         self.data, self.contenders, self.protocol, self.work, self.jobs = data, contenders, protocol, work, jobs
-        self.seconds = protocol.seconds or scoring.DATA_SETS[data].seconds
+        self.seconds = protocol.seconds or data.seconds
         self.times: dict[tuple[str, Setting], float] = {}
         self.rows: dict[Cell, dict[str, Any]] = {}
         self.roles: dict[Cell, list[str]] = {}
@@ -141,7 +143,7 @@ class Study:
             )
             for contender, setting in chosen
         }
-        file = self.work / self.data / f"{name}-{self.protocol.size}.json"
+        file = self.work / self.data.name / f"{name}-{self.protocol.size}.json"
         return calibration.calibrated(file, words, rounds, time.process_time)
 
     def time_steps(self, chosen: Sequence[tuple[str, Setting]], name: str, rounds: int) -> None:
@@ -212,7 +214,7 @@ class Study:
                 if part_name(budget, kind) not in kept:
                     continue
                 rows += [
-                    {**row, "data": self.data, "budget": budget, "kind": kind}
+                    {**row, "data": self.data.name, "budget": budget, "kind": kind}
                     for row in self.run(self.scored_cells(models, found, budget, kind), part_name(budget, kind))
                 ]
         return rows
@@ -244,17 +246,17 @@ def _plain(score: float) -> float | None:
     return None if math.isinf(score) else math.exp(score)
 
 
-def refuse_unequal(rows: Sequence[dict[str, Any]], size: str) -> None:
+def refuse_unequal(rows: Sequence[dict[str, Any]], data: scoring.DataSet, size: str) -> None:
     """Raise UserError where models that were trained differ from what was planned, or too far from the reference."""
     for row in rows:
         if row["diverged"]:
             continue
         setting = tuple(row["options"].items())
-        planned = parameters(row["data"], fitted(row["variant"], setting, row["data"], size))
-        target = reference_parameters(row["data"], size)
+        planned = parameters(data, fitted(row["variant"], setting, data, size))
+        target = reference_parameters(data, size)
         if row["parameters"] != planned or abs(planned / target - 1) > TOLERANCE:
             raise UserError(
-                f"{row['variant']} on {row['data']} has {row['parameters']:,} parameters, but {planned:,} were planned "
+                f"{row['variant']} on {data.name} has {row['parameters']:,} parameters, but {planned:,} were planned "
                 f"and {REFERENCE} has {target:,}; mend the classes and channels in benchmarks/scoring.py"
             )
 
@@ -264,7 +266,9 @@ def drift(before: dict[str, float], after: dict[str, float], reference: str) -> 
     return {name: (after[name] / after[reference]) / (before[name] / before[reference]) - 1 for name in before}
 
 
-def study_of(data: str, contenders: Sequence[str], protocol: Protocol, kept: set[str], work: Path, jobs: int) -> Any:
+def study_of(
+    data: scoring.DataSet, contenders: Sequence[str], protocol: Protocol, kept: set[str], work: Path, jobs: int
+) -> Any:
     """Search and score on one data set; return what was found, and the scored rows."""
     study = Study(data, contenders, protocol, work, jobs)
     tried = [(name, setting) for name in contenders for setting in CONTENDERS[name].settings(protocol.trials)]
@@ -273,7 +277,7 @@ def study_of(data: str, contenders: Sequence[str], protocol: Protocol, kept: set
     chosen = [(name, found[name]["chosen"]) for name in contenders]
     study.time_steps(chosen, "calibration", calibration.ROUNDS)
     rows = study.score(found, kept)
-    refuse_unequal(rows, protocol.size)
+    refuse_unequal(rows, data, protocol.size)
     before, after = (study.calibrate(chosen, name, calibration.ROUNDS) for name in ("calibration", "recheck"))
     moved = drift(before, after, f"{REFERENCE} {describe(found[REFERENCE]['chosen'])}")
     for name in contenders:
@@ -281,7 +285,7 @@ def study_of(data: str, contenders: Sequence[str], protocol: Protocol, kept: set
         found[name]["chosen"] = dict(found[name]["chosen"])
     trials = [{**study.rows[cell], "for": roles} for cell, roles in study.roles.items()]
     return {
-        "tokens": scoring.DATA_SETS[data].tokens,
+        "tokens": data.tokens,
         "seconds": study.seconds,
         "milliseconds_per_step": before,
         "milliseconds_per_step_at_the_end": after,

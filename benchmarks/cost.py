@@ -18,12 +18,13 @@ from typing import Any
 from benchmarks.contenders import CONTENDERS, REFERENCE, fitted, reference_parameters
 from benchmarks.mixer_cases import disagreement, keep_freed_memory
 from benchmarks.mixers import Cell, Study, exponent, rounded, times_faster
+from benchmarks.scoring import DATA_SETS
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import cannot_hold, write_whole
 
 SIDES = (8, 16, 32, 64, 128)
 """Rows and columns of tokens."""
-DATA = "fashion-latents"
+DATA = DATA_SETS["fashion-latents"]
 """The data set whose channels, classes and patch the models have."""
 QUADRATIC = 16.0
 """By which the time of attention is predicted to grow from a side to its double."""

@@ -22,18 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import calibration
-from benchmarks.judge import Emoji, add_emoji_options, emoji_of
+from benchmarks import calibration, scoring
 from benchmarks.measure import CpuDevice, software
 from benchmarks.output import publish
+from benchmarks.scoring import DATA_SETS, DataSet, add_data_options, chosen, load
 from benchmarks.study import interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, run_cli
 
 if TYPE_CHECKING:
     from gspn_dit.pipeline import GSPNPipeline
 
-SAMPLES, BATCH = 1_000, 100
-"""Images that are scored, and that are drawn at a time where drawing is timed."""
+SAMPLES, REFERENCE, BATCH = 1_000, 2_000, 100
+"""Images that are scored, real ones to compare with, and images drawn at a time where drawing is timed."""
+FIGURES = ("fd", "recall", "class_agreement", "judge_validation_accuracy")
+"""What is kept of the scores; some data sets have no judge of classes."""
 MANY = 50
 """Steps of the velocity model that the others are compared with."""
 STEPS = (1, 2, 4, MANY)
@@ -50,6 +52,10 @@ EMOJI: dict[str, Any] = {
     "training.validation_images": 256,
 }
 """The model of `make demo-colour`."""
+MODELS = {"digits": DIGITS, "emoji": EMOJI}
+"""By data set."""
+DATA = DATA_SETS["digits"]
+"""Unless an option says otherwise."""
 COMMON: dict[str, Any] = {
     "training.batch_size": 64,
     "training.learning_rate": 4e-3,
@@ -108,10 +114,11 @@ def steps_of(recipe: Recipe, seconds: float, milliseconds: Mapping[str, float]) 
     return max(1, int(1e3 * seconds * recipe.share / milliseconds[recipe.objective]))
 
 
-def arguments(recipe: Recipe, steps: int, seed: int, teacher: Path | None, emoji: Emoji | None = None) -> list[str]:
+def arguments(recipe: Recipe, steps: int, seed: int, teacher: Path | None, data: DataSet = DATA) -> list[str]:
     """Return the command line of `train.py` for a run, but for its directory."""
     values = {
-        **({**EMOJI, "data.path": emoji.root} if emoji else DIGITS),
+        **MODELS[data.name],
+        **({"data.path": data.images[1]} if data.images[1] else {}),
         **COMMON,
         **OWN[recipe.objective],
         "objective.name": recipe.objective,
@@ -139,14 +146,14 @@ def directory(runs: Path, seed: int, name: str) -> Path:
 
 
 def train_all(
-    names: Sequence[str], runs: Path, seed: int, counts: Mapping[str, int], emoji: Emoji | None = None
+    names: Sequence[str], runs: Path, seed: int, counts: Mapping[str, int], data: DataSet = DATA
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Train recipes with a seed, teachers first, and return the runs with their last metrics."""
     done: dict[str, tuple[Path, dict[str, Any]]] = {}
     for name in with_teachers(names):
         run, recipe = directory(runs, seed, name), RECIPES[name]
         teacher = done[recipe.teacher][0] if recipe.teacher else None
-        done[name] = run, train(arguments(recipe, counts[name], seed, teacher, emoji), run)
+        done[name] = run, train(arguments(recipe, counts[name], seed, teacher, data), run)
     return done
 
 
@@ -157,49 +164,16 @@ def steps_to_score(name: str) -> tuple[int, ...]:
 
 def draw(pipeline: GSPNPipeline, steps: int, count: int, seed: int) -> np.ndarray:
     """Return images of all classes in turn, uint8 [count, H, W, C]."""
-    labels = np.arange(count) % len(pipeline.class_names)
-    guidance = {} if pipeline.objective.second_time else {"guidance_scale": GUIDANCE_SCALE}
-    images = pipeline(labels.tolist(), num_inference_steps=steps, seed=seed, output_type="np", **guidance).images
-    assert isinstance(images, np.ndarray)
-    return images
+    return scoring.draw(pipeline, count, steps, GUIDANCE_SCALE, seed)[0]
 
 
-def load(run: Path | str) -> GSPNPipeline:
-    """Return a run's pipeline without its progress bar."""
-    from gspn_dit.pipeline import GSPNPipeline
-
-    pipeline = GSPNPipeline.from_checkpoint(run)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def score_run(
-    run: Path | str, steps: Sequence[int], seed: int, emoji: Emoji | None = None
-) -> dict[str, dict[str, float]]:
+def score_run(run: Path | str, steps: Sequence[int], seed: int, data: DataSet = DATA) -> dict[str, dict[str, float]]:
     """Return the scores of a run's images by number of steps."""
-    scores, pipeline = emoji.scores if emoji else digits_scores(), load(run)
-    labels = np.arange(SAMPLES) % len(pipeline.class_names)
-    return {str(count): scores(draw(pipeline, count, SAMPLES, seed), labels) for count in steps}
-
-
-def digits_scores() -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
-    """Return what scores digits, uint8 [n, H, W, C], and their classes."""
-    from benchmarks.judge import judge_agreement
-    from fid.evaluation import score
-    from fid.features import load_feature_net
-    from fid.images import LabelledImages, read_reference
-    from gspn_dit.data.images import load_images
-
-    net = load_feature_net("digits")
-    reference = read_reference("digits", net.image_size)
-    splits = [load_images("digits", split=split) for split in ("train", "validation")]
-
-    def scores(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        found = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
-        agreement = judge_agreement(images, labels, *splits)
-        return {"fd": found[f"FD-{net.score_suffix}"], "recall": found["recall"], **agreement}
-
-    return scores
+    found, pipeline = {}, load(run)
+    for count in steps:
+        scores = data.scores(*scoring.draw(pipeline, SAMPLES, count, GUIDANCE_SCALE, seed), REFERENCE)
+        found[str(count)] = {name: scores[name] for name in FIGURES if name in scores}
+    return found
 
 
 def time_drawing(ways: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
@@ -275,19 +249,19 @@ def judged(found: Mapping[str, Any], speed: Mapping[str, Mapping[str, float]]) -
 
 
 def study(
-    names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int], emoji: Emoji | None = None
+    names: Sequence[str], runs: Path, seconds: float, seeds: Sequence[int], data: DataSet = DATA
 ) -> dict[str, Any]:
     """Train and score what is not there yet, seed by seed, and return figures and intervals."""
-    words = {name: arguments(Recipe(name, 1), 100, 0, None, emoji) for name in OWN}
+    words = {name: arguments(Recipe(name, 1), 100, 0, None, data) for name in OWN}
     milliseconds = calibration.calibrated(runs / "calibration.json", words, clock=time.process_time)
     counts = {name: steps_of(recipe, seconds, milliseconds) for name, recipe in RECIPES.items()}
     rows = []
     for seed in seeds:
-        trained = train_all(names, runs, seed, counts, emoji)
+        trained = train_all(names, runs, seed, counts, data)
         for name in names:
             run, metrics = trained[name]
             file = run.with_name(f"{run.name}.scores.json")
-            scores = once(file, functools.partial(score_run, run, steps_to_score(name), seed, emoji))
+            scores = once(file, functools.partial(score_run, run, steps_to_score(name), seed, data))
             facts = {key: metrics[key] for key in ("val_loss", "nonfinite_steps", "commit")}
             rows += [
                 {"recipe": name, "seed": seed, "steps": counts[name], "sampling_steps": int(count), **facts, **scored}
@@ -298,8 +272,8 @@ def study(
     found = summary(rows)
     return {
         "setting": {
-            "data": "emoji" if emoji else "digits",
-            "model": (EMOJI if emoji else DIGITS)["model.name"],
+            "data": data.name,
+            "model": MODELS[data.name]["model.name"],
             "samples": SAMPLES,
             "seconds": seconds,
             "guidance_scale": GUIDANCE_SCALE,
@@ -365,15 +339,15 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG file of images side by side")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--distilled", type=Path, metavar="RUN", help="score this beside builtin:digits instead")
-    add_emoji_options(parser)
+    add_data_options(parser, tuple(MODELS))
     options = parser.parse_args()
-    emoji = emoji_of(options.data, options.root, options.features)
+    (data,) = chosen(options)
     if options.distilled:
         found = compare(options.distilled)
         rows: list[tuple[Path | str, int]] = [(PACKAGED, MANY), (PACKAGED, 1)]
         rows += [(options.distilled, steps) for steps in STEPS[:-1]]
     else:
-        found = study(options.recipes, options.runs, options.seconds, options.seeds, emoji)
+        found = study(options.recipes, options.runs, options.seconds, options.seeds, data)
         rows = study_rows(options.runs, options.recipes)
     publish(found, options.out)
     if options.picture:

@@ -85,7 +85,7 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     trained = train(words, directory / "run")
     if not result.exists():
         call(
-            ["-m", "benchmarks.scoring", str(directory.absolute()), "--data", cell.data],
+            ["-m", "benchmarks.scoring", str(directory.absolute()), *DATA_SETS[cell.data].scoring_arguments()],
             directory / "log.txt",
         )
         print(f"{directory}: {json.loads(result.read_text(encoding='utf-8'))}", flush=True)

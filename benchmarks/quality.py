@@ -60,13 +60,19 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for data, kind, variant, budget in points:
         own = [row for row in rows if (row["data"], row["kind"], row["variant"]) == (data, kind, variant)]
         own = [row for row in own if row["budget"] == budget and not row["diverged"]]
-        means = {metric: interval([row[metric] for row in own]) for metric in scoring.METRICS} if own else {}
+        there = [metric for metric in scoring.METRICS if all(metric in row for row in own)] if own else []
+        means = {metric: interval([row[metric] for row in own]) for metric in there}
         found.append({"data": data, "kind": kind, "variant": variant, "budget": budget, "seeds": len(own), **means})
     return found
 
 
 def study(
-    data: Sequence[str], contenders: Sequence[str], protocol: Protocol, kept: Sequence[Part], work: Path, jobs: int
+    data: Sequence[scoring.DataSet],
+    contenders: Sequence[str],
+    protocol: Protocol,
+    kept: Sequence[Part],
+    work: Path,
+    jobs: int,
 ) -> dict[str, Any]:
     """Run every cell that is not there yet, and return all figures."""
     from benchmarks.measure import CpuDevice, software
@@ -75,9 +81,11 @@ def study(
     if json.loads(json.dumps(settings)) != once(work / "protocol.json", lambda: settings):
         raise UserError(f"{work} holds a study of another protocol; give another --work, or delete it")
     results, rows = {}, []
-    for name in data:
-        names = {part.name for part in kept if part.data == name}
-        results[name], own = study_of(name, contenders, protocol, names, work, jobs)
+    for one in data:
+        one.check()  # the last one's images and features, too, before hours of the first one's trainings
+    for one in data:
+        names = {part.name for part in kept if part.data == one.name}
+        results[one.name], own = study_of(one, contenders, protocol, names, work, jobs)
         rows += own
     return {
         **settings,
@@ -106,7 +114,7 @@ def show_plan(kept: Sequence[Part], dropped: Sequence[Part], jobs: int, say: Cal
 
 def _options(arguments: Sequence[str] | None) -> Any:
     parser = ArgumentParser(prog="benchmarks.quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", nargs="+", choices=tuple(scoring.DATA_SETS), default=["digits"])
+    scoring.add_data_options(parser, tuple(scoring.DATA_SETS), several=True)
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--size", default=Protocol.size, help="preset of all models, such as N or T")
     parser.add_argument("--seeds", type=int, default=Protocol.seeds, help="scored and paired, from 0 on")
@@ -128,11 +136,12 @@ def _options(arguments: Sequence[str] | None) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan a study, or run it."""
     options = _options(arguments)
-    data, contenders = list(dict.fromkeys(options.data)), list(dict.fromkeys(options.contenders))
+    data, contenders = scoring.chosen(options), list(dict.fromkeys(options.contenders))
+    names_of_data = [one.name for one in data]
     if REFERENCE not in contenders:
         raise UserError(f"--contenders lacks {REFERENCE}, which the others are measured by; add it")
-    if options.widest not in (None, *data):
-        raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(data)}")
+    if options.widest not in (None, *names_of_data):
+        raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(names_of_data)}")
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
     for flag, path in (("--work", options.work), ("--out", options.out)):  # not after twelve hours
@@ -144,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for setting in CONTENDERS[name].settings(protocol.trials):
             for one in data:
                 fitted(name, setting, one, protocol.size)
-    every = parts(protocol, len(contenders), {name: scoring.DATA_SETS[name].seconds for name in data})
+    every = parts(protocol, len(contenders), {one.name: one.seconds for one in data})
     kept, dropped = fit_into(every, options.hours, options.jobs)
     show_plan(kept, dropped, options.jobs)
     if options.plan:

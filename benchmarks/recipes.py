@@ -22,11 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import calibration, scoring
-from benchmarks.judge import Emoji, add_emoji_options, emoji_of
 from benchmarks.output import publish
+from benchmarks.scoring import DATA_SETS, DataSet, add_data_options, chosen
 from benchmarks.study import best_rate, interval, once, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -38,13 +36,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "shift 2": {"objective.timestep_shift": 2.0},
 }
 """What differs from the baseline: AdamW, predicted velocities, times as they are drawn."""
-DATA_SETS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "digits": {"config": "demo", "model.name": "DiT-N/2", "model.mixer": "gspn", "model.lpu": True},
     "emoji": {"config": "demo_colour"},
 }
-"""The config that all recipes share, and what they change in it."""
+"""By data set, the config that all recipes share, and what they change in it."""
 EMOJI_SETTING: dict[str, Any] = {"samples": 1_080, "steps": 20, "guidance_scale": 2.0, "sampling_seed": "the cell's"}
 """How every cell of emoji is scored."""
+REFERENCE = 2_000
+"""Real emoji to compare with."""
 RATES = (4e-3, 8e-3, 1.6e-2)
 MOST_RATES = 6
 SEARCH_SEED = 100
@@ -53,13 +53,13 @@ METRICS = ("fd", "class_agreement", "recall")
 """Of a cell's images; emoji have no judge of classes beside their features."""
 
 
-def train_arguments(recipe: str, seed: int, rate: float, steps: int, emoji: Emoji | None) -> list[str]:
+def train_arguments(recipe: str, seed: int, rate: float, steps: int, data: DataSet) -> list[str]:
     """Return the command line of `train.py` for a cell, but for the run's directory."""
-    shared = dict(DATA_SETS["emoji" if emoji else "digits"])
+    shared = dict(MODELS[data.name])
     config = shared.pop("config")
     values: dict[str, Any] = {
         **shared,
-        **({"data.path": emoji.root} if emoji else {}),
+        **({"data.path": data.images[1]} if data.images[1] else {}),
         **RECIPES[recipe],
         "seed": seed,
         "training.max_steps": steps,
@@ -95,45 +95,40 @@ def next_rate(found: Mapping[float, float]) -> float | None:
     return best * 2 if best == max(found) else best / 2
 
 
-def run_cell(recipe: str, seed: int, rate: float, steps: int, work: Path, emoji: Emoji | None) -> dict[str, Any]:
+def run_cell(recipe: str, seed: int, rate: float, steps: int, work: Path, data: DataSet) -> dict[str, Any]:
     """Train and score a cell, unless it is there, and return its figures."""
     cell = work / recipe.replace(" ", "-") / f"{steps}-steps" / f"rate-{rate:g}" / f"seed-{seed}"
-    trained = train(train_arguments(recipe, seed, rate, steps, emoji), cell / "run")
-    if emoji:
-        figures = once(cell / "scores.json", lambda: score_emoji(cell / "run", seed, emoji))
+    trained = train(train_arguments(recipe, seed, rate, steps, data), cell / "run")
+    if data.name == "digits":
+        figures = score_digits(cell, data)
     else:
-        figures = score_digits(cell)
+        figures = once(cell / "scores.json", lambda: score_emoji(cell / "run", seed, data))
     print(f"{cell}: FD {figures['fd']:.3f}", flush=True)
     facts = {"commit": trained["commit"], "val_loss": trained["val_loss"]}
     return {"variant": recipe, "seed": seed, "rate": rate, "steps": steps, **facts, **figures}
 
 
-def score_digits(cell: Path) -> dict[str, float]:
+def score_digits(cell: Path, data: DataSet) -> dict[str, float]:
     """Return the scores of a cell of digits; its images are drawn with the cell's own seed."""
     if not (cell / "result.json").exists():
-        scoring.score_cell(cell, "digits")
+        scoring.score_cell(cell, data)
     scoring.refuse_other_scores(cell / "result.json")
     figures = json.loads((cell / "result.json").read_text(encoding="utf-8"))
     return {name: figures[name] for name in METRICS}
 
 
-def score_emoji(run: Path, seed: int, emoji: Emoji) -> dict[str, float]:
+def score_emoji(run: Path, seed: int, data: DataSet) -> dict[str, float]:
     """Return the scores of a run's images of all classes in turn."""
-    from gspn_dit.pipeline import GSPNPipeline
-
-    pipeline = GSPNPipeline.from_checkpoint(run)
-    pipeline.set_progress_bar_config(disable=True)
-    labels = np.arange(EMOJI_SETTING["samples"]) % len(pipeline.class_names)
-    steps, guidance = EMOJI_SETTING["steps"], EMOJI_SETTING["guidance_scale"]
-    drawn = pipeline(labels.tolist(), num_inference_steps=steps, guidance_scale=guidance, seed=seed, output_type="np")
-    return emoji.scores(np.asarray(drawn.images), labels)
+    samples, steps, guidance = (EMOJI_SETTING[name] for name in ("samples", "steps", "guidance_scale"))
+    figures = data.scores(*scoring.draw(scoring.load(run), samples, steps, guidance, seed), REFERENCE)
+    return {name: figures[name] for name in METRICS if name in figures}
 
 
-def search(recipe: str, steps: int, work: Path, emoji: Emoji | None) -> dict[str, Any]:
+def search(recipe: str, steps: int, work: Path, data: DataSet) -> dict[str, Any]:
     """Return the distances of the learning rates that were tried, and the best."""
     found: dict[float, float] = {}
     while (rate := next_rate(found)) is not None:
-        found[rate] = run_cell(recipe, SEARCH_SEED, rate, steps, work, emoji)["fd"]
+        found[rate] = run_cell(recipe, SEARCH_SEED, rate, steps, work, data)["fd"]
     return best_rate(found)
 
 
@@ -149,26 +144,25 @@ def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {"means": means, "fd_over_baseline": ratios}
 
 
-def study(seconds: int, seeds: int, work: Path, emoji: Emoji | None = None) -> dict[str, Any]:
+def study(seconds: int, seeds: int, work: Path, data: DataSet = DATA_SETS["digits"]) -> dict[str, Any]:
     """Run every cell that is not there yet, and return figures and intervals."""
     from benchmarks.measure import CpuDevice, software
 
-    data = "emoji" if emoji else "digits"
-    words = {recipe: train_arguments(recipe, 0, RATES[0], 100, emoji) for recipe in RECIPES}
+    words = {recipe: train_arguments(recipe, 0, RATES[0], 100, data) for recipe in RECIPES}
     milliseconds = calibration.calibrated(work / "calibration.json", words, clock=time.process_time)
     steps = {recipe: max(1, int(1e3 * seconds / milliseconds[recipe])) for recipe in RECIPES}
-    rates = {recipe: search(recipe, steps[recipe], work, emoji) for recipe in RECIPES}
+    rates = {recipe: search(recipe, steps[recipe], work, data) for recipe in RECIPES}
     cells = [
-        run_cell(recipe, seed, rates[recipe]["best"], steps[recipe], work, emoji)
+        run_cell(recipe, seed, rates[recipe]["best"], steps[recipe], work, data)
         for seed in range(seeds)
         for recipe in RECIPES
     ]
     load = once(work / "load.json", lambda: list(os.getloadavg()))
     return {
-        "data": data,
-        "model": DATA_SETS[data],
+        "data": data.name,
+        "model": MODELS[data.name],
         "seconds": seconds,
-        "setting": EMOJI_SETTING if emoji else scoring.SETTING,
+        "setting": scoring.SETTING if data.name == "digits" else EMOJI_SETTING,
         "milliseconds_per_step": milliseconds,
         "rates": rates,
         "cells": cells,
@@ -183,12 +177,11 @@ def main() -> None:
     parser = ArgumentParser(prog="benchmarks.recipes", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=int, default=18, help="processor time of each training")
     parser.add_argument("--seeds", type=int, default=5, help="paired seeds, from 0 on")
-    add_emoji_options(parser)
+    add_data_options(parser, tuple(MODELS))
     parser.add_argument("--work", type=Path, default=Path("runs/recipes"), help="where the cells live")
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
-    emoji = emoji_of(options.data, options.root, options.features)
-    publish(study(options.seconds, options.seeds, options.work, emoji), options.out)
+    publish(study(options.seconds, options.seeds, options.work, *chosen(options)), options.out)
 
 
 if __name__ == "__main__":

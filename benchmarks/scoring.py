@@ -5,15 +5,22 @@ A study runs `python -m benchmarks.scoring DIR --data NAME` in a process of its 
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.files import write_atomically
 
 if TYPE_CHECKING:
     from gspn_dit.data.images import ImageSet
+    from gspn_dit.pipeline import GSPNPipeline
 
 SETTING: dict[str, Any] = {
     "samples": 1_000,
@@ -38,10 +45,11 @@ METRICS = {
 class DataSet:
     """What is learnt, the patch that cuts it into tokens, and the feature extractor that scores it."""
 
+    name: str
     config: str
     patch: int
     features: str
-    """Weights of the feature extractor: "digits", or a file that `fid.train_features` made."""
+    """The feature extractor: "digits", a file that `fid.train_features` made, or a run of task classification."""
     images: tuple[str, str | None]
     """Name and path of the real images, for `load_images`."""
     classes: int
@@ -51,18 +59,59 @@ class DataSet:
     """Of the processor for a training of the smallest budget."""
     image_size: int | None = None
     """Pixels that images are resized to; None: they are of that size."""
+    own_latents: bool = False
+    """The config names latents to train on; the images are compared with alone."""
+    judged: bool = True
+    """A support vector machine tells its classes in pixels well enough to judge samples."""
 
     @property
     def tokens(self) -> int:
         """Of an image."""
         return (self.latent[1] // self.patch) ** 2
 
+    def at(self, root: str | None, features: str | None) -> DataSet:
+        """Return this with images and feature extractor at other places; None: where they are.
+
+        A class is a folder of an image folder's training split.
+        """
+        kind, found = self.images[0], self
+        if root is not None:
+            if self.images[1] is None:
+                raise UserError(f"--root is {root}, but {self.name} are bundled; leave it out")
+            found = dataclasses.replace(found, images=(kind, str(Path(root).absolute())))
+            split = Path(root, "train")
+            if kind == "imagefolder" and split.is_dir():
+                found = dataclasses.replace(found, classes=sum(entry.is_dir() for entry in split.iterdir()))
+        if features is not None:
+            place = Path(features)
+            found = dataclasses.replace(found, features=str(place.absolute()) if place.exists() else features)
+        return found
+
+    def check(self) -> None:
+        """Score real images as if they were samples; raises UserError if images or feature extractor do not serve."""
+        from gspn_dit.data.images import evenly_spaced
+
+        if self.images[1] is not None and not Path(self.images[1]).is_dir():
+            raise UserError(f"{self.name}: no images at {self.images[1]}; docs/quality.md makes them, or give --root")
+        real = self.load("train")
+        if (there := len(real.class_names)) != self.classes:
+            raise UserError(f"{self.name}: {self.images[1]} has {there} classes, but {self.classes} are planned for")
+        rows = evenly_spaced(len(real), SETTING["samples"])
+        self.scores(real.pixels(rows), real.labels[rows], SETTING["samples"])
+
     def arguments(self) -> list[str]:
         """Return the command line of `train.py` that chooses the data."""
         words = ["--config", self.config]
-        if self.images[1] is not None and self.image_size is not None:
-            words += ["--data.path", self.images[1], "--data.image_size", str(self.image_size)]
+        if self.images[1] is not None and not self.own_latents:
+            words += ["--data.path", self.images[1]]
+        if self.image_size is not None:
+            words += ["--data.image_size", str(self.image_size)]
         return words
+
+    def scoring_arguments(self) -> list[str]:
+        """Return the command line of `benchmarks.scoring` that chooses the data."""
+        words = ["--data", self.name, "--features", self.features]
+        return words if self.images[1] is None else [*words, "--root", self.images[1]]
 
     def load(self, split: str) -> ImageSet:
         """Return the real images of a split."""
@@ -70,26 +119,103 @@ class DataSet:
 
         return load_images(*self.images, split, image_size=self.image_size)
 
+    def scores(self, images: np.ndarray, labels: np.ndarray, reference: int) -> dict[str, float]:
+        """Return the figures of samples, all of `METRICS` but the loss; class agreement where samples are judged.
+
+        Args:
+            images: uint8 [n, H, W, C].
+            labels: the classes that were asked for, [n].
+            reference: real images to compare with, evenly spaced, where the training split has more.
+        """
+        from benchmarks.judge import judge_agreement
+        from fid.evaluation import score
+        from fid.features import load_feature_net
+        from fid.images import LabelledImages, Reference
+        from gspn_dit.data.images import evenly_spaced
+
+        real, net = self.load("train"), load_feature_net(self.features)
+        rows = evenly_spaced(len(real), reference)
+        # without their labels: the feature extractor may know other classes, and is not asked for them
+        compared = Reference(LabelledImages(real.pixels(rows), "train"))
+        scores = score(LabelledImages(images, "samples"), compared, net)["scores"]
+        return {
+            "fd": scores[f"FD-{net.score_suffix}"],
+            "is": scores[f"IS-{net.score_suffix}"]["mean"],
+            "precision": scores["precision"],
+            "recall": scores["recall"],
+            **(judge_agreement(images, labels, real, self.load("validation")) if self.judged else {}),
+        }
+
 
 FASHION_NET = "runs/fashion/features.safetensors"
 _FASHION = ("hf", "runs/fashion/data")
-_COLOUR = "configs/demo_colour.yaml"
+_PIXELS, _COLOUR = "configs/fashion_pixels.yaml", "configs/demo_colour.yaml"
 EMOJI_CLASSES = 54
-"""Six designs, nine groups."""
+"""Six designs, nine groups, of emoji as docs/quality.md makes them."""
+
+
+def _emoji(name: str, size: int, patch: int, seconds: float) -> DataSet:
+    features, images = f"runs/emoji{size}/features.safetensors", ("imagefolder", f"data/emoji{size}_classes")
+    return DataSet(name, _COLOUR, patch, features, images, EMOJI_CLASSES, (3, size), seconds, size, judged=False)
+
+
 DATA_SETS = {
-    "digits": DataSet("configs/digits_gspn.yaml", 2, "digits", ("digits", None), 10, (1, 8), 30),
-    "fashion": DataSet("configs/fashion_pixels.yaml", 4, FASHION_NET, _FASHION, 10, (1, 32), 120),
-    "fashion-latents": DataSet("configs/fashion_gspn.yaml", 1, FASHION_NET, _FASHION, 10, (4, 8), 120),
-    "fashion-256": DataSet("configs/fashion_pixels.yaml", 2, FASHION_NET, _FASHION, 10, (1, 32), 240),
-    **{
-        f"emoji-{tokens}": DataSet(
-            *(_COLOUR, patch, f"runs/emoji{size}/features.safetensors", ("imagefolder", f"data/emoji{size}_classes")),
-            *(EMOJI_CLASSES, (3, size), seconds, size),
-        )
-        for size, patch, tokens, seconds in ((32, 2, 256, 240), (64, 2, 1024, 600), (64, 1, 4096, 1800))
-    },
+    one.name: one
+    for one in (
+        DataSet("digits", "configs/digits_gspn.yaml", 2, "digits", ("digits", None), 10, (1, 8), 30),
+        DataSet("fashion", _PIXELS, 4, FASHION_NET, _FASHION, 10, (1, 32), 120),
+        DataSet(
+            *("fashion-latents", "configs/fashion_gspn.yaml", 1, FASHION_NET, _FASHION, 10, (4, 8), 120),
+            own_latents=True,
+        ),
+        DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240),
+        _emoji("emoji", 32, 4, 120),
+        _emoji("emoji-256", 32, 2, 240),
+        _emoji("emoji-1024", 64, 2, 600),
+        _emoji("emoji-4096", 64, 1, 1800),
+    )
 }
-"""By name; those of emoji are named by their tokens (docs/quality.md says how the data is made)."""
+"""By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them)."""
+
+
+def add_data_options(
+    parser: argparse.ArgumentParser, names: Sequence[str], several: bool = False, default: str | None = "digits"
+) -> None:
+    """Add what chooses data sets and says where they lie; see `chosen`."""
+    if several:
+        parser.add_argument("--data", nargs="+", choices=names, default=[default], help="what is learnt")
+    else:
+        parser.add_argument("--data", choices=names, default=default, required=default is None, help="what is learnt")
+    prefix = "NAME=" if several else ""
+    parser.add_argument("--root", nargs="+", default=[], metavar=f"{prefix}DIR", help="where the images lie, if not "
+                        "where docs/quality.md makes them")  # fmt: skip
+    parser.add_argument("--features", nargs="+", default=[], metavar=f"{prefix}NET", help="feature extractor: a file "
+                        "of fid.train_features, or a run of task classification")  # fmt: skip
+
+
+def chosen(options: argparse.Namespace) -> list[DataSet]:
+    """Return the data sets that the options of `add_data_options` chose.
+
+    A place is a path, or NAME=PATH where there are several data sets; raises UserError where it is none's.
+    """
+    names = list(dict.fromkeys([options.data] if isinstance(options.data, str) else options.data))
+    places = {flag: _by_name(names, f"--{flag}", getattr(options, flag)) for flag in ("root", "features")}
+    return [DATA_SETS[name].at(places["root"].get(name), places["features"].get(name)) for name in names]
+
+
+def _by_name(names: Sequence[str], flag: str, given: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, path = word.partition("=")
+        if not equals or name not in DATA_SETS:
+            name, path = names[0], word
+            if len(names) > 1:
+                raise UserError(f"{flag} is {word}, but must be NAME=PATH where there are several data sets")
+        if name not in names or name in found:
+            problem = "given twice" if name in found else f"not among --data {' '.join(names)}"
+            raise UserError(f"{flag} is {word}, but {name} is {problem}")
+        found[name] = path
+    return found
 
 
 def refuse_other_scores(result: Path) -> None:
@@ -98,61 +224,55 @@ def refuse_other_scores(result: Path) -> None:
         raise UserError(f"{result.parent} was scored with other settings; delete it to score it anew")
 
 
-def score_cell(directory: Path, data: str) -> None:
-    """Draw a trained cell's samples with the cell's own seed, and write result.json last."""
-    import numpy as np
-
-    from benchmarks.demo_quality import training_seconds
-    from benchmarks.judge import judge_agreement
-    from fid.evaluation import score
-    from fid.features import load_feature_net
-    from fid.images import LabelledImages, Reference
-    from gspn_dit.config import load_config
-    from gspn_dit.data.images import evenly_spaced
+def load(run: Path | str) -> GSPNPipeline:
+    """Return a run's pipeline without its progress bar."""
     from gspn_dit.pipeline import GSPNPipeline
 
-    run = directory / "run"
-    seed = load_config(run / "config.yaml").seed
     pipeline = GSPNPipeline.from_checkpoint(run)
     pipeline.set_progress_bar_config(disable=True)
-    labels = np.arange(SETTING["samples"]) % len(pipeline.class_names)
-    images = pipeline(
-        labels.tolist(),
-        num_inference_steps=SETTING["steps"],
-        guidance_scale=SETTING["guidance_scale"],
-        seed=seed,
-        output_type="np",
-    ).images
+    return pipeline
+
+
+def draw(
+    pipeline: GSPNPipeline, count: int, steps: int, guidance_scale: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return images of all classes in turn, uint8 [count, H, W, C], and their classes, [count].
+
+    A model that has learnt its guidance is not guided again.
+    """
+    labels = np.arange(count) % len(pipeline.class_names)
+    guidance = {} if pipeline.objective.second_time else {"guidance_scale": guidance_scale}
+    images = pipeline(labels.tolist(), num_inference_steps=steps, seed=seed, output_type="np", **guidance).images
     assert isinstance(images, np.ndarray)
-    real = {split: DATA_SETS[data].load(split) for split in ("train", "validation")}
-    net = load_feature_net(DATA_SETS[data].features)
-    rows = {name: evenly_spaced(len(part), SETTING["reference"]) for name, part in real.items()}
-    sets = {name: LabelledImages(part.pixels(rows[name]), name, part.labels[rows[name]]) for name, part in real.items()}
-    reference = Reference(sets["train"], sets["validation"])
-    scores = score(LabelledImages(images, "samples", labels), reference, net)["scores"]
+    return images, labels
+
+
+def score_cell(directory: Path, data: DataSet) -> None:
+    """Draw a trained cell's samples with the cell's own seed, and write result.json last."""
+    from benchmarks.demo_quality import training_seconds
+    from gspn_dit.config import load_config
+
+    run = directory / "run"
+    pipeline, seed = load(run), load_config(run / "config.yaml").seed
+    images, labels = draw(pipeline, SETTING["samples"], SETTING["steps"], SETTING["guidance_scale"], seed)
+    trained = training_seconds(run)
     figures = {
-        "fd": scores[f"FD-{net.score_suffix}"],
-        "is": scores[f"IS-{net.score_suffix}"]["mean"],
-        "precision": scores["precision"],
-        "recall": scores["recall"],
-        **judge_agreement(images, labels, real["train"], real["validation"]),
-        "training_seconds": training_seconds(run)["training_seconds"],
-        "val_loss": training_seconds(run)["final_val_loss"],
+        **data.scores(images, labels, SETTING["reference"]),
+        "training_seconds": trained["training_seconds"],
+        "val_loss": trained["final_val_loss"],
         "setting": SETTING,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
     }
-    partial = directory / "result.json.partial"
-    partial.write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    partial.replace(directory / "result.json")
+    write_atomically(directory / "result.json", json.dumps(figures, indent=2).encode())
 
 
 def main() -> None:
     """Score one cell."""
     parser = ArgumentParser(prog="benchmarks.scoring", description=__doc__.split("\n")[0])
     parser.add_argument("directory", metavar="DIR", type=Path, help="of the cell; its run lies in DIR/run")
-    parser.add_argument("--data", choices=tuple(DATA_SETS), required=True)
+    add_data_options(parser, tuple(DATA_SETS), default=None)
     options = parser.parse_args()
-    score_cell(options.directory, options.data)
+    score_cell(options.directory, *chosen(options))
 
 
 if __name__ == "__main__":

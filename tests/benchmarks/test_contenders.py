@@ -24,6 +24,8 @@ from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
 from gspn_dit.models.mixers import MIXERS
 
+DIGITS = DATA_SETS["digits"]
+
 
 def test_every_mixer_is_there_in_both_blocks() -> None:
     there = {(contender.family, contender.base["mixer"]) for contender in CONTENDERS.values()}
@@ -49,13 +51,13 @@ def test_settings_begin_with_the_defaults_and_are_the_same_every_time(name: str)
 def test_parameters_are_equal_and_the_command_line_makes_that_model(name: str) -> None:
     """Of the last setting, which is no default."""
     setting = CONTENDERS[name].settings(Protocol.trials)[-1]
-    options = fitted(name, setting, "digits", "N")
-    target = reference_parameters("digits", "N")
-    assert abs(parameters("digits", options) / target - 1) <= TOLERANCE
-    words = [*DATA_SETS["digits"].arguments(), *train_words(options)]
+    options = fitted(name, setting, DIGITS, "N")
+    target = reference_parameters(DIGITS, "N")
+    assert abs(parameters(DIGITS, options) / target - 1) <= TOLERANCE
+    words = [*DIGITS.arguments(), *train_words(options)]
     model = parse_train_arguments(words).config.model
     made = create_model(model.name, 10, 1, 8, **model.overrides())
-    assert sum(p.numel() for p in made.parameters()) == parameters("digits", options)
+    assert sum(p.numel() for p in made.parameters()) == parameters(DIGITS, options)
     assert all(model.overrides()[option] == value for option, value in setting if value is not None)
 
 
@@ -64,33 +66,33 @@ def test_what_a_config_says_of_its_own_model_is_no_contenders(name: str) -> None
     """The config of emoji is of scans with lpu and positions, and wider."""
     setting = CONTENDERS[name].settings(1)[0]
     models = []
-    for data in ("digits", "emoji-256"):
-        words = [*DATA_SETS[data].arguments(), *train_words(fitted(name, setting, data, "N"))]
+    for data in (DIGITS, DATA_SETS["emoji-256"]):
+        words = [*data.arguments(), *train_words(fitted(name, setting, data, "N"))]
         models.append(parse_train_arguments(words).config.model.overrides() | {"mlp_ratio": None})
     assert models[0] == models[1]
 
 
 def test_an_unknown_size() -> None:
     with pytest.raises(UserError, match=r"--size is M, but must be one of N, T, S, B, L, XL"):
-        fitted("gspn-u", CONTENDERS["gspn-u"].settings(1)[0], "digits", "M")
+        fitted("gspn-u", CONTENDERS["gspn-u"].settings(1)[0], DIGITS, "M")
 
 
 def test_a_size_that_cannot_be_equal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.contenders.TOLERANCE", 1e-9)
     setting = CONTENDERS["gspn-published"].settings(2)[1]
     with pytest.raises(UserError, match=r"gspn-published with weight_groups=.* has [\d,]+ parameters at best, but"):
-        fitted("gspn-published", setting, "fashion-256", "N")
+        fitted("gspn-published", setting, DATA_SETS["fashion-256"], "N")
 
 
 def test_tokens_of_the_data_sets() -> None:
     expected: dict[str, Any] = {"digits": 16, "fashion": 64, "fashion-latents": 64, "fashion-256": 256}
-    expected |= {"emoji-256": 256, "emoji-1024": 1024, "emoji-4096": 4096}
+    expected |= {"emoji": 64, "emoji-256": 256, "emoji-1024": 1024, "emoji-4096": 4096}
     assert {name: source.tokens for name, source in DATA_SETS.items()} == expected
 
 
 def test_heads_and_widths_grow_with_the_size() -> None:
     models = [
-        model_options(name, CONTENDERS[name].settings(1)[0], "fashion-latents", size)
+        model_options(name, CONTENDERS[name].settings(1)[0], DATA_SETS["fashion-latents"], size)
         for name, size in (("attention", "N"), ("attention", "S"), ("attention-u", "N"), ("attention-u", "S"))
     ]
     assert [model["num_heads"] for model in models] == [2, 6, 2, 6]

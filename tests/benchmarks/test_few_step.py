@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import few_step
 from benchmarks.few_step import RECIPES, STEPS, Recipe, arguments, judged, seconds_in_all, steps_of, summary
-from benchmarks.judge import Emoji
+from benchmarks.scoring import DATA_SETS
 from gspn_dit.config import parse_train_arguments
 
 FAIR = [f"{name}, {way}" for name in ("flow_map", "mean_flow") for way in ("from scratch", "half + half")]
@@ -43,8 +43,10 @@ def test_recipes_differ_in_what_they_learn_from_alone(tmp_path: Path) -> None:
 
 
 def test_emoji_take_the_place_of_the_digits() -> None:
-    recipe, emoji = RECIPES["flow_map, from scratch"], Emoji(Path("/emoji"), Path("/run"))
-    digits, colour = (parse_train_arguments(arguments(recipe, 40, 3, None, data)).config for data in (None, emoji))
+    recipe, emoji = RECIPES["flow_map, from scratch"], DATA_SETS["emoji"].at("/emoji", "/run")
+    digits, colour = (
+        parse_train_arguments(arguments(recipe, 40, 3, None, data)).config for data in (DATA_SETS["digits"], emoji)
+    )
     assert (colour.data.name, colour.data.path, colour.model.name) == ("imagefolder", "/emoji", "DiT-N/4")
     assert colour.objective == digits.objective and colour.training.max_steps == 40
 

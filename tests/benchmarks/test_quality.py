@@ -22,6 +22,7 @@ from benchmarks.scoring import METRICS, SETTING
 from gspn_dit.config import parse_train_arguments
 from gspn_dit.errors import UserError
 
+DIGITS = scoring.DATA_SETS["digits"]
 NAMES = ["attention", "conv", "gspn-normed"]
 BASE = {"attention": 2.0, "conv": 3.0, "gspn-normed": 1.5}
 BEST_RATE = {"attention": 0.016, "conv": 0.004, "gspn-normed": 0.064}
@@ -47,6 +48,7 @@ class World:
             return [*arguments(cell, size), "--cell", str(cell)]
 
         monkeypatch.setattr(Cell, "arguments", remembered)
+        monkeypatch.setattr(scoring.DataSet, "check", lambda _: None)
         monkeypatch.setattr(contest, "train", self.train)
         monkeypatch.setattr(contest, "call", self.score)
         monkeypatch.setattr(calibration, "milliseconds_per_step", self.time)
@@ -223,11 +225,11 @@ def test_what_is_refused_before_anything_runs(words: list[str], message: str, tm
 
 def test_models_of_other_parameters_than_planned_are_refused() -> None:
     setting = CONTENDERS["conv"].settings(1)[0]
-    planned = parameters("digits", fitted("conv", setting, "digits", "N"))
+    planned = parameters(DIGITS, fitted("conv", setting, DIGITS, "N"))
     row = {"variant": "conv", "data": "digits", "options": dict(setting), "diverged": False, "parameters": planned}
-    contest.refuse_unequal([row], "N")
+    contest.refuse_unequal([row], DIGITS, "N")
     with pytest.raises(UserError, match=r"conv on digits has .* parameters, but .* were planned and attention has"):
-        contest.refuse_unequal([{**row, "parameters": planned + 64}], "N")
+        contest.refuse_unequal([{**row, "parameters": planned + 64}], DIGITS, "N")
 
 
 def test_drift_is_of_times_over_the_references() -> None:
@@ -245,7 +247,7 @@ def test_a_training_that_failed_for_another_reason_stops_the_study(
         raise UserError("train.py failed")
 
     monkeypatch.setattr(contest, "train", fail)
-    cell = Cell("digits", "attention", CONTENDERS["attention"].settings(1)[0], 0.01, 5, 0)
+    cell = Cell(DIGITS, "attention", CONTENDERS["attention"].settings(1)[0], 0.01, 5, 0)
     with pytest.raises(UserError, match=r"train.py failed"):
         contest.run_cell(cell, tmp_path, "N")
     assert not (cell.directory(tmp_path, "N") / "result.json").exists()
@@ -276,7 +278,7 @@ def train_here(words, log):
 
 def score_here(words, log):
     directory = Path(words[2])
-    scoring.score_cell(directory, "digits")
+    scoring.score_cell(directory, scoring.DATA_SETS["digits"])
     file = directory / "result.json"
     figures = json.loads(file.read_text())
     rate = float(directory.parent.name.removeprefix("rate-"))
