@@ -9,7 +9,6 @@ turn, weighed and left out is that of `benchmarks.mixers`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import Any
 from benchmarks.contenders import CONTENDERS, REFERENCE, fitted, reference_parameters
 from benchmarks.mixer_cases import disagreement, keep_freed_memory
 from benchmarks.mixers import Cell, Study, exponent, rounded, times_faster
+from benchmarks.output import publish
 from benchmarks.scoring import DATA_SETS
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.files import cannot_hold, write_whole
+from gspn_dit.files import cannot_hold
 
 SIDES = (8, 16, 32, 64, 128)
 """Rows and columns of tokens."""
@@ -105,9 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--out {problem}")
     sides, contenders = sorted(set(options.sides)), list(dict.fromkeys(options.contenders))
     report = study(options.size, sides, contenders, options.repeats, options.seconds)
-    if options.out:
-        write_whole(options.out, (json.dumps(report, indent=1) + "\n").encode())
-    print(json.dumps({key: report[key] for key in ("exponents", "times_faster_than_attention", "megabytes")}, indent=1))
+    publish(report, options.out, ("exponents", "times_faster_than_attention", "megabytes"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ pages again, which says nothing about mixers. The run that weighs a cell also wa
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 import sys
@@ -37,6 +36,7 @@ from benchmarks.mixer_cases import (
     keep_freed_memory,
     runner,
 )
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 SIDES = (16, 32, 64, 128)
@@ -309,11 +309,9 @@ def main() -> None:
     parser.add_argument("--out", help="write the report to this JSON, and the plot to a PNG beside it")
     options = parser.parse_args()
     report, cells = study(options.sides, options.widths, options.repeats, options.seconds)
+    publish(report, options.out, ("targets", "exponents", "times_faster_than_attention"))
     if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         plot(cells, Path(options.out).with_suffix(".png"))
-    print(json.dumps({key: report[key] for key in ("targets", "exponents", "times_faster_than_attention")}, indent=1))
 
 
 if __name__ == "__main__":

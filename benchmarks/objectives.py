@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.demo_quality import SAMPLES, training_seconds
 from benchmarks.judge import judge_agreement
+from benchmarks.output import publish
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,12 +107,10 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [options.only] if options.only else list(CONFIGS)
     results = {objective: measure(objective, Path(options.runs)) for objective in chosen}
-    if options.out:
-        out = Path(options.out)
-        before = json.loads(out.read_text(encoding="utf-8"))["objectives"] if options.only and out.exists() else {}
-        target = f">= {LEAST_AGREEMENT} with the default sampler, the first"
-        figures = {"targets": {"class_agreement": target}, "objectives": {**before, **results}}
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    there = options.only and options.out and Path(options.out).exists()
+    before = json.loads(Path(options.out).read_text(encoding="utf-8"))["objectives"] if there else {}
+    target = f">= {LEAST_AGREEMENT} with the default sampler, the first"
+    publish({"targets": {"class_agreement": target}, "objectives": {**before, **results}}, options.out)
     if not all(result["met"]["class_agreement"] for result in results.values()):
         sys.exit(1)
 

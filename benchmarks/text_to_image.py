@@ -11,7 +11,6 @@ its largest measured grid with the square of the tokens, and marked so. Each gri
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import time
@@ -23,6 +22,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from benchmarks.measure import CpuDevice, software
+from benchmarks.output import publish
 from benchmarks.study import once
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.models.unet import GSPNSelfAttention
@@ -145,9 +145,7 @@ def main() -> None:
     facts = {"device": CpuDevice().describe(), "software": software(), "dtype": "float32"}
     clock = Clock(options.at_most)
     result = {**facts, **study(tuple(options.sides), not options.no_whole, options.seconds, options.work, clock)}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: result[key] for key in ("exponents", "ratio") if key in result}))
+    publish(result, options.out, ("exponents", "ratio"))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from gspn_dit.config.schema import (
     LatentConfig,
     ModelConfig,
     ObjectiveConfig,
-    TextConfig,
     TrainArguments,
-    UNetConfig,
 )
+from gspn_dit.config.text import TextConfig, UNetConfig
 from gspn_dit.config.training import TRACKERS, SamplingConfig, TrainingConfig
 
 __all__ = [

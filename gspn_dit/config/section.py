@@ -7,11 +7,19 @@ import math
 import unicodedata
 from dataclasses import dataclass
 
+MOST_LINES = 2**31 - 1
+"""Of a window: no image has more, and an operator's arguments are 64 bits wide."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_line_count(key: str, value: int | None) -> None:
+    """Raise ValueError for a window that no image can have."""
+    require(value is None or value <= MOST_LINES, f"{key} is {value}, but must be at most {MOST_LINES:,}")
 
 
 @dataclass(frozen=True)

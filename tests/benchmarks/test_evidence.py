@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import evidence
+from benchmarks import evidence, markdown, quality_tables, recipe_tables, speed_tables
 from benchmarks.few_step import summary as few_step_summary
 from benchmarks.one_rate import summary
 from benchmarks.scoring import METRICS
@@ -92,27 +92,28 @@ def test_every_picture_on_the_page_of_a_study_that_was_run_is_there() -> None:
 
 
 def test_numbers_have_three_digits_and_intervals_half_their_width() -> None:
-    assert [evidence.short(x) for x in (0, 0.04567, -1.0, 9.999, 98.76, 12345.6)] == [
+    assert [markdown.short(x) for x in (0, 0.04567, -1.0, 9.999, 98.76, 12345.6)] == [
         *("0.00", "0.0457", "-1.00", "10.00", "98.8", "12,346")
     ]
-    assert evidence.mean_and_interval({"mean": 9.87, "low": 9.0, "high": 10.74}) == "9.87 ± 0.87"
-    assert evidence.mean_and_interval({"mean": 9.87, "low": math.nan, "high": math.nan}) == "9.87"
-    assert evidence.ratio_and_interval({"mean": 1.1, "low": 0.9, "high": 1.3444}) == "1.100 [0.900, 1.344]"
+    assert markdown.mean_and_interval({"mean": 9.87, "low": 9.0, "high": 10.74}) == "9.87 ± 0.87"
+    assert markdown.mean_and_interval({"mean": 9.87, "low": math.nan, "high": math.nan}) == "9.87"
+    assert markdown.ratio_and_interval({"mean": 1.1, "low": 0.9, "high": 1.3444}) == "1.100 [0.900, 1.344]"
 
 
 def test_a_study_of_quality_by_hand() -> None:
     """Logs of the ratios are 0, a, 2a with a = log 1.1: mean a, standard error a/√3, and t(0.975, 2) is 4.303."""
-    head, _, attention, gspn = rows(evidence.quality_table(study()))
+    head, _, attention, gspn = rows(quality_tables.quality_table(study()))
     assert (attention[:7], head[5]) == (["60 s", "attention", "5,678", "1,234", "101", "1", "1"], "FD ÷ attention")
     low, high = (1.1 ** (1 + sign * 4.3027 / 3**0.5) for sign in (-1, 1))
     assert gspn[5:7] == [f"1.100 [{low:.3f}, {high:.3f}]", "1.000 [1.000, 1.000]"]
     assert attention[7].startswith("11.0 ± 2.5")  # FD 10, 11, 12: 4.303 / √3
-    assert "3 paired seeds, 1,000 samples each, 30 steps, guidance 1.2, 2 at a time" in evidence.quality_table(study())
-    assert "a chip, 2 cores, kernels (AVX2); torch 2.0, commit abc." in evidence.quality_table(study())
+    text = quality_tables.quality_table(study())
+    assert "3 paired seeds, 1,000 samples each, 30 steps, guidance 1.2, 2 at a time" in text
+    assert "a chip, 2 cores, kernels (AVX2); torch 2.0, commit abc." in text
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert rows(evidence.quality_table(study(seeds=1)))[-1][5:8] == ["1.000", "1.000", "10.0"]
+    assert rows(quality_tables.quality_table(study(seeds=1)))[-1][5:8] == ["1.000", "1.000", "10.0"]
 
 
 def test_few_steps_by_hand() -> None:
@@ -132,7 +133,7 @@ def test_few_steps_by_hand() -> None:
         "machine": MACHINE,
         "software": SOFTWARE,
     }
-    text = evidence.few_step_table(result)
+    text = recipe_tables.few_step_table(result)
     assert ["a", "<= 2.0", "2.83 (b)", "no"] in rows(text)
     (row,) = (row for row in rows(text) if row[0].startswith("flow_map, half"))
     assert row[1:4] == ["700", "1", "3.00 ± 13"] and row[4].startswith("2.828 [") and row[5] == "0.900"
@@ -149,13 +150,13 @@ def test_digits_in_one_step() -> None:
         "machine": MACHINE,
         "software": SOFTWARE,
     }
-    text = evidence.digits_one_step_table(result)
+    text = recipe_tables.digits_one_step_table(result)
     assert rows(text)[2] == ["some", "1", "2.00", "1.23", "0.900", "0.500"]
     assert "flow_map, 1: 1,234 ± 5%. a chip" in text
 
 
 def test_mixers_and_resolution() -> None:
-    text = evidence.mixers_table(MIXERS)
+    text = speed_tables.mixers_table(MIXERS)
     assert ["a", "<= 1.1", "1.06", "yes"] in rows(text)
     assert rows(text)[3][-1] == "not measured"
     assert [cell for cell in rows(text)[-4] if cell] == ["mixer C=384", "gspn", "1.000", "0.500×"]
@@ -194,10 +195,10 @@ TRAFFIC = {
 
 
 def test_memory_and_traffic() -> None:
-    saved, time, peak = rows(evidence.memory_table(MEMORY))[2:]
+    saved, time, peak = rows(speed_tables.memory_table(MEMORY))[2:]
     assert saved[1:] == ["50.0 MB", "10.4 MB (0.21 ×)", "its input"] and "2 × 16 × 8 tokens" in saved[0]
     assert (time[1:3], peak[1:]) == (["1", "1.10 ×"], ["10.4 GB", "5.4 GB", "5.1 GB"])
-    traffic = evidence.cuda_traffic_table(TRAFFIC)
+    traffic = speed_tables.cuda_traffic_table(TRAFFIC)
     assert rows(traffic)[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
     assert "at [1, 2, 3, 4], P = 5: 4.8 elements per token and channel forwards, 13.0 backwards." in traffic
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import evidence, recipes
+from benchmarks import recipe_tables, recipes
 from benchmarks.recipes import BASELINE, RATES, RECIPES, next_rate, summary, train_arguments
 from benchmarks.scoring import DATA_SETS
 from gspn_dit.config import flatten, parse_train_arguments
@@ -68,6 +68,6 @@ def test_a_study_calibrates_searches_and_pairs(monkeypatch: pytest.MonkeyPatch, 
     found = recipes.study(2, 3, tmp_path)
     assert {name: row["best"] for name, row in found["rates"].items()} == dict.fromkeys(RECIPES, 8e-3)
     assert [(cell["variant"], cell["seed"]) for cell in found["cells"]] == [(n, s) for s in range(3) for n in RECIPES]
-    text = evidence.recipes_table(found)
+    text = recipe_tables.recipes_table(found)
     assert "| muon | 0.008 of 0.004, 0.008, 0.016 | 100 | 1.000 [1.000, 1.000] | 2.00 ± 2.5 |" in text
     assert "2 seconds of the processor for each training, 3 paired seeds" in text
