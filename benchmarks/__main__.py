@@ -80,7 +80,7 @@ COMMANDS: dict[str, list[str]] = {
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "text_quality": [
         *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts"),
-        *("--seconds", "560", "--search-steps", "900"),
+        *("--seconds", "480", "--search-steps", "900"),
         *("--images", "160", "--grid", "docs/text_quality.png", "--out"),
     ],
     "text_to_image": ["benchmarks.text_to_image", "--out"],

@@ -7,7 +7,8 @@
 
 The set is small, so that a run of minutes on one thread draws what captions say. Every run is a run of `train.py` on
 one thread, in `--runs`, `--jobs` at a time; the command can be stopped and started again, and resumes where it was.
-Each mixer trains with its own best of four learning rates, found in short runs of another seed by the validation loss.
+Each mixer trains with its own best of four learning rates, found in short runs of another seed by the validation loss;
+a rate is only taken where the next higher one trains as well, since long runs diverge at the edge that short ones pass.
 Seconds become steps by timing all mixers in turn, once, by the processor's time: "equal time" is each mixer for so
 long, "equal steps" all for as many steps as the first takes. Runs of one seed share data order, noise, times and
 captions. Scores (`benchmarks/text_judge.py`) are taken on captions that were seen, on (caption, design) pairs that were
@@ -20,9 +21,10 @@ it stands a control, the same student after two steps.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,8 @@ COMMON: dict[str, Any] = {
     "sampling.per_class": 1,
     "sampling.steps": 1,
 }
+DIVERGED = 2.0
+"""Times a mixer's lowest validation loss in the search, above which a run has diverged."""
 TIMING_TOLERANCE = 0.05
 """How far medians of the time of a step lie apart for no reason, on a machine that others use as well."""
 SHARE_OF_TEACHER = 1 / 3
@@ -149,6 +153,15 @@ def calibrated(options: Any, name: str, variants: dict[str, list[str]]) -> dict[
     return calibration.calibrated(file, variants, options.calibration_rounds, time.process_time)
 
 
+def steady_rate(losses: Mapping[float, float]) -> dict[str, Any]:
+    """Return what `best_rate` does, but the best of the rates below one that trained as well, or else the lowest."""
+    rates, bound = sorted(losses), DIVERGED * min(losses.values())
+    steady = [rate for rate, above in itertools.pairwise(rates) if losses[above] <= bound]
+    best = min(steady or rates[:1], key=lambda rate: losses[rate])
+    found = best_rate(losses)
+    return {**found, "best": best, "at_an_end": rates[0] == best or rates[-1] == found["best"]}
+
+
 def best_rates(options: Any, judge: Judge) -> dict[str, Any]:
     """Return each mixer's validation losses by learning rate, and the best rate."""
     tried = [(mixer, rate) for mixer in MIXERS for rate in options.rates]
@@ -157,7 +170,7 @@ def best_rates(options: Any, judge: Judge) -> dict[str, Any]:
         for mixer, rate in tried
     ]
     losses = {key: found["val_loss"] for key, found in zip(tried, make(runs, judge, options), strict=True)}
-    return {mixer: best_rate({rate: losses[mixer, rate] for rate in options.rates}) for mixer in MIXERS}
+    return {mixer: steady_rate({rate: losses[mixer, rate] for rate in options.rates}) for mixer in MIXERS}
 
 
 def budgets(seconds: float, milliseconds: dict[str, float]) -> dict[str, dict[str, int]]:

@@ -65,9 +65,9 @@ def _setting(result: Result) -> str:
     return (
         f"{plural(len(setting['seeds']), 'paired seed')}, means with 95 % intervals; FD is FD-lite0-pca16 and no FID. "
         f"{short(setting['seconds'])} s of a processor a run: {runs}, the best of {tried} after "
-        f"{setting['search_steps']} steps of another seed; a step takes {times}. {setting['sampler_steps']} steps of "
-        "sampling, guidance "
-        f"{setting['guidance_scale']}. Trained at {commits}. {provenance(result)}\n"
+        f"{setting['search_steps']} steps of another seed, whose double did not diverge; a step takes {times}. "
+        f"{setting['sampler_steps']} steps of sampling, guidance {setting['guidance_scale']}. "
+        f"Trained at {commits}. {provenance(result)}\n"
     )
 
 

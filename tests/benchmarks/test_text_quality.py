@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import text_quality
 from benchmarks.text_judge import colours
-from benchmarks.text_quality import SCORES, arguments, budgets, summary
+from benchmarks.text_quality import SCORES, arguments, budgets, steady_rate, summary
 from fid.retrieval import retrieved
 from gspn_dit.config import parse_train_arguments
 
@@ -26,6 +26,24 @@ def test_seconds_become_steps_of_each_mixer_and_the_first_ones_for_all() -> None
 def test_steps_that_take_as_long_make_one_budget_of_both() -> None:
     both = {"gspn": 100, "attention": 100}
     assert budgets(30, {"gspn": 300.0, "attention": 310.0}) == {"equal time": both, "equal steps": both}
+
+
+@pytest.mark.parametrize(
+    "losses, best, at_an_end",
+    [
+        ([3.0, 2.0, 1.0, 9.0], 2, False),  # the best one stands beside one that diverged
+        ([3.0, 1.0, 1.1, 9.0], 2, False),
+        ([3.0, 2.0, 1.1, 1.0], 4, True),  # the grid is too low
+        ([1.0, 1.1, 9.0, 9.0], 1, True),
+        ([1.0, 9.0, 9.0, 9.0], 1, True),  # no rate has a steady neighbour
+        ([1.0], 1, True),
+    ],
+)
+def test_a_rate_is_taken_where_the_next_higher_one_trains_as_well(
+    losses: list[float], best: float, at_an_end: bool
+) -> None:
+    tried = dict(zip((1, 2, 4, 8), losses, strict=False))
+    assert steady_rate(tried) == {"losses": tried, "best": best, "at_an_end": at_an_end}
 
 
 def test_the_mixers_differ_in_nothing_else() -> None:
