@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.ops.cuda.devices import ARCHITECTURES
 from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedPlan, plan_forward
 from gspn_dit.ops.cuda.sources import compile_options, source_text
 from gspn_dit.ops.cuda.types import Geometry, Variant
-from gspn_dit.ops.inspect import ARCHITECTURES, device_of, inspect
+from gspn_dit.ops.inspect import inspect
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,7 +69,7 @@ def compile_into_cache(variant: Variant, arch: str) -> None:
 
 def variants(arch: str, shapes: Iterable[tuple[int, int, int, int]]) -> list[Variant]:
     """The variants that scans of these shapes [B, H, W, C] run, forward and backward, and the fused ones."""
-    device, found = device_of(arch), dict[Variant, None]()
+    device, found = ARCHITECTURES[arch], dict[Variant, None]()
     for dtype in DTYPES:
         for batch, height, width, channels in shapes:
             alignment = next(power for power in (8, 4, 2, 1) if channels % power == 0)

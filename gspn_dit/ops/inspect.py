@@ -14,62 +14,26 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
 import torch
 
 from gspn_dit.ops.contract import STORAGE_DTYPES
 from gspn_dit.ops.cuda import sass
-from gspn_dit.ops.cuda.estimate import estimate
+from gspn_dit.ops.cuda.devices import ARCHITECTURES, Device
+from gspn_dit.ops.cuda.estimate import LineCost, estimate_all
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedPlan, plan_forward
 from gspn_dit.ops.cuda.sources import compile_cubin
-from gspn_dit.ops.cuda.types import SECTOR_BYTES, Device, Geometry, Launch, Plan, Variant, has_clusters
+from gspn_dit.ops.cuda.types import SECTOR_BYTES, Geometry, Launch, Plan, Variant
 
-DEFAULT_BANDWIDTH_GBS = 3350.0
-"""An H100 SXM's."""
-DEFAULT_CLOCK_GHZ = 1.755
-"""An H100 SXM's, under load."""
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 COUNTED_VALUES = 1 << 22
 """So many values of x are run to count, at most: half a minute."""
-_RESERVED_SHARED_BYTES = 1024  # of each block, for the system
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Limits of a multiprocessor, and how many a device has."""
-
-    processors: int
-    threads: int
-    blocks: int
-    shared_bytes: int
-    block_shared_bytes: int
-    registers: int = 65536
-
-
-ARCHITECTURES = {
-    "sm_75": Architecture(40, 1024, 16, 64 * 1024, 64 * 1024),
-    "sm_80": Architecture(108, 2048, 32, 164 * 1024, 163 * 1024),
-    "sm_86": Architecture(84, 1536, 16, 100 * 1024, 99 * 1024),
-    "sm_89": Architecture(128, 1536, 24, 100 * 1024, 99 * 1024),
-    "sm_90": Architecture(132, 2048, 32, 228 * 1024, 227 * 1024),
-    "sm_100": Architecture(148, 2048, 32, 228 * 1024, 227 * 1024),
-    "sm_120": Architecture(170, 1536, 24, 100 * 1024, 99 * 1024),
-}
-"""The largest common device of each architecture."""
-
-
-def device_of(arch: str) -> Device:
-    """What a launch must fit on an architecture."""
-    limits = ARCHITECTURES[arch]
-    return Device(
-        limits.block_shared_bytes, limits.processors, clusters=has_clusters(int(arch.removeprefix("sm_")) // 10)
-    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +76,7 @@ class KernelReport:
     blocks: int
     """Of the largest launch."""
     waves: float
-    """Blocks over those that the device holds at once; a launch of fewer than one leaves room."""
+    """Blocks over those that run at once, clusters as the device holds them; fewer than one leave room."""
     reason: str | None
     """Why there is no ratio."""
 
@@ -134,22 +98,6 @@ def parse_log(log: str) -> dict[str, Resources]:
         spills = numbers.pop("stores") + numbers.pop("loads")
         found[part.split("'")[0]] = Resources(**numbers, spill_bytes=spills)
     return found
-
-
-def resident_blocks(limits: Architecture, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks of a kernel that a multiprocessor can hold at once."""
-    warps = -(-threads // 32)
-    warp_registers = -(-registers * 32 // 256) * 256
-    per_quarter = limits.registers // 4 // warp_registers  # warps live in four quarters, registers with them
-    block_shared = -(-(shared_bytes + _RESERVED_SHARED_BYTES) // 128) * 128
-    return min(
-        limits.blocks, limits.threads // (32 * warps), 4 * per_quarter // warps, limits.shared_bytes // block_shared
-    )
-
-
-def occupancy(limits: Architecture, registers: int, threads: int, shared_bytes: int) -> float:
-    """Share of a multiprocessor's threads that blocks of a kernel can hold at once."""
-    return resident_blocks(limits, registers, threads, shared_bytes) * -(-threads // 32) * 32 / limits.threads
 
 
 def count_bytes(
@@ -189,32 +137,35 @@ class _Compiled:
     """Empty without nvdisasm."""
 
 
-def _compile(variant: Variant, arch: str) -> _Compiled:
-    cubin, log = compile_cubin(variant, arch)
-    code = sass.read_code(cubin, variant) if sass.disassembler() is not None else {}
-    return _Compiled(parse_log(log), code)
+class _Modules(dict[Variant, _Compiled]):
+    """Modules of an architecture, compiled when they are first asked for."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.arch = arch
+
+    def __missing__(self, variant: Variant) -> _Compiled:
+        cubin, log = compile_cubin(variant, self.arch)
+        code = sass.read_code(cubin, variant) if sass.disassembler() is not None else {}
+        self[variant] = _Compiled(parse_log(log), code)
+        return self[variant]
+
+
+def line_cost(code: sass.Code, registers: int) -> LineCost:
+    """What the machine code of a kernel takes for a line."""
+    return LineCost(sum(code.instructions.values()), code.instructions.get("special", 0.0), code.steps, registers)
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def _report(
-    todo: Plan | ProjectedPlan,
-    geometry: Geometry | ProjectedGeometry,
-    arch: str,
-    backward: bool,
-    bandwidth_gbs: float,
-    clock_ghz: float,
-    compiled: dict[Variant, _Compiled],
-    most: int = COUNTED_VALUES,
-) -> list[KernelReport]:
-    limits = ARCHITECTURES[arch]
-    device = device_of(arch)
-    for launch in todo.launches:
-        if launch.variant not in compiled:
-            compiled[launch.variant] = _compile(launch.variant, arch)
-    projected = isinstance(geometry, ProjectedGeometry)
+Call = tuple[Geometry, Plan] | tuple[ProjectedGeometry, ProjectedPlan]
+
+
+def _report(call: Call, arch: str, device: Device, backward: bool, modules: _Modules, most: int) -> list[KernelReport]:
+    """One report for each kernel of a pass."""
+    geometry, todo = call
     if isinstance(geometry, ProjectedGeometry):
         ratios, reason = count_projected_bytes(geometry, device, backward)
     else:
@@ -225,22 +176,21 @@ def _report(
         launches.setdefault((launch.variant, launch.kernel), []).append(launch)
     reports = []
     for (variant, kernel), runs in launches.items():
-        costs, code = compiled[variant].resources[kernel], compiled[variant].code.get(kernel)
+        costs, code = modules[variant].resources[kernel], modules[variant].code.get(kernel)
+        # The lines of fused kernels have no barrier to tell them by.
+        cost = None if code is None or isinstance(geometry, ProjectedGeometry) else line_cost(code, costs.registers)
+        largest = max(runs, key=lambda run: run.blocks)
         shared = costs.shared_bytes + max(run.shared_bytes for run in runs)
-        threads = max(math.prod(run.block) for run in runs)
-        blocks = max(math.prod(run.grid) for run in runs)
-        resident = resident_blocks(limits, costs.registers, threads, shared) * limits.processors
+        resident = device.resident(costs.registers, largest.threads, shared)
         own = ratios.get(kernel) if reason is None else None
-        least = estimate(
+        least = estimate_all(
             runs,
-            geometry,
-            code,
+            device,
+            cost,
+            resident,
             None if own is None else own * geometry.floor_bytes(backward),
-            resident=resident,
-            processors=limits.processors,
-            bandwidth_gbs=bandwidth_gbs,
-            clock_ghz=clock_ghz,
         )
+        held = resident * -(-largest.threads // 32) * 32
         reports.append(
             KernelReport(
                 kernel=kernel,
@@ -251,7 +201,7 @@ def _report(
                 shared_bytes=shared,
                 stack_bytes=costs.stack_bytes,
                 spill_bytes=costs.spill_bytes,
-                occupancy=round(occupancy(limits, costs.registers, threads, shared), 4),
+                occupancy=round(held / device.held_threads, 4),
                 bytes_ratio=None if total is None else round(total, 4),
                 predicted_ms=_rounded(least.milliseconds),
                 bound=least.bound,
@@ -261,64 +211,74 @@ def _report(
                 latency_ms=_rounded(least.latency_ms),
                 code_bytes=None if code is None else code.bytes,
                 instructions=None
-                if code is None or projected  # whose lines have no barrier to tell them by
+                if code is None or cost is None
                 else {kind: round(count / variant.vector, 2) for kind, count in code.instructions.items()},
                 kernel_bytes_ratio=None if own is None else round(own, 4),
                 launches=len(runs),
-                blocks=blocks,
-                waves=round(blocks / resident, 3),
+                blocks=largest.blocks,
+                waves=round(least.waves, 3),
                 reason=reason,
             )
         )
     return reports
 
 
+def _scans(shape: Sequence[int], dtype: torch.dtype, device: Device) -> Iterator[Call]:
+    """Yield both passes of a scan [B, H, W, C, G] in four directions, forward first."""
+    batch, height, width, channels, groups = shape
+    alignment = next(power for power in (8, 4, 2, 1) if channels % power == 0 and groups % power == 0)
+    geometry = Geometry(dtype, batch, height, width, channels, groups, (0, 1, 2, 3), 0, alignment)
+    for backward in (False, True):
+        yield geometry, plan(geometry, device, backward)
+
+
+def _projected_scans(shape: Sequence[int], proxy_channels: int, dtype: torch.dtype, device: Device) -> Iterator[Call]:
+    """The same of a projected scan with a skip; raises ValueError for what the fused kernels do not take."""
+    if dtype not in FUSED_DTYPES:
+        raise ValueError(f"{str(dtype).removeprefix('torch.')} runs through memory, not by fused kernels")
+    batch, height, width, channels, groups = shape
+    vector = 4 if channels % 4 == proxy_channels % 4 == 0 else 1
+    sizes = (batch, height, width, channels, groups, proxy_channels, (0, 1, 2, 3), 0)
+    geometry = ProjectedGeometry(dtype, *sizes, vector=vector, skip=True)
+    for backward in (False, True):
+        todo = (plan_backward if backward else plan_forward)(geometry, device)
+        if isinstance(todo, str):
+            raise ValueError(f"the {'backward' if backward else 'forward'} pass runs through memory: {todo}")
+        yield geometry, todo
+
+
 def inspect(
     arch: str,
     shape: Sequence[int],
-    dtypes: Sequence[torch.dtype] = STORAGE_DTYPES,
-    bandwidth_gbs: float = DEFAULT_BANDWIDTH_GBS,
-    clock_ghz: float = DEFAULT_CLOCK_GHZ,
+    dtypes: Sequence[torch.dtype] | None = None,
+    *,
+    proxy_channels: int | None = None,
+    bandwidth_gbs: float | None = None,
+    clock_ghz: float | None = None,
     most_counted: int = COUNTED_VALUES,
 ) -> list[KernelReport]:
-    """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU."""
-    batch, height, width, channels, groups = shape
-    device = device_of(arch)
-    compiled: dict[Variant, _Compiled] = {}
-    reports = []
-    for dtype in dtypes:
-        alignment = next(power for power in (8, 4, 2, 1) if channels % power == 0 and groups % power == 0)
-        geometry = Geometry(dtype, batch, height, width, channels, groups, (0, 1, 2, 3), 0, alignment)
-        for backward in (False, True):
-            todo = plan(geometry, device, backward)
-            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled, most_counted)
-    return reports
+    """Compile and run what a scan [B, H, W, C] with G groups launches, in four directions; needs CuPy, no GPU.
 
+    With `proxy_channels`, the fused kernels of a projected scan with a skip. Bandwidth and clock are the
+    architecture's unless given; dtypes are all that the kernels take.
 
-def inspect_projected(
-    arch: str,
-    shape: Sequence[int],
-    proxy_channels: int,
-    dtypes: Sequence[torch.dtype] = FUSED_DTYPES,
-    bandwidth_gbs: float = DEFAULT_BANDWIDTH_GBS,
-    clock_ghz: float = DEFAULT_CLOCK_GHZ,
-) -> list[KernelReport]:
-    """The same of the fused kernels of a projected scan with a skip; raises ValueError for what they do not take."""
-    batch, height, width, channels, groups = shape
-    device = device_of(arch)
-    compiled: dict[Variant, _Compiled] = {}
+    Raises:
+        ValueError: fused kernels do not take the call.
+    """
+    device = ARCHITECTURES[arch]
+    device = replace(
+        device, bandwidth_gbs=bandwidth_gbs or device.bandwidth_gbs, clock_ghz=clock_ghz or device.clock_ghz
+    )
+    modules = _Modules(arch)
     reports = []
-    for dtype in dtypes:
-        if dtype not in FUSED_DTYPES:
-            raise ValueError(f"{str(dtype).removeprefix('torch.')} runs through memory, not by fused kernels")
-        vector = 4 if channels % 4 == proxy_channels % 4 == 0 else 1
-        sizes = (batch, height, width, channels, groups, proxy_channels, (0, 1, 2, 3), 0)
-        geometry = ProjectedGeometry(dtype, *sizes, vector=vector, skip=True)
-        for backward in (False, True):
-            todo = (plan_backward if backward else plan_forward)(geometry, device)
-            if isinstance(todo, str):
-                raise ValueError(f"the {'backward' if backward else 'forward'} pass runs through memory: {todo}")
-            reports += _report(todo, geometry, arch, backward, bandwidth_gbs, clock_ghz, compiled)
+    for dtype in dtypes or (STORAGE_DTYPES if proxy_channels is None else FUSED_DTYPES):
+        calls = (
+            _scans(shape, dtype, device)
+            if proxy_channels is None
+            else _projected_scans(shape, proxy_channels, dtype, device)
+        )
+        for backward, call in enumerate(calls):
+            reports += _report(call, arch, device, bool(backward), modules, most_counted)
     return reports
 
 
@@ -343,8 +303,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--proxy-channels", type=int, help="the fused kernels of a projected scan of so many")
     names = [str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES]
     parser.add_argument("--dtype", choices=names, action="append", help="only this dtype; may be repeated")
-    parser.add_argument("--bandwidth-gbs", type=float, default=DEFAULT_BANDWIDTH_GBS, help="memory bandwidth, GB/s")
-    parser.add_argument("--clock-ghz", type=float, default=DEFAULT_CLOCK_GHZ, help="multiprocessors' clock, GHz")
+    parser.add_argument("--bandwidth-gbs", type=float, help="memory bandwidth, GB/s; the architecture's unless given")
+    parser.add_argument("--clock-ghz", type=float, help="multiprocessors' clock, GHz; the architecture's unless given")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     options = parser.parse_args(arguments)
     try:
@@ -352,13 +312,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     except ValueError:
         parser.error(f"--shape {options.shape}: give five positive numbers B,H,W,C,G; G divides C")
     for name, value in (("bandwidth-gbs", options.bandwidth_gbs), ("clock-ghz", options.clock_ghz)):
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name} is {value}, but must be a positive number")
     if options.proxy_channels is not None and options.proxy_channels < 1:
         parser.error(f"--proxy-channels is {options.proxy_channels}, but must be a positive number")
-    if options.proxy_channels is not None and not options.dtype:
-        names = [str(dtype).removeprefix("torch.") for dtype in FUSED_DTYPES]
-    options.dtypes = [getattr(torch, name) for name in options.dtype or names]
+    options.dtypes = [getattr(torch, name) for name in options.dtype or ()]
     return options
 
 
@@ -374,11 +332,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report; one line and exit code 2 where it cannot be made."""
     options = _arguments(arguments)
     try:
-        rest = (options.dtypes, options.bandwidth_gbs, options.clock_ghz)
-        if options.proxy_channels is None:
-            reports = inspect(options.arch, options.shape, *rest)
-        else:
-            reports = inspect_projected(options.arch, options.shape, options.proxy_channels, *rest)
+        reports = inspect(
+            options.arch,
+            options.shape,
+            options.dtypes,
+            proxy_channels=options.proxy_channels,
+            bandwidth_gbs=options.bandwidth_gbs,
+            clock_ghz=options.clock_ghz,
+        )
     except ValueError as error:
         print(f"inspect: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gspn_dit.ops.cuda.devices import CLUSTER_BLOCKS, Device, fewest_clusters, has_clusters
 from gspn_dit.ops.cuda.projected import Gradients, run_projected_backward, run_projected_forward
 from gspn_dit.ops.cuda.run import run_backward, run_forward
 from gspn_dit.ops.cuda.sources import compile_options, source_text
-from gspn_dit.ops.cuda.types import Device, Launch, Variant, has_clusters
+from gspn_dit.ops.cuda.types import Launch, Variant
 from gspn_dit.ops.materialised import projected_backward as materialised_backward
 from gspn_dit.ops.materialised import projected_forward as materialised_forward
 
@@ -85,9 +86,15 @@ def toolchain() -> Toolchain:
 
 
 def describe() -> str:
-    """Say in one line what runs the kernels: CuPy, NVRTC, the GPUs' architectures, where compiled ones are kept."""
+    """Say in one line what runs the kernels: CuPy, NVRTC, the GPUs and their clusters, where compiled ones are kept."""
     tools = toolchain()
     parts = [f"CUDA kernels through CuPy {tools.cupy}", f"NVRTC {tools.nvrtc}", *tools.architectures]
+    for index in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
+        with _current(torch.device("cuda", index)):
+            device = _device(index)
+            if device.clusters:
+                found = _clusters(index, device.shared_bytes)
+                parts.append(f"{found.count} clusters of {CLUSTER_BLOCKS} blocks at once {found.source}")
     return ", ".join([*parts, f"compiled ones in {tools.cache_directory}"])
 
 
@@ -102,14 +109,71 @@ def _cupy_packages() -> list[str]:
     return sorted({name for name in names if name == "cupy" or name.startswith("cupy-cuda")})
 
 
+CLUSTER_PROBE = f'extern "C" __global__ void __cluster_dims__({CLUSTER_BLOCKS}, 1, 1) gspn_cluster_probe() {{}}\n'
+"""A kernel that does nothing, by which the driver is asked how many clusters run at once."""
+
+
 @cache
 def _device(index: int) -> Device:
-    """Limits of a GPU."""
+    """Limits and rates of a GPU; the caller has made it current."""
     gpu = torch.cuda.get_device_properties(index)
-    runtime = importlib.import_module("cupy").cuda.runtime  # PyTorch 2.6 does not tell the shared memory of a block
-    shared_bytes = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    major = gpu.major
-    return Device(shared_bytes, gpu.multi_processor_count, clusters=has_clusters(major), tensor_cores=major >= 8)
+    runtime = importlib.import_module("cupy").cuda.runtime  # PyTorch 2.6 does not tell what follows
+
+    def attribute(name: str) -> int:
+        return int(runtime.deviceGetAttribute(getattr(runtime, f"cudaDevAttr{name}"), index))
+
+    usual = Device()
+    # Twice a clock, of a memory that moves its width twice; 0 where a virtual GPU does not tell.
+    bytes_per_ms = 2 * attribute("MemoryClockRate") * attribute("GlobalMemoryBusWidth") / 8
+    shared_bytes = attribute("MaxSharedMemoryPerBlockOptin")
+    return Device(
+        shared_bytes,
+        gpu.multi_processor_count,
+        clusters=_clusters(index, shared_bytes).count if has_clusters(gpu.major) else 0,
+        tensor_cores=gpu.major >= 8,
+        held_shared_bytes=attribute("MaxSharedMemoryPerMultiprocessor"),
+        held_threads=gpu.max_threads_per_multi_processor,
+        held_blocks=attribute("MaxBlocksPerMultiprocessor"),
+        registers=attribute("MaxRegistersPerMultiprocessor"),
+        bandwidth_gbs=bytes_per_ms / 1e6 or usual.bandwidth_gbs,
+        clock_ghz=attribute("ClockRate") / 1e6 or usual.clock_ghz,
+    )
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How many clusters of eight blocks run at once, where a block fills a multiprocessor, and who says so."""
+
+    count: int
+    source: str
+    """"by the driver", or "assumed" and why."""
+
+
+@cache
+def _clusters(index: int, shared_bytes: int) -> Clusters:
+    """Ask the driver of a GPU that has clusters, else assume the fewest; the caller has made the GPU current.
+
+    CuPy 14 has no name for `cuOccupancyMaxActiveClusters`: NVIDIA's own bindings have, where they are installed.
+    """
+    try:
+        return Clusters(_active_clusters(shared_bytes), "by the driver")
+    except (ImportError, RuntimeError) as error:
+        fewest = fewest_clusters(torch.cuda.get_device_properties(index).multi_processor_count)
+        return Clusters(fewest, f"assumed, as the driver cannot be asked ({' '.join(str(error).split())})")
+
+
+def _active_clusters(shared_bytes: int) -> int:
+    driver = importlib.import_module("cuda.bindings.driver")
+    kernel = importlib.import_module("cupy").RawModule(code=CLUSTER_PROBE).get_function("gspn_cluster_probe")
+    kernel.max_dynamic_shared_size_bytes = shared_bytes
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = CLUSTER_BLOCKS, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = 256, 1, 1
+    config.sharedMemBytes = shared_bytes
+    error, count = driver.cuOccupancyMaxActiveClusters(driver.CUfunction(kernel.kernel.ptr), config)
+    if error != driver.CUresult.CUDA_SUCCESS or count < 1:
+        raise RuntimeError(f"{error.name}, {count} clusters")
+    return int(count)
 
 
 @cache

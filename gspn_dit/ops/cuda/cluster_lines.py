@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import product
 
+from gspn_dit.ops.cuda.devices import CLUSTER_BLOCKS, Device
+from gspn_dit.ops.cuda.on_chip import plan_on_chip
 from gspn_dit.ops.cuda.types import (
-    BLOCKS_THAT_FILL,
-    CLUSTER_BLOCKS,
-    Device,
     Geometry,
     Launch,
     Plan,
-    finish_sums,
     group_slots,
+    lanes_of_blocks,
     slabs_of,
-    splits_sectors,
     straddling,
     thread_rows,
 )
 
 _COUNTER_BYTES = 16  # of each walk, as in cuda/cluster.cuh
 _MOST_WALKS = 8  # side by side
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """One shape of block that fits, and what it costs in relative time."""
-
-    cost: float
-    block: tuple[int, int, int]
-    slab: int
-    shared_bytes: int
 
 
 def _strips(geometry: Geometry) -> tuple[int, int]:
@@ -75,42 +63,43 @@ def _bytes_ratio(geometry: Geometry, slab: int, backward: bool) -> float:
     return geometry.bytes_over_floor(extra, backward) * straddling(channels, slab, geometry.dtype.itemsize)
 
 
-def _shapes(geometry: Geometry, device: Device, backward: bool) -> Iterator[_Shape]:
+def _lines(geometry: Geometry, walks: int) -> int:
+    """Lines that a block walks one after the other, with so many walks side by side."""
+    lines = 0
+    for members in ([code for code in geometry.codes if code < 2], [code for code in geometry.codes if code >= 2]):
+        if members:
+            steps, count = geometry.segment(members[0])
+            lines += steps * -(-len(members) * count // walks)
+    return lines
+
+
+def _launches(geometry: Geometry, device: Device, backward: bool) -> Iterator[Launch]:
+    """Yield every shape of block that fits."""
     variant = geometry.variant("cluster", backward)
     most = min(device.threads, variant.backward_threads if backward else variant.forward_threads)
-    for walks in _side_by_side(geometry):
-        for lanes in (32, 16, 8, 4, 2, 1):
-            slab, rows = lanes * variant.vector, thread_rows(lanes, max(_strips(geometry)))
-            shared = _shared_bytes(geometry, slab, rows, walks, backward)
-            if lanes * rows * walks > most or shared + 1024 > device.shared_bytes or splits_sectors(geometry, slab):
-                continue
-            blocks = CLUSTER_BLOCKS * slabs_of(geometry, slab) * geometry.batch
-            cost = straddling(geometry.channels, slab, geometry.dtype.itemsize)
-            cost *= 1.0 if 2 * (shared + 1024) <= device.shared_bytes else 1.05
-            cost *= 1 + 0.4 / walks  # fewer lines to wait for
-            cost *= max(1.0, device.processors * BLOCKS_THAT_FILL / blocks)
-            yield _Shape(cost, (lanes, rows, walks), slab, shared)
+    segments = max(geometry.segment(code)[1] for code in geometry.codes)
+    for walks, lanes in product(_side_by_side(geometry), lanes_of_blocks(geometry, variant.vector)):
+        slab, rows = lanes * variant.vector, thread_rows(lanes, max(_strips(geometry)))
+        shared = _shared_bytes(geometry, slab, rows, walks, backward)
+        if lanes * rows * walks > most or shared + 1024 > device.shared_bytes:
+            continue
+        blocks = CLUSTER_BLOCKS * slabs_of(geometry, slab) * geometry.batch
+        fields: dict[str, int | tuple[int, ...]] = {
+            "slab": slab,
+            "slabs": slabs_of(geometry, slab),
+            "group_slots": group_slots(geometry, slab),
+            "chunk": _own_lines(geometry),
+            "merge_blocks": blocks * segments,
+        }
+        grid, block = (blocks, 1, 1), (lanes, rows, walks)
+        yield Launch(variant, variant.kernels[0], grid, block, shared, fields, _lines(geometry, walks))
 
 
 def plan_cluster(geometry: Geometry, device: Device, backward: bool) -> Plan | None:
     """One launch for all directions, or None where a plane does not fit or the device has no clusters."""
-    shapes = list(_shapes(geometry, device, backward)) if device.clusters else []
-    if not shapes:
-        return None
-    shape = min(shapes, key=lambda shape: shape.cost)
-    variant = geometry.variant("cluster", backward)
-    blocks = CLUSTER_BLOCKS * slabs_of(geometry, shape.slab) * geometry.batch
-    segments = max(geometry.segment(code)[1] for code in geometry.codes)
-    fields: dict[str, int | tuple[int, ...]] = {
-        "slab": shape.slab,
-        "slabs": slabs_of(geometry, shape.slab),
-        "group_slots": group_slots(geometry, shape.slab),
-        "chunk": _own_lines(geometry),
-        "merge_blocks": blocks * segments,
-    }
-    launch = Launch(variant, variant.kernels[0], (blocks, 1, 1), shape.block, shape.shared_bytes, fields)
-    ratio = _bytes_ratio(geometry, shape.slab, backward)
-    if not backward:
-        return Plan("cluster", (launch,), {}, ratio)
-    finish, buffers = finish_sums(geometry, shape.slab, blocks * segments)
-    return Plan("cluster", (launch, *finish), buffers, ratio)
+
+    def ratio(launch: Launch) -> float:
+        return _bytes_ratio(geometry, launch.block[0] * launch.variant.vector, backward)
+
+    launches = list(_launches(geometry, device, backward)) if device.clusters else []
+    return plan_on_chip("cluster", geometry, device, backward, launches, ratio)

@@ -6,29 +6,27 @@ halos, and a launch walks one chunk of lines ("long").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from gspn_dit.ops.cuda.devices import CLUSTER_BLOCKS, Device
+from gspn_dit.ops.cuda.estimate import Score, best, score
 from gspn_dit.ops.cuda.types import (
-    CLUSTER_BLOCKS,
-    Device,
     Geometry,
     Launch,
     Plan,
+    Variant,
     finish_sums,
     group_slots,
+    lanes_of_blocks,
     slabs_of,
-    splits_sectors,
     straddling,
     thread_rows,
 )
 
-_BANDWIDTH_BYTES_PER_MICROSECOND = 3.0e6
-_LAUNCH_MICROSECONDS = 6.0
 _FORWARD_CHUNKS = (4, 8, 16, 32, 64, 1 << 30)  # lines per launch
 _BACKWARD_CHUNKS = (2, 4, 6, 8, 12, 16)
 _COUNTER_BYTES = 16  # as in cuda/long_lines.cu, where blocks are in clusters
-_PATIENCE = {False: 1.2, True: 2.0}  # how much more time fewer bytes may take; the latter if lines stay whole
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,6 @@ class _Phase:
     chunk: int
     chunks: int
 
-    def moved(self) -> float:
-        """Positions read over positions owned, and states that cross launches: what the cut adds to the bytes."""
-        return (self.positions + 2 * self.halo * (self.tiles - 1)) / self.positions + 0.1 / self.chunk
-
     def spans(self) -> list[tuple[int, int]]:
         """First chunk and number of chunks of each launch, in the order of a forward pass.
 
@@ -57,6 +51,10 @@ class _Phase:
             return [(step, 1) for step in range(self.chunks)]
         span = self.chunks // len(self.members)
         return [(step, span) for step in range(0, self.chunks, span)]
+
+    def state_spans(self) -> list[tuple[int, int]]:
+        """The same of a walk for states alone: nothing reads the one after the last chunk."""
+        return self.spans()[:-1] if self.halo else [(0, self.chunks - 1)]
 
     def blocks(self, geometry: Geometry, slab: int) -> int:
         return slabs_of(geometry, slab) * self.tiles * self.segments * geometry.batch
@@ -92,29 +90,39 @@ def _cut(geometry: Geometry, members: tuple[int, ...], rows: int, chunk: int, re
 
 @dataclass(frozen=True)
 class _Cut:
-    """One way to run a phase: thread rows per block, and what a simple model says of it."""
+    """One way to run a phase: a launch of each of its kernels, how many there are, and the bytes that they move."""
 
     phase: _Phase
-    rows: int
-    lanes: int
-    bytes: float
-    microseconds: float
-    fills: bool
-    """Whether there is a block for every multiprocessor."""
+    runs: tuple[tuple[Launch, int, float], ...]
+
+    @property
+    def slab(self) -> int:
+        """Channels of a block."""
+        launch = self.runs[0][0]
+        return launch.block[0] * launch.variant.vector
+
+    def score(self, device: Device) -> Score:
+        """Of all its launches."""
+        scores = [score(launch, device, moved, times) for launch, times, moved in self.runs]
+        return sum(scores[1:], scores[0])
 
 
-def _weigh(
-    geometry: Geometry, device: Device, phase: _Phase, rows: int, lanes: int, backward: bool, regime: str
-) -> _Cut:
-    """Bytes, and time as bytes over the bandwidth that so many blocks can draw plus the launches."""
-    slab = lanes * geometry.variant(regime, backward).vector
-    moved = geometry.floor_bytes(backward) * (1.9 if backward else 1.7) * len(phase.members) / len(geometry.codes)
-    moved *= phase.moved() * straddling(geometry.channels, slab, geometry.dtype.itemsize)
-    blocks = phase.blocks(geometry, slab) * len(phase.members)
-    share = min(1.0, blocks / device.processors)
-    launches = len(phase.spans()) * (2 if backward else 1)
-    time = moved / (_BANDWIDTH_BYTES_PER_MICROSECOND * share) + launches * _LAUNCH_MICROSECONDS
-    return _Cut(phase, rows, lanes, moved, time, blocks >= device.processors)
+def _moved_elements(geometry: Geometry, members: int, chunk: int) -> dict[str, float]:
+    """Elements per token and channel that each kernel moves for so many of the directions, halos aside.
+
+    Logits, gates, tokens and their gradients once for every time that a kernel needs them; sums over directions are
+    stored by the first of them, read and stored by the others, and become the result with the last.
+    """
+    directions, wide = len(geometry.codes), geometry.real_bytes / geometry.dtype.itemsize
+    logits = 3 * geometry.groups / geometry.channels
+    sums = (2 * (directions - 1) * wide + 1) / directions
+    end = wide / chunk  # a state that a chunk ends with
+    elements = {
+        "forward": 1 + logits + 2 + sums + end,
+        "states": 1 + logits + 1 + end,
+        "backward": 2 + 2 * (logits + 2) + sums + end,
+    }
+    return {name: members * count for name, count in elements.items()}
 
 
 def _long_shared_bytes(geometry: Geometry, slab: int, rows: int, chunk: int | None) -> int:
@@ -146,39 +154,44 @@ def _cuts(
                 continue
             shared = _long_shared_bytes(geometry, lanes * variant.vector, rows, phase.chunk if backward else None)
             if shared + 1024 <= device.shared_bytes:
-                yield _weigh(geometry, device, phase, rows, lanes, backward, regime)
+                yield _cut_into_runs(geometry, variant, phase, (lanes, rows, 1), backward)
 
 
-def _best(ways: Sequence[tuple[_Cut, ...]]) -> tuple[_Cut, ...]:
-    """Fewest bytes first: the model of time is too coarse to give up many bytes for a small gain.
+def _cut_into_runs(
+    geometry: Geometry, variant: Variant, phase: _Phase, block: tuple[int, int, int], backward: bool
+) -> _Cut:
+    slab = block[0] * variant.vector
+    grid = (phase.blocks(geometry, slab), len(phase.members), 1)
+    spans = phase.spans()
+    read = (phase.positions + 2 * phase.halo * (phase.tiles - 1)) / phase.positions  # over the positions owned
+    read *= straddling(geometry.channels, slab, geometry.dtype.itemsize)
+    value = geometry.tokens * geometry.channels * geometry.dtype.itemsize * read
+    elements = _moved_elements(geometry, len(phase.members), phase.chunk)
 
-    Lines that are cut anyway are cut until the blocks fill the device.
-    """
+    def run(name: str, spans: list[tuple[int, int]]) -> tuple[Launch, int, float]:
+        shared = _long_shared_bytes(geometry, slab, block[1], phase.chunk if name == "backward" else None)
+        lines = min(phase.chunk * spans[0][1], geometry.segment(geometry.codes[phase.members[0]])[0])
+        launch = Launch(variant, f"gspn_scan_{name}_kernel", grid, block, shared, {}, lines)
+        return launch, len(spans), elements[name] * value
 
-    def time(way: tuple[_Cut, ...]) -> float:
-        return sum(cut.microseconds for cut in way)
-
-    def whole(way: tuple[_Cut, ...]) -> bool:
-        return all(cut.phase.halo == 0 for cut in way)
-
-    def idles(way: tuple[_Cut, ...]) -> bool:
-        return not whole(way) and not all(cut.fills for cut in way)
-
-    least = min(map(time, ways))
-    allowed = [way for way in ways if time(way) <= least * _PATIENCE[whole(way)]]
-    return min(allowed, key=lambda way: (idles(way), sum(cut.bytes for cut in way), time(way)))
+    if not backward:
+        return _Cut(phase, (run("forward", spans),))
+    return _Cut(phase, (run("states", phase.state_spans()), run("backward", spans)))
 
 
 def _choose(geometry: Geometry, device: Device, backward: bool, regime: str) -> tuple[_Cut, ...] | None:
     """One cut per phase, all with blocks of equally many channels: partial sums are laid out by them."""
+
+    def score_of(cuts: tuple[_Cut, ...]) -> Score:
+        scores = [cut.score(device) for cut in cuts]
+        return sum(scores[1:], scores[0])
+
     ways = []
-    for lanes in (32, 16, 8, 4, 2, 1):
-        if lanes < 4 and splits_sectors(geometry, lanes * geometry.variant(regime, backward).vector):
-            continue
+    for lanes in lanes_of_blocks(geometry, geometry.variant(regime, backward).vector):
         options = [list(_cuts(geometry, device, members, lanes, backward, regime)) for members in _phases(geometry)]
         if all(options):
-            ways.append(tuple(_best([(cut,) for cut in cuts])[0] for cuts in options))
-    return _best(ways) if ways else None
+            ways.append(tuple(best(cuts, lambda cut: cut.score(device)) for cuts in options))
+    return best(ways, score_of) if ways else None
 
 
 def _phase_fields(phase: _Phase, slab: int, geometry: Geometry) -> dict[str, int | tuple[int, ...]]:
@@ -211,29 +224,22 @@ def _launches(
     index: int,
     phases: int,
     backward: bool,
-    regime: str,
 ) -> Iterator[Launch]:
     """Yield the launches of one phase, the `index`-th of so many; sums of blocks are numbered in the order they run."""
-    variant, phase = geometry.variant(regime, backward), cut.phase
-    slab = cut.lanes * variant.vector
-    blocks = phase.blocks(geometry, slab)
-    grid, block = (blocks, len(phase.members), 1), (cut.lanes, cut.rows, 1)
-    spans = phase.spans()
+    phase, spans = cut.phase, cut.phase.spans()
 
-    def launch(kernel: str, span: tuple[int, int], chunk: int | None, more: dict[str, int]) -> Launch:
-        shared = _long_shared_bytes(geometry, slab, cut.rows, chunk)
-        return Launch(variant, kernel, grid, block, shared, {**common, **more, "step": span[0], "span": span[1]})
+    def like(run: tuple[Launch, int, float], span: tuple[int, int], more: dict[str, int]) -> Launch:
+        return replace(run[0], fields={**common, **more, "step": span[0], "span": span[1]})
 
     if not backward:
         for span in spans:
-            yield launch("gspn_scan_forward_kernel", span, None, _turn(phase, span[0], index, phases, False))
+            yield like(cut.runs[0], span, _turn(phase, span[0], index, phases, False))
         return
-    # Nothing reads the state after the last chunk.
-    for span in spans[:-1] if phase.halo else [(0, phase.chunks - 1)]:
-        yield launch("gspn_scan_states_kernel", span, None, {})
+    for span in phase.state_spans():
+        yield like(cut.runs[0], span, {})
     for number, span in enumerate(reversed(spans)):
         turn = _turn(phase, span[0], index, phases, True)
-        yield launch("gspn_scan_backward_kernel", span, phase.chunk, {**turn, "merge_offset": number * blocks})
+        yield like(cut.runs[1], span, {**turn, "merge_offset": number * cut.runs[1][0].grid[0]})
 
 
 def plan_long(geometry: Geometry, device: Device, backward: bool, regime: str = "long") -> Plan | None:
@@ -244,7 +250,7 @@ def plan_long(geometry: Geometry, device: Device, backward: bool, regime: str = 
     cuts = None if regime == "wide" and not device.clusters else _choose(geometry, device, backward, regime)
     if cuts is None:
         return None
-    slab = cuts[0].lanes * geometry.variant(regime, backward).vector
+    slab = cuts[0].slab
     merge_blocks = max(cut.phase.blocks(geometry, slab) * len(cut.phase.spans()) for cut in cuts)
     launches: list[Launch] = []
     buffers = {"states": 0}
@@ -258,8 +264,9 @@ def plan_long(geometry: Geometry, device: Device, backward: bool, regime: str = 
         buffers["states"] = max(buffers["states"], ring * boundary)
         if backward:
             buffers["carries"] = max(buffers.get("carries", 0), 2 * boundary)
-        launches.extend(_launches(geometry, cut, common, index, len(cuts), backward, regime))
-    ratio = sum(cut.bytes for cut in cuts) / geometry.floor_bytes(backward)
+        launches.extend(_launches(geometry, cut, common, index, len(cuts), backward))
+    moved = sum(moved for cut in cuts for _, _, moved in cut.runs)
+    ratio = moved / geometry.floor_bytes(backward)
     if not backward:
         return Plan(regime, tuple(launches), buffers, ratio)
     finish, finish_buffers = finish_sums(geometry, slab, merge_blocks)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 from gspn_dit.ops.cuda.cluster_lines import plan_cluster
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.long_lines import plan_long
 from gspn_dit.ops.cuda.short_lines import plan_short
-from gspn_dit.ops.cuda.types import Device, Geometry, Plan
+from gspn_dit.ops.cuda.types import Geometry, Plan
 
 MOST_CELLS = 2**32 - 1
 """Tokens times directions that `Cell` in cuda/common.cuh counts."""

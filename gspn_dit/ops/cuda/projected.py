@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.plan import alignment_of
 from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import FIELDS, ProjectedGeometry, ProjectedPlan, plan_forward
 from gspn_dit.ops.cuda.run import readable, token_strides
-from gspn_dit.ops.cuda.types import Device, Launcher
+from gspn_dit.ops.cuda.types import Launcher
 
 _POSITIONS = {}
 _LENGTH = 0

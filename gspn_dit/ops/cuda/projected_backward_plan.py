@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.projected_plan import (
     MOST_BACKWARD_WARPS,
     WARP_CHANNELS,
@@ -17,7 +18,7 @@ from gspn_dit.ops.cuda.projected_plan import (
     pitches,
     refusal,
 )
-from gspn_dit.ops.cuda.types import Device, Launch, straddling
+from gspn_dit.ops.cuda.types import Launch, straddling
 
 _MAPS = 5
 _MOST_PROXY = 80  # channels of a proxy, the sums of whose weights' gradients fit in the registers of a warp
@@ -87,7 +88,7 @@ def _cuts(geometry: ProjectedGeometry, device: Device, cut: tuple[int, int] | No
             if cluster > 1 and slab * (cluster - 1) >= geometry.channels and cut is None:
                 continue
             moved = tokens + 2 * wide * proxy / (slab * cluster)
-            at_once = max(1, device.processors // cluster)
+            at_once = device.at_once(1, cluster) // cluster
             for parts in (cut[1],) if cut else range(1, geometry.batch + 1):
                 turns = -(-spans * parts // at_once)
                 cost = turns * (-(-geometry.batch // parts) * (_WORK + moved * slab) + flush * slab)

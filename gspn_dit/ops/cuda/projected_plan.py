@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import torch
 
-from gspn_dit.ops.cuda.types import Device, Launch, Variant, straddling
+from gspn_dit.ops.cuda.devices import Device
+from gspn_dit.ops.cuda.types import Launch, Variant, straddling
 
 POINTERS = (
     *("x", "proxy", "logits_weight", "input_gate_weight", "output_gate_weight", "skip_weight", "merge_weight", "y"),
@@ -50,6 +51,11 @@ class ProjectedVariant(Variant):
     """Blocks of a cluster."""
 
     @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster."""
+        return self.cluster
+
+    @property
     def source(self) -> str:
         """Name of the source file."""
         return f"{self.regime}.cu"
@@ -72,7 +78,7 @@ class ProjectedVariant(Variant):
     @property
     def defines(self) -> dict[str, int]:
         """Macros of `cuda/common.cuh` and `cuda/projected.cuh`."""
-        own = {"GSPN_PROXY": self.proxy, "GSPN_TILES": self.tiles, "GSPN_CLUSTER": self.cluster}
+        own = {"GSPN_PROXY": self.proxy, "GSPN_TILES": self.tiles}
         return {**super().defines, **own}
 
 

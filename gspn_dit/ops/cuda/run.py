@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops.contract import compute_dtype
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.plan import alignment_of, plan
-from gspn_dit.ops.cuda.types import FIELDS, Device, Geometry, Launcher, Plan
+from gspn_dit.ops.cuda.types import FIELDS, Geometry, Launcher, Plan
 
 _POSITIONS = {}
 _LENGTH = 0

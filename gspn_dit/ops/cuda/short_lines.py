@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
+from gspn_dit.ops.cuda.devices import Device
+from gspn_dit.ops.cuda.on_chip import plan_on_chip
 from gspn_dit.ops.cuda.types import (
-    BLOCKS_THAT_FILL,
-    Device,
     Geometry,
     Launch,
     Plan,
-    finish_sums,
     group_slots,
+    lanes_of_blocks,
     slabs_of,
-    splits_sectors,
     straddling,
     thread_rows,
 )
 
 SPARED_GATES = 4  # as in cuda/common.cuh
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """One shape of block that fits, and what it costs in relative time."""
-
-    cost: float
-    block: tuple[int, int, int]
-    shared_bytes: int
 
 
 def _shared_bytes(geometry: Geometry, slab: int, rows: int, segments: int, backward: bool) -> int:
@@ -45,45 +34,37 @@ def _state_lines(geometry: Geometry) -> int:
     return max(geometry.segment(code)[0] for code in geometry.codes)
 
 
-def _shapes(geometry: Geometry, device: Device, backward: bool) -> Iterator[_Shape]:
+def _launches(geometry: Geometry, device: Device, backward: bool) -> Iterator[Launch]:
+    """Yield every shape of block that fits."""
     variant = geometry.variant("short", backward)
     most = min(device.threads, variant.backward_threads if backward else variant.forward_threads)
     longest = max(geometry.height, geometry.width)
     if backward and longest > variant.lines:
         return
-    most_segments = max(geometry.segment(code)[1] for code in geometry.codes)
-    for lanes, segments in product((32, 16, 8, 4, 2, 1), range(1, min(most_segments, 4) + 1)):
+    segments = [geometry.segment(code) for code in geometry.codes]
+    most_segments = max(count for _, count in segments)
+    for lanes, side_by_side in product(lanes_of_blocks(geometry, variant.vector), range(1, min(most_segments, 4) + 1)):
         slab, rows = lanes * variant.vector, thread_rows(lanes, longest)
-        shared = _shared_bytes(geometry, slab, rows, segments, backward)
-        if lanes * rows * segments > most or shared + 1024 > device.shared_bytes or splits_sectors(geometry, slab):
+        shared = _shared_bytes(geometry, slab, rows, side_by_side, backward)
+        if lanes * rows * side_by_side > most or shared + 1024 > device.shared_bytes:
             continue
-        cost = straddling(geometry.channels, slab, geometry.dtype.itemsize)
-        # A lone block cannot load while it computes; too few blocks leave multiprocessors idle.
-        cost *= 1.0 if 2 * (shared + 1024) <= device.shared_bytes else 1.05
-        cost *= max(1.0, device.processors * BLOCKS_THAT_FILL / (slabs_of(geometry, slab) * geometry.batch))
-        yield _Shape(cost, (lanes, rows, segments), shared)
+        blocks = slabs_of(geometry, slab) * geometry.batch
+        fields: dict[str, int | tuple[int, ...]] = {
+            "slab": slab,
+            "slabs": slabs_of(geometry, slab),
+            "group_slots": group_slots(geometry, slab),
+            "chunk": _state_lines(geometry),
+            "merge_blocks": blocks * side_by_side,
+        }
+        lines = sum(steps * -(-count // side_by_side) for steps, count in segments)
+        yield Launch(variant, variant.kernels[0], (blocks, 1, 1), (lanes, rows, side_by_side), shared, fields, lines)
 
 
 def plan_short(geometry: Geometry, device: Device, backward: bool) -> Plan | None:
     """One launch for all directions, or None where a plane does not fit."""
-    shapes = list(_shapes(geometry, device, backward))
-    if not shapes:
-        return None
-    shape = min(shapes, key=lambda shape: shape.cost)
-    variant = geometry.variant("short", backward)
-    slab = shape.block[0] * variant.vector
-    blocks = slabs_of(geometry, slab) * geometry.batch
-    merge_blocks = blocks * shape.block[2]
-    fields: dict[str, int | tuple[int, ...]] = {
-        "slab": slab,
-        "slabs": slabs_of(geometry, slab),
-        "group_slots": group_slots(geometry, slab),
-        "chunk": _state_lines(geometry),
-        "merge_blocks": merge_blocks,
-    }
-    launch = Launch(variant, variant.kernels[0], (blocks, 1, 1), shape.block, shape.shared_bytes, fields)
-    ratio = geometry.bytes_over_floor(0, backward) * straddling(geometry.channels, slab, geometry.dtype.itemsize)
-    if not backward:
-        return Plan("short", (launch,), {}, ratio)
-    finish, buffers = finish_sums(geometry, slab, merge_blocks)
-    return Plan("short", (launch, *finish), buffers, ratio)
+
+    def ratio(launch: Launch) -> float:
+        slab = launch.block[0] * launch.variant.vector
+        return geometry.bytes_over_floor(0, backward) * straddling(geometry.channels, slab, geometry.dtype.itemsize)
+
+    return plan_on_chip("short", geometry, device, backward, list(_launches(geometry, device, backward)), ratio)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops.contract import compute_dtype
+from gspn_dit.ops.cuda.devices import CLUSTER_BLOCKS
 
 SECTOR_BYTES = 32
-BLOCKS_THAT_FILL = 0.7  # share of the multiprocessors that can draw the whole bandwidth
-CLUSTER_BLOCKS = 8  # the most that every device with clusters can run
 STORAGE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 POINTERS = (
@@ -81,6 +80,11 @@ class Variant:
         return 256 if narrow or self.regime == "cluster" or self.dtype == torch.float64 else 512
 
     @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster."""
+        return CLUSTER_BLOCKS if self.regime in ("cluster", "wide") else 1
+
+    @property
     def defines(self) -> dict[str, int]:
         """Macros that the sources ask for."""
         return {
@@ -89,7 +93,7 @@ class Variant:
             "GSPN_SHARED_WEIGHTS": int(self.shared_weights),
             "GSPN_BACKWARD": int(self.backward),
             "GSPN_LINES": self.lines,
-            "GSPN_CLUSTER": CLUSTER_BLOCKS if self.regime in ("cluster", "wide") else 1,
+            "GSPN_CLUSTER": self.cluster_blocks,
             "GSPN_FORWARD_THREADS": self.forward_threads,
             "GSPN_BACKWARD_THREADS": self.backward_threads,
         }
@@ -99,27 +103,6 @@ def widest_vector(regime: str, dtype: torch.dtype, backward: bool = False) -> in
     """Channels per thread where alignment allows: a word of 8 bytes, of 4 where more registers would spill."""
     words = 1 if regime == "finish" else 4 if backward and regime in ("short", "cluster") else 8
     return max(1, words // dtype.itemsize)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a launch must fit: shared memory and threads of a block, how many multiprocessors there are to fill, and
-    whether blocks of a cluster reach each other's shared memory."""
-
-    shared_bytes: int = 227 * 1024
-    processors: int = 132
-    threads: int = 1024
-    clusters: bool = True
-    tensor_cores: bool = True
-    """Those of compute capability 8.0, with bfloat16 and asynchronous copies."""
-
-
-def has_clusters(major: int) -> bool:
-    """Whether devices of a compute capability run clusters of eight blocks with large shared memory: 9.0 and 10.0.
-
-    Consumer devices of 12.0 have 99 KB per block, and their clusters are not known to hold eight of them.
-    """
-    return major in (9, 10)
 
 
 @dataclass(frozen=True)
@@ -196,6 +179,18 @@ class Launch:
     block: tuple[int, int, int]
     shared_bytes: int
     fields: dict[str, int | tuple[int, ...]]
+    lines: int = 0
+    """That a block walks one after the other, the way back not counted; 0 where there is no such walk."""
+
+    @property
+    def blocks(self) -> int:
+        """Of the whole grid."""
+        return math.prod(self.grid)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return math.prod(self.block)
 
 
 @dataclass(frozen=True)
@@ -221,9 +216,15 @@ def straddling(channels: int, slab: int, itemsize: int) -> float:
     return touched * SECTOR_BYTES / (period * channels * itemsize)
 
 
-def splits_sectors(geometry: Geometry, slab: int) -> bool:
-    """Whether the slabs of several blocks lie in one sector, which each of them would move."""
-    return slab * geometry.dtype.itemsize < SECTOR_BYTES and slab < geometry.channels
+def lanes_of_blocks(geometry: Geometry, vector: int) -> list[int]:
+    """Lanes that channels may take in a block: none stays idle, and no two blocks move the same sector of a row."""
+    slabs = {lanes: lanes * vector for lanes in (32, 16, 8, 4, 2, 1)}
+    return [
+        lanes
+        for lanes, slab in slabs.items()
+        if (lanes == 1 or slab // 2 < geometry.channels)
+        and (slab * geometry.dtype.itemsize >= SECTOR_BYTES or slab >= geometry.channels)
+    ]
 
 
 def slabs_of(geometry: Geometry, slab: int) -> int:

@@ -9,15 +9,22 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 ATTRIBUTES = {
     "cudaDevAttrMaxSharedMemoryPerBlockOptin": 232_448,
+    "cudaDevAttrMaxSharedMemoryPerMultiprocessor": 233_472,
+    "cudaDevAttrMaxBlocksPerMultiprocessor": 32,
+    "cudaDevAttrMaxRegistersPerMultiprocessor": 65_536,
     "cudaDevAttrMultiProcessorCount": 132,
+    "cudaDevAttrMemoryClockRate": 2_619_000,
+    "cudaDevAttrGlobalMemoryBusWidth": 5120,
+    "cudaDevAttrClockRate": 1_980_000,
 }
-"""Of an H100; every other attribute that CuPy names is 0."""
+"""Of an H100 SXM, clocks in kHz; every other attribute that CuPy names is 0."""
 
 
 def signature_of(real: Any) -> inspect.Signature | None:
@@ -34,8 +41,9 @@ def signature_of(real: Any) -> inspect.Signature | None:
     if not stated:
         return None
     arguments = [argument.strip() for argument in stated[-1].split(",")]
-    # "str code=None" is how Cython states a typed argument.
-    plain = ", ".join(re.sub(r"^\w+ (?=\w)", "", argument) for argument in arguments if argument not in ("self", ""))
+    # "str code=None" is how Cython states a typed argument; some are annotated, too.
+    untyped = (re.sub(r"^\w+ (?=\w)|:[^=]*", "", argument) for argument in arguments if argument not in ("self", ""))
+    plain = ", ".join(untyped)
     return inspect.signature(eval(f"lambda {plain}: None"))
 
 
@@ -83,7 +91,9 @@ class FakeKernel(Strict):
             (argument,) = args
             launches.append((name, grid, block, argument, shared_mem))
 
-        super().__init__(real_cupy.RawKernel, None, shared_size_bytes=1024, max_dynamic_shared_size_bytes=0)
+        function = Strict(real_cupy.cuda.function.Function, None, ptr=hash(name))
+        sizes = {"shared_size_bytes": 1024, "max_dynamic_shared_size_bytes": 0}
+        super().__init__(real_cupy.RawKernel, None, kernel=function, **sizes)
         vars(self)["_launch"] = Strict(real_cupy.RawKernel.__call__, launch)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> None:
@@ -134,4 +144,25 @@ class FakeCupy(Strict):
                 ExternalStream=Strict(real.cuda.ExternalStream, external_stream),
                 Stream=Strict(real.cuda.Stream, None, from_external=lambda obj: external_stream(7)),
             ),
+        )
+
+
+class FakeDriver(Strict):
+    """NVIDIA's bindings of the driver as far as clusters need them; `asked` lists what it was asked about."""
+
+    def __init__(self, real: Any, clusters: int, error: str = "CUDA_SUCCESS") -> None:
+        vars(self)["asked"] = []
+        result = real.CUresult
+
+        def occupancy(func: Any, config: Strict) -> tuple[Any, int]:
+            vars(self)["asked"].append((func, config))
+            return getattr(result, error), clusters
+
+        super().__init__(
+            real,
+            None,
+            CUresult=result,
+            CUfunction=int,
+            CUlaunchConfig=partial(Strict, real.CUlaunchConfig()),
+            cuOccupancyMaxActiveClusters=occupancy,
         )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gspn_dit.ops.cuda import sources
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.run import PROBLEM_BYTES
 from gspn_dit.ops.cuda.types import Variant
-from tests.ops.cuda.fake_cupy import FakeCupy, Strict
+from tests.ops.cuda.fake_cupy import FakeCupy, FakeDriver, Strict
 from tests.ops.scan_cases import make_inputs
 
 CUDA = torch.device("cuda", 0)
@@ -87,14 +88,18 @@ def h100(gpu_machine: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
     if properties is None:
         pytest.skip("this PyTorch is built without CUDA and does not know the names of a GPU's properties")
     cupy = fake_cupy()
-    gpu = Strict(properties, None, multi_processor_count=132, major=9, minor=0)
+    facts = {"multi_processor_count": 132, "max_threads_per_multi_processor": 2048, "major": 9, "minor": 0}
+    gpu = Strict(properties, None, **facts)
     stream = types.SimpleNamespace(cuda_stream=7, __cuda_stream__=lambda: (0, 7))
     gpu_machine.setitem(sys.modules, "cupy", cupy)
+    gpu_machine.setitem(sys.modules, "cuda.bindings.driver", None)
     gpu_machine.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    gpu_machine.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu_machine.setattr(torch.cuda, "device_count", lambda: 1)
     gpu_machine.setattr(torch.cuda, "current_device", lambda: 0)
     gpu_machine.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     gpu_machine.setattr(torch.cuda, "current_stream", lambda device: stream)
-    cached = (cuda._device, cuda._kernel, cuda._module)
+    cached = (cuda._device, cuda._clusters, cuda._kernel, cuda._module)
     for function in cached:
         function.cache_clear()
     yield cupy
@@ -107,7 +112,6 @@ def h100(gpu_machine: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
 def test_a_scan_is_launched_by_names_that_cupy_and_torch_have(
     h100: FakeCupy, dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> None:
-    assert cuda._device(0) == harness.H100
     inputs = make_inputs(shape, dtype=dtype)
     merge_weight = torch.ones(4)
     cuda.scan_forward(*inputs[:4], merge_weight, [0, 1, 2, 3], 0)
@@ -121,6 +125,30 @@ def test_a_scan_is_launched_by_names_that_cupy_and_torch_have(
             assert isinstance(size, tuple) and all(type(number) is int and number > 0 for number in size)
         assert (argument.shape, argument.nbytes) == ((1,), PROBLEM_BYTES)
         assert 0 <= shared_bytes <= harness.H100.shared_bytes
+
+
+def test_a_device_is_what_cupy_and_torch_say(h100: FakeCupy) -> None:
+    """2 · 2619 MHz · 640 bytes; what is not told is an H100's."""
+    found = cuda._device(0)
+    assert found.bandwidth_gbs == pytest.approx(3352.32) and found.clock_ghz == 1.98
+    assert replace(found, bandwidth_gbs=3350.0, clock_ghz=1.755) == harness.H100
+    assert cuda._clusters(0, found.shared_bytes).count == 14
+    assert "assumed, as the driver cannot be asked (" in cuda.describe()
+
+
+@pytest.mark.parametrize(("answer", "count"), [("CUDA_SUCCESS", 15), ("CUDA_ERROR_INVALID_VALUE", 0)])
+def test_the_driver_is_asked_how_many_clusters_run_at_once(
+    h100: FakeCupy, monkeypatch: pytest.MonkeyPatch, answer: str, count: int
+) -> None:
+    """By a kernel of eight blocks that takes all shared memory; without an answer, the fewest there can be."""
+    monkeypatch.delitem(sys.modules, "cuda.bindings.driver")
+    reason = "NVIDIA's bindings of the driver: pip install cuda-bindings"
+    driver = FakeDriver(pytest.importorskip("cuda.bindings.driver", reason=reason), count, answer)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    assert cuda._device(0).clusters == (count or 14)
+    assert f"clusters of 8 blocks at once {'by the driver' if count else 'assumed, as'}" in cuda.describe()
+    ((_, config),) = driver.asked
+    assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (8, 256, harness.H100.shared_bytes)
 
 
 @pytest.mark.parametrize(("dtype", "kernels"), [(torch.bfloat16, "projected_forward"), (torch.float32, "scan_forward")])

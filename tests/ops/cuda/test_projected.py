@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gspn_dit.ops.cuda.devices import ARCHITECTURES, Device
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.projected import run_projected_forward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedPlan, ProjectedVariant, plan_forward
-from gspn_dit.ops.cuda.types import Device
 from gspn_dit.ops.inspect import parse_log
 from gspn_dit.ops.materialised import projected_forward
 from gspn_dit.ops.reference import scan_reference
@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 )
 ALL = (0, 1, 2, 3)
 IMAGENET = ProjectedGeometry(torch.bfloat16, 32, 16, 16, 1152, 1152, 72, ALL, 0)
-AMPERE = Device(163 * 1024, 108, clusters=False)
+AMPERE = ARCHITECTURES["sm_80"]
 
 
 def fused(

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from gspn_dit.ops import gspn_scan
 from gspn_dit.ops.cpu import binding as cpu
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.host import harness
 from gspn_dit.ops.cuda.host.ptx.grammar import PtxError, parse
 from gspn_dit.ops.cuda.host.ptx.host import PtxHost, cached_ptx, translated
 from gspn_dit.ops.cuda.host.ptx.translate import translate
-from gspn_dit.ops.cuda.types import Device, Variant
+from gspn_dit.ops.cuda.types import Variant
 from tests.ops.cuda.test_projected import check
 from tests.ops.cuda.test_projected_backward import check as check_backward
 from tests.ops.scan_cases import DTYPES, check_against_reference, make_inputs, scan_and_gradients

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gspn_dit.ops.cuda import run
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.host import harness
-from gspn_dit.ops.cuda.types import Device, Variant
+from gspn_dit.ops.cuda.types import Variant
 from tests.ops.scan_cases import Inputs, make_inputs
 
 pytestmark = [

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from gspn_dit.ops.cuda import projected, run
+from gspn_dit.ops.cuda.devices import Device
 from gspn_dit.ops.cuda.plan import plan
 from gspn_dit.ops.cuda.projected_backward_plan import plan_backward
 from gspn_dit.ops.cuda.projected_plan import ProjectedGeometry, ProjectedVariant, plan_forward
 from gspn_dit.ops.cuda.sources import source_folder
-from gspn_dit.ops.cuda.types import POINTERS, SECTOR_BYTES, Device, Geometry, Launch, Variant
+from gspn_dit.ops.cuda.types import POINTERS, SECTOR_BYTES, Geometry, Launch, Variant
 
 HERE = Path(__file__).resolve().parent
 SOURCES = source_folder()
-H100 = Device(227 * 1024, 132)
+H100 = Device()
 
 
 def compiler() -> str | None:
@@ -179,14 +180,14 @@ def whole_sectors(geometry: Geometry, device: Device, backward: bool) -> tuple[G
     image_bytes = geometry.height * geometry.width * geometry.channels * geometry.dtype.itemsize
     images = min(geometry.batch, 1 if image_bytes % SECTOR_BYTES == 0 else 4)
     part = replace(geometry, batch=images)
-    device = replace(device, processors=max(1, round(device.processors * images / geometry.batch)))
+    device = device.share(images, geometry.batch)
     launches = plan(part, device, backward).launches
     slab = launches[0].fields["slab"]
     assert isinstance(slab, int)
     if geometry.groups < geometry.channels or geometry.channels % slab or slab * geometry.dtype.itemsize % SECTOR_BYTES:
         return part, device
     one = replace(part, channels=slab, groups=slab)
-    smaller = replace(device, processors=max(1, round(device.processors * slab / geometry.channels)))
+    smaller = device.share(slab, geometry.channels)
 
     def cut(launches: Sequence[Launch]) -> list[object]:
         fields = ("slab", "owned", "halo", "tiles", "chunk", "chunks", "span")
@@ -224,7 +225,7 @@ def count_projected_elements(geometry: ProjectedGeometry, device: Device = H100,
     slab = launch.fields["slab"]
     assert isinstance(slab, int)
     channels = min(slabs * slab, geometry.channels)
-    device = replace(device, processors=max(1, round(device.processors * channels / geometry.channels)))
+    device = device.share(channels, geometry.channels)
     part = replace(geometry, channels=channels)
     host = Host()
     x, proxy, weights, merge, skip = _projected_inputs(part)
@@ -249,7 +250,7 @@ def count_projected_backward_elements(geometry: ProjectedGeometry, device: Devic
     slab, parts = launch.fields["slab"], launch.fields["parts"]
     assert isinstance(slab, int) and isinstance(parts, int) and isinstance(launch.variant, ProjectedVariant)
     cluster, channels = launch.variant.cluster, min(slab * launch.variant.cluster, geometry.channels)
-    device = replace(device, processors=max(1, round(device.processors * channels / geometry.channels)))
+    device = device.share(channels, geometry.channels)
 
     def moved(images: int, parts: int) -> dict[str, float]:
         part = replace(geometry, batch=images, channels=channels)
