@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 SOURCES = Path("gspn_dit/ops/csrc")
 # Contraction is off: a compiler that fuses products and sums as it likes rounds one line of code in two ways, and
@@ -19,14 +20,14 @@ SOURCES = Path("gspn_dit/ops/csrc")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISA_FLAGS = {
-    "baseline": [],
-    "avx2": AVX2,
-    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-}
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "amx": AMX}
+SETS = list(ISA_FLAGS) if X86 else ["baseline"]
 KERNELS = [
     *("tasks", "scan", "projected"),
-    *(f"{kind}_{name}" for kind in ("kernels", "projected") for name in (ISA_FLAGS if X86 else ("baseline",))),
+    *(f"projected_{name}" for name in SETS),
+    *(f"kernels_{name}" for name in SETS if name != "amx"),  # matrix products are in the projected scan alone
 ]
 
 
@@ -34,7 +35,11 @@ class BuildKernels(build_ext):
     """Compile each instruction set with its own flags, side by side."""
 
     def build_extension(self, ext):
-        macros = [("GSPN_X86", None)] if X86 else []
+        macros, sources = [("GSPN_X86", None)] if X86 else [], list(ext.sources)
+        if X86 and self.takes(AMX):
+            macros.append(("GSPN_AMX", None))
+        else:
+            sources = [source for source in sources if not source.endswith("_amx.cpp")]
 
         def compile_one(source):
             flags = FLAGS + ISA_FLAGS.get(Path(source).stem.rpartition("_")[2], [])
@@ -43,10 +48,21 @@ class BuildKernels(build_ext):
             )
 
         with ThreadPoolExecutor() as pool:
-            objects = [path for paths in pool.map(compile_one, ext.sources) for path in paths]
+            objects = [path for paths in pool.map(compile_one, sources) for path in paths]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=ext.libraries, target_lang="c++"
         )
+
+    def takes(self, flags):
+        """Say whether the compiler knows flags that are newer than some compilers in use."""
+        probe = Path(self.build_temp) / "probe.cpp"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        try:
+            self.compiler.compile([str(probe)], extra_postargs=flags)
+        except CompileError:
+            return False
+        return True
 
 
 class BuildPy(build_py):

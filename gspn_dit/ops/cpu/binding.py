@@ -27,8 +27,11 @@ __all__ = ["available_kernels", "chosen_kernels", "describe", "output_memory", "
 KERNELS_VARIABLE = "GSPN_CPU_KERNELS"
 """Environment variable that names the kernels, one of `KERNELS`; without it the fastest that can run are used."""
 
-KERNELS = ("pytorch", "baseline", "avx2", "avx512")
-"""The line-by-line kernels, and the compiled ones for each instruction set, which a processor has up to some point."""
+KERNELS = ("pytorch", "baseline", "avx2", "avx512", "amx")
+"""The line-by-line kernels, and the compiled ones for each instruction set, which a processor has up to some point.
+
+What "amx" adds is in the projected scan of bfloat16; all else runs the kernels of "avx512".
+"""
 
 BLOCK = 0
 """Channels per task of the compiled kernels; 0 lets them choose."""
@@ -40,7 +43,12 @@ output_memory = OutputMemory()
 """Where large outputs live; `output_memory.release()` returns what is idle to the system."""
 
 MAX_DIRECTIONS = 4
-_INSTRUCTION_SETS = {"baseline": "baseline vectors", "avx2": "AVX2", "avx512": "AVX-512"}
+_INSTRUCTION_SETS = {
+    "baseline": "baseline vectors",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "amx": "AVX-512, AMX in bfloat16",
+}
 _INPUTS = ("x", "weight_logits", "input_gate", "output_gate", "grad_y")
 _OUTPUTS = ("y", "grad_x", "grad_weight_logits", "grad_input_gate", "grad_output_gate")
 _INSTALL = "for the compiled ones install a C++ compiler (g++ or clang++) and run `pip install .` or `pip install -e .`"

@@ -21,6 +21,9 @@ from gspn_dit.ops.materialised import projected_backward, projected_forward
 BLOCK = 0
 """Vectors of channels that a task of the forward reads at a time; 0 lets the kernels choose."""
 
+FUSED_KERNELS = ("avx2", "avx512", "amx")
+"""Those of `binding.KERNELS` that have fused ones; with vectors of 4 channels torch's products are faster."""
+
 _WEIGHTS = ("logits_weight", "input_gate_weight", "output_gate_weight", "skip_weight")
 
 
@@ -56,8 +59,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def fused(x: Tensor, proxy: Tensor) -> bool:
-    """Say whether the fused kernels run: not without vectors of 8 channels, where torch's products are faster."""
-    if x.numel() == 0 or proxy.numel() == 0 or binding.chosen_kernels() not in ("avx2", "avx512"):
+    """Say whether the fused kernels run."""
+    if x.numel() == 0 or proxy.numel() == 0 or binding.chosen_kernels() not in FUSED_KERNELS:
         return False
     return _library() is not None
 

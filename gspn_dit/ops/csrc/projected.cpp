@@ -7,7 +7,10 @@ namespace {
 
 const ProjectedKernels& kernels(const Projected& call) {
 #ifdef GSPN_X86
-  if (call.instruction_set == kAvx512) return kAvx512Projected;
+#ifdef GSPN_AMX
+  if (call.instruction_set == kAmx && call.dtype == kBFloat16) return kAmxProjected;
+#endif
+  if (call.instruction_set >= kAvx512) return kAvx512Projected;
   if (call.instruction_set == kAvx2) return kAvx2Projected;
 #endif
   return kBaselineProjected;

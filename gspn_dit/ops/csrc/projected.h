@@ -46,6 +46,9 @@ extern const ProjectedKernels kBaselineProjected;
 #ifdef GSPN_X86
 extern const ProjectedKernels kAvx2Projected;
 extern const ProjectedKernels kAvx512Projected;
+#ifdef GSPN_AMX
+extern const ProjectedKernels kAmxProjected;
+#endif
 #endif
 
 }  // namespace gspn

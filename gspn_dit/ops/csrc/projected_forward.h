@@ -1,6 +1,6 @@
 // One direction of the projected scan for one vector of channels: projections and recurrence, which never leave the registers.
 #include "projected.h"
-#include "projected_products.h"
+#include "projected_tiles.h"
 
 namespace gspn {
 namespace GSPN_ISA {
@@ -84,6 +84,11 @@ template <class A> struct Line {
   const A *minus, *plus;  // [N]: whether there is a neighbour
   int64_t positions, proxies, padded;
   bool add;  // to y
+
+  // With matrix instructions, in the place of panel and proxy: tiles, whose weights lack the direction's merge weight.
+  const BFloat16 *panel_tiles, *proxy_tiles;
+  A merge;
+  A* products;  // [16, 5 or 2, L]
 };
 
 template <int Positions, class A>
@@ -136,16 +141,36 @@ static GSPN_INLINE void advance(const Line<A>& line, int64_t n, const Vector<A>*
   }
 }
 
+// What a panel projects the proxies of the positions from n on to, the last Q values of `Of`. Behind the last position of a line
+// there is anything.
+template <int Positions, int Q, int Of, class A>
+static GSPN_INLINE void project_positions(const Line<A>& line, int64_t n, Vector<A> (&sum)[Positions][Q]) {
+  constexpr int L = kLanes<A>;
+  if constexpr (kMatrices) {
+    const int64_t within = n % kTileRows, blocks = tile_blocks(line.proxies);
+    if (within == 0)
+      project_tiles<Q, Of>(line.panel_tiles + (Of - Q) * kTileElements,
+                           line.proxy_tiles + n / kTileRows * blocks * kTileElements, blocks, line.products);
+#pragma GCC unroll 8
+    for (int j = 0; j < Positions; ++j) {
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) sum[j][q] = load_one(line.products + ((within + j) * Q + q) * L);
+      sum[j][Q - 1] = sum[j][Q - 1] * line.merge;
+    }
+  } else {
+    const A* proxy[Positions];
+    for (int j = 0; j < Positions; ++j) proxy[j] = line.proxy + (n + j < line.positions ? n + j : n) * line.padded;
+    project<Positions, Q, Of>(line.panel + (Of - Q) * L, proxy, line.proxies, sum);
+  }
+}
+
 template <bool Restart, bool Keep, bool Shared, class A> static void scan_line(const Line<A>& line) {
   constexpr int tile = Shared ? 2 * kPositions : kPositions;
   constexpr int Of = Shared ? kGates : kProjected, Q = Restart ? kGates : Of;
-  const A* panel = line.panel + (Of - Q) * kLanes<A>;
   for (int64_t n = 0; n < line.positions; n += tile) {
     const int64_t count = line.positions - n;
-    const A* proxy[tile];
-    for (int j = 0; j < tile; ++j) proxy[j] = line.proxy + (n + (j < count ? j : 0)) * line.padded;
     Vector<A> sum[tile][Q];
-    project<tile, Q, Of>(panel, proxy, line.proxies, sum);
+    project_positions<tile, Q, Of>(line, n, sum);
     if constexpr (!Restart && !Shared) tame_all(line, n, count, sum);
 #pragma GCC unroll 8
     for (int j = 0; j < tile; ++j)
@@ -169,6 +194,8 @@ static void scan_lines(const Sweep& sweep, Line<A> line, A* states) {
     const int64_t i = sweep.index(step);
     line.proxy = whole.proxy + i * sweep.positions * line.padded;
     if (Shared) line.weights = whole.weights + i * sweep.positions * kShared;
+    if (kMatrices)
+      line.proxy_tiles = whole.proxy_tiles + i * line_tiles(sweep.positions) * tile_blocks(line.proxies) * kTileElements;
     line.x = whole.x + i * sweep.line_step;
     line.y = whole.y + i * sweep.line_step;
     line.state = states + slot + (Keep ? i : step & 1) * size;

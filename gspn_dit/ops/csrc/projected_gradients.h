@@ -5,7 +5,7 @@ namespace gspn {
 namespace GSPN_ISA {
 
 template <class A> struct BackwardScratch {
-  A *x, *grad_y, *grad_x, *kept, *passed, *gradients, *panel_sum, *transposed, *minus, *plus;
+  A *x, *grad_y, *grad_x, *kept, *passed, *gradients, *panel_sum, *transposed, *minus, *plus, *products;
   A* proxy_sums[2];  // rows, columns
   int64_t proxy_elements[2];
   SharedScratch<A> shared;
@@ -31,6 +31,7 @@ template <class A> struct BackwardScratch {
     panel_sum = pieces.take<A>(grid.panel(kProjected));
     minus = pieces.take<A>(grid.longest);
     plus = pieces.take<A>(grid.longest);
+    products = pieces.take<A>(kMatrices ? kTileRows * kProjected * grid.L : 0);
     return pieces.bytes;
   }
 };
@@ -47,7 +48,7 @@ static void differentiate(const Work<T>& work, const BackwardScratch<A>& scratch
   const Grid<A>& grid = work.grid;
   const Sweep sweep = make_sweep(work.call, grid, work.call.direction[d]);
   Line<A> line =
-      make_line(work, sweep, batch, d, v, scratch.x + plane, (A*)nullptr, scratch.minus, scratch.plus, add);
+      make_line(work, sweep, batch, d, v, scratch.x + plane, (A*)nullptr, scratch.minus, scratch.plus, scratch.products, add);
   if (Shared) line.weights = scratch.shared.weights + d * grid.tokens * kShared;
   scan_lines<true, Shared>(sweep, line, scratch.kept);
   memset(scratch.panel_sum, 0, grid.panel(work.projected) * sizeof(A));
@@ -126,6 +127,7 @@ template <class T> static void backward_task(const Work<T>& work, int64_t task, 
   A* logit_sums = work.logit_sums + sample_share * work.logit_elements();
   BackwardScratch<A> scratch;
   scratch.place(memory, call, grid, group);
+  [[maybe_unused]] TileShape shape;
   for (int64_t batch = first_sample; batch < (sample_share + 1) * call.batch / work.sample_shares; ++batch) {
     for (int64_t columns = 0; columns < 2; ++columns)
       memset(scratch.proxy_sums[columns], 0, scratch.proxy_elements[columns] * sizeof(A));

@@ -99,6 +99,21 @@ static void read_proxies(const Projected& call, const Grid<A>& grid, int64_t bat
     }
 }
 
+// The same as tiles: [H, tiles of a row, blocks] or [W, tiles of a column, blocks].
+template <class A>
+static void read_proxy_tiles(const Projected& call, const Grid<A>& grid, int64_t batch, bool columns, BFloat16* to) {
+  const int64_t *stride = call.proxy_stride, lines = columns ? grid.width : grid.height, positions = grid.tokens / lines;
+  const int64_t blocks = tile_blocks(call.proxy_channels), rows = line_tiles(positions) * kTileRows;
+  const BFloat16* from = (const BFloat16*)call.proxy + batch * stride[0];
+  for (int64_t i = 0; i < lines; ++i)
+    for (int64_t n = 0; n < rows; ++n) {
+      const bool inside = n < positions;
+      read_tile_row(inside ? from + i * stride[columns ? 2 : 1] + n * stride[columns ? 1 : 2] : from,
+                    inside ? call.proxy_channels : 0, blocks,
+                    to + (i * rows + n) / kTileRows * blocks * kTileElements + n % kTileRows * kTileDepth);
+    }
+}
+
 // A weight [K, P] of the call, or its gradient: which row belongs to a channel, and what its panel holds times what.
 struct Map {
   int64_t offset, group;  // first row; channels that share a row
@@ -159,6 +174,27 @@ static void read_weight(const Projected& call, const Grid<A>& grid, const Map& m
 #pragma GCC unroll 16
     for (int j = 0; j < L; ++j)
       if (p + j < grid.padded) store_one(panel + ((p + j) * Q + q) * L, square[j] * all((A)map.scale));
+  }
+}
+
+// Weight q of the Q of one vector's panel as tiles, [blocks, Q]; `rows` is room for tiles of it [blocks] as if it were proxies.
+template <class A>
+static void read_weight_tiles(const Projected& call, const Grid<A>& grid, const Map& map, int64_t vector, int q, int Q,
+                              BFloat16* rows, BFloat16* tiles) {
+  constexpr int L = kLanes<A>;
+  const int64_t proxies = call.proxy_channels, blocks = tile_blocks(proxies);
+  const BFloat16* weight = (const BFloat16*)map.weight(call);
+  for (int64_t lane = 0; lane < L; ++lane) {
+    const int64_t channel = vector * L + lane;
+    const bool inside = channel < grid.channels;
+    read_tile_row(inside ? weight + (map.offset + channel / map.group) * proxies : weight, inside ? proxies : 0, blocks,
+                  rows + lane * kTileDepth);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    Vector<A> square[L];  // of pairs of values
+    memcpy(square, rows + block * kTileElements, sizeof(square));
+    transpose(square);
+    memcpy(tiles + (block * Q + q) * kTileElements, square, sizeof(square));
   }
 }
 

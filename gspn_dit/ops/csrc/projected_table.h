@@ -15,8 +15,8 @@ template <class T> static int run_forward(const Projected& call) {
   Scratch memory(work.place(nullptr));
   if (!memory.data) return 1;
   work.place(memory.data);
-  const int64_t rows = weight_scratch(work.grid) * sizeof(A), bytes = ForwardScratch<A>().place(nullptr, call, work.grid, work.block, work.group);
-  return work.run(packing_tasks(work), rows, any_task<T, pack<T>>) ||
+  const int64_t bytes = ForwardScratch<A>().place(nullptr, call, work.grid, work.block, work.group);
+  return work.run(packing_tasks(work), work.packing_scratch(), any_task<T, pack<T>>) ||
          work.run(forward_tasks(work), bytes, any_task<T, forward_task<T>>);
 }
 
@@ -26,10 +26,10 @@ template <class T> static int run_backward(const Projected& call) {
   Scratch memory(work.place(nullptr));
   if (!memory.data) return 1;
   work.place(memory.data);
-  const int64_t row = work.grid.padded * sizeof(A), rows = weight_scratch(work.grid) * sizeof(A);
+  const int64_t row = work.grid.padded * sizeof(A);
   const int64_t bytes = BackwardScratch<A>().place(nullptr, call, work.grid, work.group);
   const int64_t panels = call.directions * work.grid.vectors, skips = call.skip_weight ? 1 : 0;
-  if (work.run(packing_tasks(work), rows, any_task<T, pack<T>>) ||
+  if (work.run(packing_tasks(work), work.packing_scratch(), any_task<T, pack<T>>) ||
       work.run(work.shares * work.sample_shares, bytes, any_task<T, backward_task<T>>) ||
       work.run(call.batch + panels + skips * work.grid.vectors, 0, any_task<T, join_task<T>>) ||
       work.run(call.directions * kProjected + skips, 2 * row, any_task<T, write_task<T>>))
@@ -39,13 +39,17 @@ template <class T> static int run_backward(const Projected& call) {
   return 0;
 }
 
+#if defined(__AMX_BF16__)  // matrix instructions are for bfloat16 alone
+#define GSPN_BY_DTYPE(function) return function<BFloat16>(call);
+#else
 #define GSPN_BY_DTYPE(function)                         \
   switch (call.dtype) {                                 \
-    case kFloat64: return function<double>(call);              \
-    case kBFloat16: return function<BFloat16>(call);            \
-    case kFloat16: return function<Float16>(call);             \
+    case kFloat64: return function<double>(call);       \
+    case kBFloat16: return function<BFloat16>(call);    \
+    case kFloat16: return function<Float16>(call);      \
     default: return function<float>(call);              \
   }
+#endif
 
 static int any_forward(const Projected& call) { GSPN_BY_DTYPE(run_forward) }
 static int any_backward(const Projected& call) { GSPN_BY_DTYPE(run_backward) }

@@ -23,6 +23,8 @@ template <class T> struct Work {
   A *panel_sums, *skip_sums;                       // [sample shares, like the panels]
   A* proxy_sums;                                   // [B, shares, H W, P]
   double* products;                                // [D, 5]
+  // With matrix instructions the forward's products read these in the place of panels and proxies.
+  BFloat16 *panel_tiles, *proxy_tiles;  // [D, V, blocks, 5 or 2, 16, 32], [B, rows and columns, tiles of a line, blocks, 16, 32]
 
   Work(const Projected& call, bool backward) : call(call), grid(call), backward(backward) {
     for (int64_t d = 0; d < call.directions; ++d) orientation[make_sweep(call, grid, call.direction[d]).columns] = true;
@@ -39,6 +41,11 @@ template <class T> struct Work {
     sample_shares = sample_shares < 1 ? 1 : sample_shares < call.batch ? sample_shares : call.batch;
     sample_shares = sample_shares < 8 ? sample_shares : 8;
   }
+  bool panels_are_read() const { return backward || !kMatrices; }
+  bool proxies_are_read() const { return panels_are_read() || group || call.skip_weight; }
+  int64_t tile_elements() const { return tile_blocks(call.proxy_channels) * kTileElements; }
+  int64_t row_tiles() const { return grid.height * line_tiles(grid.width); }
+  int64_t column_tiles() const { return grid.width * line_tiles(grid.height); }
   int64_t panel_elements() const { return call.directions * grid.vectors * grid.panel(projected); }
   int64_t skip_elements() const { return call.skip_weight ? grid.vectors * grid.panel(1) : 0; }
 
@@ -52,10 +59,15 @@ template <class T> struct Work {
 
   int64_t place(char* memory) {
     Pieces pieces{memory};
-    panels = pieces.take<A>(panel_elements());
+    panels = pieces.take<A>(panels_are_read() ? panel_elements() : 0);
     skip_panels = pieces.take<A>(skip_elements());
     logit_panels = pieces.take<A>(group ? call.directions * call.groups * grid.padded * 3 : 0);
-    proxies = pieces.take<A>(call.batch * 2 * grid.tokens * grid.padded + grid.L);  // whole vectors are read of the last row
+    if (proxies_are_read())
+      proxies = pieces.take<A>(call.batch * 2 * grid.tokens * grid.padded + grid.L);  // whole vectors are read of the last row
+    if (kMatrices) {
+      panel_tiles = pieces.take<BFloat16>(call.directions * grid.vectors * projected * tile_elements());
+      proxy_tiles = pieces.take<BFloat16>(call.batch * (row_tiles() + column_tiles()) * tile_elements());
+    }
     if (backward) {
       panel_sums = pieces.take<A>(sample_shares * panel_elements());
       skip_sums = pieces.take<A>(sample_shares * skip_elements());
@@ -69,6 +81,16 @@ template <class T> struct Work {
   const A* logit_panel(int64_t d, int64_t g) const { return logit_panels + (d * call.groups + g) * grid.padded * 3; }
   const A* proxies_of(int64_t batch, bool columns) const {
     return proxies + (batch * 2 + columns) * grid.tokens * grid.padded;
+  }
+  BFloat16* panel_tiles_of(int64_t d, int64_t v) const {
+    return panel_tiles + (d * grid.vectors + v) * projected * tile_elements();
+  }
+  BFloat16* proxy_tiles_of(int64_t batch, bool columns) const {
+    return proxy_tiles + (batch * (row_tiles() + column_tiles()) + (columns ? row_tiles() : 0)) * tile_elements();
+  }
+  int64_t packing_scratch() const {
+    const int64_t rows = weight_scratch(grid) * sizeof(A), tiles = tile_elements() * sizeof(BFloat16);
+    return kMatrices && tiles > rows ? tiles : rows;
   }
   int run(int64_t tasks, int64_t bytes, TaskFunction function) const {
     return run_tasks({call.threads, call.parallel}, tasks, bytes, function, this);
@@ -91,9 +113,15 @@ template <class T> static void pack(const Work<T>& work, int64_t task, char* scr
   if (task < panels) {
     const int64_t d = task / grid.vectors, v = task % grid.vectors;
     A* panel = work.panels + task * grid.panel(work.projected);
-    for (int q = kProjected - work.projected; q < kProjected; ++q)
-      if (work.group) read_weight<T, kGates>(call, grid, Map(call, d, q), v, q - kInputGate, rows, panel);
-      else read_weight<T, kProjected>(call, grid, Map(call, d, q), v, q, rows, panel);
+    const int first = kProjected - (int)work.projected;
+    for (int q = first; q < kProjected; ++q) {
+      const Map map(call, d, q);
+      if (kMatrices)
+        read_weight_tiles(call, grid, map, v, q - first, (int)work.projected, (BFloat16*)scratch, work.panel_tiles_of(d, v));
+      if (!work.panels_are_read()) continue;
+      if (work.group) read_weight<T, kGates>(call, grid, map, v, q - first, rows, panel);
+      else read_weight<T, kProjected>(call, grid, map, v, q, rows, panel);
+    }
   } else if (task < panels + skips) {
     const int64_t v = task - panels;
     read_weight<T, 1>(call, grid, Map::skip(call), v, 0, rows, work.skip_panels + v * grid.panel(1));
@@ -102,7 +130,9 @@ template <class T> static void pack(const Work<T>& work, int64_t task, char* scr
     read_shared_weights<T>(call, grid, d, rows, work.logit_panels + d * call.groups * grid.padded * 3);
   } else {
     const int64_t batch = (task - panels - skips) / 2, columns = (task - panels - skips) % 2;
-    if (work.orientation[columns])
+    if (!work.orientation[columns]) return;
+    if (kMatrices) read_proxy_tiles(call, grid, batch, columns, work.proxy_tiles_of(batch, columns));
+    if (work.proxies_are_read())
       read_proxies<T>(call, grid, batch, columns, work.proxies + (batch * 2 + columns) * grid.tokens * grid.padded);
   }
 }
@@ -110,7 +140,7 @@ template <class T> static void pack(const Work<T>& work, int64_t task, char* scr
 // -- forward --
 
 template <class A> struct ForwardScratch {
-  A *x, *y, *states, *minus, *plus;
+  A *x, *y, *states, *minus, *plus, *products;
   SharedScratch<A> shared;
 
   int64_t place(char* memory, const Projected& call, const Grid<A>& grid, int64_t vectors, bool group) {
@@ -121,6 +151,7 @@ template <class A> struct ForwardScratch {
     states = pieces.take<A>(2 * (grid.longest + 2) * grid.L);
     minus = pieces.take<A>(grid.longest);
     plus = pieces.take<A>(grid.longest);
+    products = pieces.take<A>(kMatrices ? kTileRows * kProjected * grid.L : 0);
     return pieces.bytes;
   }
 };
@@ -149,7 +180,7 @@ template <class T, class A> static void turn_sample(const Work<T>& work, const S
 // What the lines of a direction share, for vector `v` of the channels.
 template <class T, class A>
 static Line<A> make_line(const Work<T>& work, const Sweep& sweep, int64_t batch, int64_t d, int64_t v, const A* x, A* y, A* minus,
-                         A* plus, bool add) {
+                         A* plus, A* products, bool add) {
   Line<A> line = {};
   line.panel = work.panel(d, v);
   line.proxy = work.proxies_of(batch, sweep.columns);
@@ -162,6 +193,12 @@ static Line<A> make_line(const Work<T>& work, const Sweep& sweep, int64_t batch,
   line.proxies = work.call.proxy_channels;
   line.padded = work.grid.padded;
   line.add = add;
+  if (kMatrices) {
+    line.panel_tiles = work.panel_tiles_of(d, v);
+    line.proxy_tiles = work.proxy_tiles_of(batch, sweep.columns);
+    line.merge = (A)work.call.merge[d];
+    line.products = products;
+  }
   mark_neighbours(sweep.positions, minus, plus);
   return line;
 }
@@ -191,12 +228,16 @@ template <class T> static void forward_task(const Work<T>& work, int64_t task, c
   typedef typename Work<T>::A A;
   const Projected& call = work.call;
   const Grid<A>& grid = work.grid;
-  const int64_t blocks = (grid.vectors + work.block - 1) / work.block, batch = task / blocks;
-  const int64_t first = task % blocks * work.block;
+  const int64_t blocks = (grid.vectors + work.block - 1) / work.block;
+  // Panels that leave a cache between two samples are read for all samples in turn.
+  const bool large = work.panel_elements() * (int64_t)sizeof(A) > (1 << 20);
+  const int64_t batch = large ? task % call.batch : task / blocks;
+  const int64_t first = (large ? task / call.batch : task % blocks) * work.block;
   const int64_t count = grid.vectors - first < work.block ? grid.vectors - first : work.block;
   ForwardScratch<A> scratch;
   scratch.place(memory, call, grid, work.block, work.group);
   if (work.group) turn_sample(work, scratch.shared, batch);
+  [[maybe_unused]] TileShape shape;
   read_planes(grid, (const T*)call.x + batch * call.x_stride[0], call.x_stride + 1, first, count, scratch.x);
   for (int64_t v = 0; v < count; ++v) {
     const A* x = scratch.x + v * grid.plane;
@@ -209,7 +250,8 @@ template <class T> static void forward_task(const Work<T>& work, int64_t task, c
                      y, h, nullptr, nullptr);
     for (int64_t d = 0; d < call.directions; ++d, add = true) {
       const Sweep sweep = make_sweep(call, grid, call.direction[d]);
-      Line<A> line = make_line(work, sweep, batch, d, first + v, x, y, scratch.minus, scratch.plus, add);
+      Line<A> line = make_line(work, sweep, batch, d, first + v, x, y, scratch.minus, scratch.plus, scratch.products,
+                               add);
       if (work.group) {
         line.weights = scratch.shared.weights + d * grid.tokens * kShared;
         scan_lines<false, true>(sweep, line, scratch.states);

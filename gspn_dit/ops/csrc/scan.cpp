@@ -3,9 +3,27 @@
 #include "tasks.h"
 
 #include <algorithm>
+#if defined(GSPN_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace gspn {
 namespace {
+
+// Whether the processor has AMX with bfloat16 and the system lets this process use it: it then saves the tiles of threads, too.
+bool has_matrices() {
+#if defined(GSPN_AMX) && defined(__linux__)
+  constexpr unsigned tiles = 1u << 24, bfloat16 = 1u << 22;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & tiles) && (edx & bfloat16) &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 // The largest instruction set that the processor has; it has the smaller ones too.
 InstructionSet best_instruction_set() {
@@ -14,7 +32,7 @@ InstructionSet best_instruction_set() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return kBaseline;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
+    return has_matrices() ? kAmx : kAvx512;
   return kAvx2;
 #else
   return kBaseline;
@@ -23,7 +41,7 @@ InstructionSet best_instruction_set() {
 
 const Kernels& kernels(const Scan& scan) {
 #ifdef GSPN_X86
-  if (scan.instruction_set == kAvx512) return kAvx512Kernels;
+  if (scan.instruction_set >= kAvx512) return kAvx512Kernels;
   if (scan.instruction_set == kAvx2) return kAvx2Kernels;
 #endif
   return kBaselineKernels;

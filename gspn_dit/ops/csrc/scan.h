@@ -6,7 +6,7 @@ namespace gspn {
 
 constexpr int kMaxDirections = 4;
 enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-enum InstructionSet : int64_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };  // each holds those before it
+enum InstructionSet : int64_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };  // each holds those before it
 enum Direction : int64_t { kRight = 0, kLeft = 1, kDown = 2, kUp = 3 };
 
 // One call of the scan. Mirrored field by field by `_Call` in cpu.py. Strides are in elements, of the dimensions in front

@@ -93,8 +93,9 @@ def test_kernels_are_chosen_by_name(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_instruction_sets_are_not_one_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the variable names does run: fused products and wider sums over a group leave different last bits."""
     inputs, gradients = make_inputs((2, 8, 8, 96), 3), []
-    available = cpu.available_kernels()
-    for name in available:
+    for name in cpu.available_kernels():
+        if name == "amx":
+            continue  # its own kernels are of the projected scan
         monkeypatch.setenv(cpu.KERNELS_VARIABLE, name)
         gradients.append(scan_and_gradients(inputs, torch.ones_like(inputs.x), backend="cpu")[1][1])
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(gradients))

@@ -15,7 +15,8 @@ from gspn_dit.ops.cpu import binding, projected
 from tests.ops.scan_cases import DTYPES, assert_close
 from tests.ops.test_projected import NAMES, draw, plain, with_gradients
 
-FUSED = [name for name in binding.available_kernels() if name in ("avx2", "avx512")]
+FUSED = [name for name in binding.available_kernels() if name in projected.FUSED_KERNELS]
+NEEDS_AMX = pytest.mark.skipif("amx" not in FUSED, reason="no matrix instructions here")
 
 
 @pytest.fixture(
@@ -119,6 +120,7 @@ def test_equal_differences_below_zero_give_equal_weights() -> None:
 
 
 SHAPES = [((3, 9, 7, 72), None), ((2, 5, 6, 160), 4), ((5, 3, 20, 33), None), ((3, 5, 6, 192), 4)]
+LARGE = ((3, 2, 3, 1104), None)  # its panels are read for all samples in turn
 
 
 def results(tensors: list[Tensor], samples: slice = slice(None)) -> list[Tensor]:
@@ -130,7 +132,7 @@ def results(tensors: list[Tensor], samples: slice = slice(None)) -> list[Tensor]
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [*SHAPES, LARGE], ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
 def test_bits_do_not_depend_on_threads_blocks_or_batch(
     shape: tuple[int, int, int, int], groups: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +151,32 @@ def test_bits_do_not_depend_on_threads_blocks_or_batch(
                 assert torch.equal(one, other[samples]), (name, samples)
     finally:
         torch.set_num_threads(threads)
+
+
+def with_kernels(name: str, tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    monkeypatch.setenv(binding.KERNELS_VARIABLE, name)
+    return results(tensors)
+
+
+@NEEDS_AMX
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrix_instructions_are_for_bfloat16_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of 32 proxy channels add up in another order than one after the other."""
+    tensors = inputs((1, 5, 18, 40), proxy_channels=48, dtype=dtype)
+    one, other = (with_kernels(name, tensors, monkeypatch) for name in ("avx512", "amx"))
+    same = all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert same == (dtype != torch.bfloat16)
+
+
+@NEEDS_AMX
+def test_matrix_instructions_share_the_tiles_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles have a shape, which torch's own products of bfloat16 rely on as the scan's do."""
+    tensors = inputs((2, 6, 7, 40), proxy_channels=10, dtype=torch.bfloat16)
+    matrix = torch.randn(70, 90, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y, product = with_kernels("amx", tensors, monkeypatch)[0], matrix.float() @ matrix.float().T
+    for _ in range(3):
+        torch.testing.assert_close((matrix @ matrix.T).float(), product, rtol=2**-7, atol=2**-7)
+        assert torch.equal(with_kernels("amx", tensors, monkeypatch)[0], y)
 
 
 def test_a_sum_over_many_tokens_stays_accurate() -> None:
