@@ -186,12 +186,17 @@ def _choose(geometry: Geometry, device: Device, backward: bool, regime: str) -> 
         scores = [cut.score(device) for cut in cuts]
         return sum(scores[1:], scores[0])
 
-    ways = []
-    for lanes in lanes_of_blocks(geometry, geometry.variant(regime, backward).vector):
-        options = [list(_cuts(geometry, device, members, lanes, backward, regime)) for members in _phases(geometry)]
-        if all(options):
-            ways.append(tuple(best(cuts, lambda cut: cut.score(device)) for cuts in options))
-    return best(ways, score_of) if ways else None
+    def ways(lanes_of: list[int]) -> Iterator[tuple[_Cut, ...]]:
+        for lanes in lanes_of:
+            options = [list(_cuts(geometry, device, members, lanes, backward, regime)) for members in _phases(geometry)]
+            if all(options):
+                yield tuple(best(cuts, lambda cut: cut.score(device)) for cuts in options)
+
+    lanes_of = lanes_of_blocks(geometry, geometry.variant(regime, backward).vector)
+    # Narrower blocks move sectors of others, too: only where none else holds the positions that a halo leaves.
+    narrower = [lanes for lanes in (16, 8, 4, 2, 1) if lanes < min(lanes_of)]
+    found = list(ways(lanes_of)) or list(ways(narrower))
+    return best(found, score_of) if found else None
 
 
 def _phase_fields(phase: _Phase, slab: int, geometry: Geometry) -> dict[str, int | tuple[int, ...]]:

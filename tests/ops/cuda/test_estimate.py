@@ -144,3 +144,10 @@ def test_segments_of_windows_run_side_by_side_where_few_blocks_wait() -> None:
     assert launch.block[2] == 4 and launch.lines == 4 * 4
     whole = plan(replace(geometry, window=0), Device(), False).launches[0]
     assert whole.block[2] == 1 and whole.lines == 4 * 16
+
+
+def test_blocks_of_few_threads_share_sectors_where_no_others_fit() -> None:
+    """Eight lanes of a float fill a sector, and leave 64 threads fewer positions than a halo takes."""
+    geometry = Geometry(torch.float32, 1, 9, 7, 5, 5, (0, 1, 2, 3), 0, 1)
+    todo = plan(geometry, Device(threads=64), False, "long")
+    assert max(launch.block[0] for launch in todo.launches if launch.variant.regime == "long") < 8
