@@ -51,16 +51,22 @@ template <class A> static Sweep orientation_sweep(const Projected& call, const G
   return make_sweep(call, grid, columns ? kRight : kDown);
 }
 
+// Tokens by which planes are fetched before they are copied: their rows are too far apart for the processor to foresee.
+constexpr int64_t kAhead = 8;
+
 // `count` planes of vectors of one sample's tokens, from or to a tensor whose strides are those of height and width.
 template <class T, class A>
 static void read_planes(const Grid<A>& grid, const T* from, const int64_t* stride, int64_t vector, int64_t count, A* planes) {
   for (int64_t h = 0; h < grid.height; ++h)
-    for (int64_t w = 0; w < grid.width; ++w)
+    for (int64_t w = 0; w < grid.width; ++w) {
+      const int64_t later = w + kAhead < grid.width ? kAhead * stride[1] : stride[0] + (kAhead - grid.width) * stride[1];
       for (int64_t v = 0; v < count; ++v) {
         const int64_t channel = (vector + v) * grid.L;
+        prefetch(from + h * stride[0] + w * stride[1] + channel + later);
         store_one(planes + v * grid.plane + h * grid.pitch + w * grid.L,
                   load_lanes(from + h * stride[0] + w * stride[1] + channel, grid.channels - channel));
       }
+    }
 }
 template <class T, class A>
 static void write_planes(const Grid<A>& grid, const A* planes, int64_t vector, int64_t count, T* to) {
@@ -68,6 +74,7 @@ static void write_planes(const Grid<A>& grid, const A* planes, int64_t vector, i
     for (int64_t w = 0; w < grid.width; ++w)
       for (int64_t v = 0; v < count; ++v) {
         const int64_t channel = (vector + v) * grid.L;
+        prefetch(to + (h * grid.width + w + kAhead) * grid.channels + channel);
         store_lanes(to + (h * grid.width + w) * grid.channels + channel,
                     load_one(planes + v * grid.plane + h * grid.pitch + w * grid.L), grid.channels - channel);
       }
