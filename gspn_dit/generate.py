@@ -23,18 +23,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gspn_dit.chosen import chosen_options, provenance, read_sweep
-from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, advise_on_memory, run_cli
+from gspn_dit.errors import ArgumentParser, LocalUserError, UserError, run_cli
 from gspn_dit.files import is_npz, sha256_of
-from gspn_dit.locks import Lock, refuse_if_held, sole_job
+from gspn_dit.locks import Lock, refuse_if_held
 from gspn_dit.paths import path_argument
-from gspn_dit.processes import agree, compute_exactly, join, tell
+from gspn_dit.processes import agree, compute_exactly, drawing_job, tell
 from gspn_dit.protocols import PROTOCOLS, apply_protocol, check_model, preferred_samplers
 from gspn_dit.sample import parse_classes
 from gspn_dit.sampling_options import (
     add_sampling_options,
     check_guided_channels,
     check_sampling_options,
-    memory_advice,
 )
 
 if TYPE_CHECKING:
@@ -117,10 +116,10 @@ def run(options: argparse.Namespace) -> None:
     from gspn_dit.diffusion import CHUNK
     from gspn_dit.sample_sets import check_place
 
-    state, device = join(options.device)
-    advice = f"{memory_advice(CHUNK, device)}; what is there is kept, continue with --resume"
-    with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
-        check_place(options.out, options.resume, options.overwrite)  # again: another job may have been here meanwhile
+    def check() -> None:
+        check_place(options.out, options.resume, options.overwrite)
+
+    with drawing_job(options, CHUNK, check) as (state, device, lock):
         _run_alone(options, state, device, lock)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gspn_dit.errors import UserError
-from gspn_dit.sampling_options import choose_device
+from gspn_dit.errors import UserError, advise_on_memory
+from gspn_dit.locks import Lock, sole_job
+from gspn_dit.sampling_options import choose_device, memory_advice
 
 if TYPE_CHECKING:
+    import argparse
+
     import torch
     from accelerate import PartialState
 
@@ -32,6 +37,27 @@ def join(device: str | None) -> tuple[PartialState, str | torch.device]:
             f"--device {device}: {state.num_processes} processes take a device each; leave it out, or give cpu"
         )
     return state, state.device
+
+
+@contextmanager
+def drawing_job(
+    options: argparse.Namespace, chunk: int, check: Callable[[], object]
+) -> Iterator[tuple[PartialState, str | torch.device, Lock]]:
+    """Meet the other processes of a job that draws images, and hold its `--out` until it ends.
+
+    Args:
+        options: `device` and `out`.
+        chunk: images that are drawn at a time.
+        check: raises UserError if the job cannot go to `--out`.
+
+    Yields:
+        The processes' state, the device of this one, and the lock of the output.
+    """
+    state, device = join(options.device)
+    advice = f"{memory_advice(chunk, device)}; what is there is kept, continue with --resume"
+    with sole_job(Path(options.out), "--out") as lock, advise_on_memory(advice):
+        check()  # again: another job may have been here meanwhile
+        yield state, device, lock
 
 
 def compute_exactly(tf32: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gspn_dit import generate
+from gspn_dit import generate, processes
 from gspn_dit.errors import UserError
 from gspn_dit.locks import lock_file, sole_job
 from gspn_dit.prepare import encode
@@ -83,14 +83,14 @@ def test_a_second_training_is_refused(tmp_path: Path, resume: str | None, overwr
 def test_a_set_that_another_job_made_between_the_checks_is_seen(
     run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    join = generate.join
+    join = processes.join
 
     def other_job_comes_and_goes(device: str | None) -> Any:
         monkeypatch.undo()
         make(run_directory, tmp_path / "set", "--seed", 7, count=3)
         return join(device)
 
-    monkeypatch.setattr(generate, "join", other_job_comes_and_goes)
+    monkeypatch.setattr(processes, "join", other_job_comes_and_goes)
     with pytest.raises(UserError, match="exists; give --resume to continue it, --overwrite to replace it"):
         make(run_directory, tmp_path / "set", count=3)
     assert json.loads((tmp_path / "set" / "generation.json").read_text(encoding="utf-8"))["seed"] == 7

@@ -19,14 +19,13 @@ from gspn_dit.checkpoint import read_manifest, resolve_checkpoint
 from gspn_dit.chosen import FILE, FORMAT_VERSION
 from gspn_dit.diffusion import CHUNK
 from gspn_dit.environment import describe_run
-from gspn_dit.errors import UserError, advise_on_memory
+from gspn_dit.errors import UserError
 from gspn_dit.files import cannot_hold, sha256_of, write_atomically
-from gspn_dit.locks import Lock, is_filled, sole_job
+from gspn_dit.locks import Lock, is_filled
 from gspn_dit.pipeline import GSPNPipeline
-from gspn_dit.processes import agree, compute_exactly, join, tell
+from gspn_dit.processes import agree, compute_exactly, drawing_job, tell
 from gspn_dit.sample import parse_classes
 from gspn_dit.sample_sets import check_same_settings, draw_labels
-from gspn_dit.sampling_options import memory_advice
 from gspn_dit.sweep.drawing import Drawing, FeatureFiles, Weights
 from gspn_dit.sweep.halving import Candidate, Rung, grid, plan, survivors
 from gspn_dit.sweep.page import PAGE, page
@@ -44,11 +43,12 @@ RESULTS = ("complete", "results", "chosen", "default", "budget")
 
 def run(options: argparse.Namespace) -> None:
     """Sweep in this process or with those that were launched beside it; raises UserError."""
-    state, device = join(options.device)
     out = Path(options.out)
-    advice = f"{memory_advice(CHUNK, device)}; what is there is kept, continue with --resume"
-    with sole_job(out, "--out") as lock, advise_on_memory(advice):
+
+    def check() -> None:
         check_place(out, options.resume, options.overwrite)
+
+    with drawing_job(options, CHUNK, check) as (state, device, lock):
         _run_alone(options, out, state, device, lock)
 
 
