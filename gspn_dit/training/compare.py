@@ -19,7 +19,8 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import cannot_hold, write_atomically
 from gspn_dit.paths import path_argument
 from gspn_dit.training.charts import Curve, document, panel, read_metrics
-from gspn_dit.training.run_page import embed, newest_grid, panels_of
+from gspn_dit.training.run_directory import newest_grid
+from gspn_dit.training.run_page import embed, panels_of
 
 TABLE = """
 table { border-collapse: collapse; } .settings { overflow-x: auto; }

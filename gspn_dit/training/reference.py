@@ -2,15 +2,16 @@
 
     python -m gspn_dit.training.reference --config configs/demo.yaml RUN [RUN …]
 
-records the first run's curves, and a band for the loss from all of them, in the package. A run page draws them in
-grey behind the curves of a run of the same settings on the same data, and training ends by comparing the loss with
-the band.
+records the first run's curves and its newest preview, made small, and a band for the loss from all of them, in the
+package. A run page draws them behind and beside those of a run of the same settings on the same data, and training ends
+by comparing the loss with the band.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import statistics
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from gspn_dit.checkpoint import find_checkpoints, read_manifest
 from gspn_dit.config import Config, flatten
 from gspn_dit.errors import UserError, run_cli
 from gspn_dit.training.charts import Curve, read_metrics
-from gspn_dit.training.run_directory import MAY_DIFFER
+from gspn_dit.training.run_directory import MAY_DIFFER, newest_grid
 
 FORMAT_VERSION = 1
 FOLDER = Path(__file__).parent / "references"
@@ -46,6 +49,8 @@ COMPARED = ("loss", "grad_norm", "val_loss", "val_top", "quick_fd")
 """What the names of the curves that are kept begin with; speed and memory are the machine's."""
 LAST_SHARE = 0.2
 """Share of the steps, the last ones, whose loss is compared."""
+MOST_GRID_BYTES, PALETTE = 60_000, 128
+"""Of the picture of a reference: its file, and its colours."""
 DEVIATIONS = 3.0
 """Half the band's width, in standard deviations of the logged losses."""
 
@@ -69,6 +74,8 @@ class Reference:
     low: float
     high: float
     """The band in which the loss of the last steps is expected."""
+    grid: Path | None = None
+    """A PNG of what the first run drew last, beside the file of the others."""
 
     @property
     def name(self) -> str:
@@ -128,7 +135,9 @@ def read_reference(path: Path) -> Reference:
         if held.pop("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path} has another format_version than {FORMAT_VERSION}")
         held["curves"] = {key: [(x, y) for x, y in curve] for key, curve in held["curves"].items()}
-        reference = Reference(**{**held, "seeds": tuple(held["seeds"]), "means": tuple(held["means"])})
+        grid = path.with_suffix(".png")
+        held |= {"seeds": tuple(held["seeds"]), "means": tuple(held["means"]), "grid": grid if grid.exists() else None}
+        reference = Reference(**held)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no reference: {error}") from error
     if not reference.low < reference.high or not reference.curves.get("loss"):
@@ -211,6 +220,7 @@ def _rounded(value: float) -> float:
 def to_json(reference: Reference) -> str:
     """Return what `read_reference` reads, a line for each setting and curve."""
     values = {"format_version": FORMAT_VERSION, **vars(reference)}
+    del values["grid"]
 
     def lines(value: object) -> str:
         if not isinstance(value, Mapping):
@@ -218,6 +228,19 @@ def to_json(reference: Reference) -> str:
         return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(each)}" for key, each in value.items()) + "\n }"
 
     return "{\n" + ",\n".join(f' "{key}": {lines(value)}' for key, value in values.items()) + "\n}\n"
+
+
+def small_picture(path: Path) -> bytes:
+    """Return a picture as a PNG of at most `MOST_GRID_BYTES`: of a palette, and smaller where that is not enough."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    for share in (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4):
+        size = (max(1, round(share * picture.width)), max(1, round(share * picture.height)))
+        memory = io.BytesIO()
+        picture.resize(size, Image.Resampling.BOX).quantize(PALETTE).save(memory, "png", optimize=True)
+        if memory.tell() <= MOST_GRID_BYTES:
+            return memory.getvalue()
+    raise UserError(f"{path} is too large for a reference; lower sampling.per_class or sampling.max_classes")
 
 
 def main() -> None:
@@ -235,7 +258,12 @@ def main() -> None:
     file = Path(options.config)
     out = Path(options.out) if options.out else FOLDER / f"{file.stem}.json"
     reference = record(load_config(file), file.name, [Path(run) for run in options.runs])
+    grid = newest_grid(Path(options.runs[0]))
+    picture = small_picture(grid) if grid is not None else None
     write_whole(out, to_json(reference).encode())
+    out.with_suffix(".png").unlink(missing_ok=True)
+    if picture is not None:
+        write_whole(out.with_suffix(".png"), picture)
     print(f"{out}: {reference.name}; the loss is expected within {reference.low:.4g} to {reference.high:.4g}")
 
 

@@ -40,6 +40,11 @@ MAY_DIFFER = (
 measured, processes and sharding."""
 
 
+def newest_grid(run: Path) -> Path | None:
+    """Return the newest preview of a run, None where there is none."""
+    return max((run / "samples").glob("step-*.png"), default=None)
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The directory of a run, and the checkpoint it continues from, if any."""

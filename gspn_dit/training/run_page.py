@@ -3,8 +3,8 @@
     python -m gspn_dit.training.run_page RUN
 
 writes RUN/index.html from metrics.jsonl, config.yaml and samples/; training does so by itself whenever it validates,
-samples or saves. Behind the curves of a run of a shipped config lie those of its reference in grey, from the first
-checkpoint on.
+samples or saves. Behind the curves of a run of a shipped config lie those of its reference in grey, and beside its
+newest samples those of the reference, from the first checkpoint on.
 """
 
 from __future__ import annotations
@@ -109,12 +109,7 @@ def embed(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def newest_grid(run_directory: Path) -> Path | None:
-    """Return the newest preview of a run, None where there is none."""
-    return max((run_directory / "samples").glob("step-*.png"), default=None)
-
-
-def _grids(folder: Path) -> str:
+def _grids(folder: Path, reference: Reference | None) -> str:
     found = sorted(folder.glob("step-*.png"))
     pictures = [found[row] for row in evenly_spaced(len(found), MAX_GRIDS)]
     figures = []
@@ -123,6 +118,13 @@ def _grids(folder: Path) -> str:
         figures.append(
             f'<figure><img alt="samples at step {step}" src="{embed(path)}">'
             f"<figcaption>step {step:,}</figcaption></figure>"
+        )
+    if reference is not None and reference.grid is not None:  # beside the newest
+        name = html.escape(f"reference: {reference.name}")
+        figures.insert(
+            1,
+            f'<figure><img alt="samples of the {name}" src="{embed(reference.grid)}">'
+            f"<figcaption>{name}</figcaption></figure>",
         )
     return f'<section class="wide"><h2>Previews</h2><div class="grids">{"".join(figures)}</div></section>'
 
@@ -135,9 +137,10 @@ def render(run_directory: Path, max_steps: int | None = None, running: bool = Fa
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     state = "running" if running else "not running"
     config = run_directory / "config.yaml"
-    sections = _sections(metrics, reference_of(run_directory)) or ["<section>Nothing has been logged yet.</section>"]
+    reference = reference_of(run_directory)
+    sections = _sections(metrics, reference) or ["<section>Nothing has been logged yet.</section>"]
     if (run_directory / "samples").is_dir():
-        sections.append(_grids(run_directory / "samples"))
+        sections.append(_grids(run_directory / "samples", reference))
     if config.exists():
         text = html.escape(config.read_text(encoding="utf-8"))
         sections.append(

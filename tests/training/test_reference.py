@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gspn_dit.checkpoint import checkpoint_directory, write_checkpoint
 from gspn_dit.config import Config, load_config
@@ -20,14 +24,17 @@ from gspn_dit.training.charts import BEHIND
 from gspn_dit.training.reference import (
     FOLDER,
     IGNORED,
+    MOST_GRID_BYTES,
     Reference,
     find_reference,
     last_losses,
     main,
     read_reference,
     settings_of,
+    small_picture,
     to_json,
 )
+from gspn_dit.training.run_directory import newest_grid
 from gspn_dit.training.run_page import render
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_run_page import path_of, write_metrics
@@ -70,8 +77,12 @@ def test_a_shipped_reference_is_that_of_a_config_as_it_stands(path: Path) -> Non
     assert verdict is not None and "within" in verdict
 
 
-def test_the_demo_has_a_reference() -> None:
-    assert "demo" in {path.stem for path in SHIPPED}
+@pytest.mark.parametrize("name", ["demo", "demo_colour"])
+def test_the_demos_have_a_reference_and_its_last_samples(name: str) -> None:
+    grid = read_reference(FOLDER / f"{name}.json").grid
+    assert grid is not None and grid.stat().st_size <= MOST_GRID_BYTES
+    with Image.open(grid) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 200
 
 
 @pytest.mark.parametrize(
@@ -241,6 +252,37 @@ def test_a_page_without_a_reference_is_the_page_as_it_was(
     assert "reference" not in before
 
 
+def test_the_references_samples_are_beside_the_runs_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    ship(tmp_path / "references", monkeypatch, reference_for(config))
+    run = write_run(tmp_path / "run", config)
+    (run / "samples").mkdir()
+    for step in (1, 2):
+        Image.new("RGB", (2, 2), (step, 0, 0)).save(run / "samples" / f"step-{step:08d}.png")
+    assert "samples of the reference" not in render(run)  # there is no picture
+    Image.new("RGB", (2, 2), (0, 9, 0)).save(tmp_path / "references" / "0.png")
+    pictures = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', render(run))
+    assert [alt for alt, _ in pictures] == ["samples at step 2", f"samples of the {TITLE}", "samples at step 1"]
+    colours = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0)) for _, data in pictures]
+    assert colours == [(2, 0, 0), (0, 9, 0), (1, 0, 0)]
+
+
+def test_a_picture_is_made_small_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise does not shrink by its palette; half the sides are a quarter of the bytes."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.new("RGB", (300, 400)).save(tmp_path / "plain.png")
+    sizes = []
+    for name in ("noise", "plain"):
+        content = small_picture(tmp_path / f"{name}.png")
+        assert len(content) <= MOST_GRID_BYTES
+        sizes.append(Image.open(io.BytesIO(content)).size)
+    assert sizes[0] in ((300, 225), (200, 150)) and sizes[1] == (300, 400)
+    monkeypatch.setattr(module, "MOST_GRID_BYTES", 60)
+    with pytest.raises(UserError, match=r"noise.png is too large for a reference; lower sampling.per_class"):
+        small_picture(tmp_path / "noise.png")
+
+
 def test_the_first_that_fits_is_taken_whatever_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path)
     ship(tmp_path / "references", monkeypatch, reference_for(Config()), reference_for(config, seeds=(8,)))
@@ -285,6 +327,7 @@ def test_a_training_is_judged_by_those_before_it(
     record(monkeypatch, config_file(tmp_path, first), out, runs[0])
     reference = read_reference(out)
     assert (reference.seeds, reference.config) == ((5,), "tiny.yaml")
+    assert reference.grid == out.with_suffix(".png") and newest_grid(runs[0]) is not None
     losses = [json.loads(line)["loss"] for line in (runs[0] / "metrics.jsonl").read_text().splitlines()[:15]]
     assert [y for _, y in reference.curves["loss"]] == pytest.approx(losses, rel=1e-4)
     assert {*reference.curves} == {"loss", "grad_norm", "val_loss", *(f"val_loss_q{n}" for n in range(1, 5))}
