@@ -58,9 +58,7 @@ COMMANDS: dict[str, list[str]] = {
     "mixers_wide": [
         *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "300", "--out"),
     ],
-    "quality": [
-        *("benchmarks.quality", "--data", "digits", "fashion", "--hours", "24", "--jobs", "2", "--out"),
-    ],
+    "quality": ["benchmarks.quality", "--preset", "small", "--out"],
     "quality_digits": [*ONE_RATE, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*ONE_RATE, "--data", "fashion", "--seconds", "120", "--out"],
     "quality_fashion_latents": [*ONE_RATE, "--data", "fashion-latents", "--seconds", "120", "--out"],

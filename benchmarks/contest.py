@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from benchmarks.contenders import (
     reference_parameters,
     train_words,
 )
-from benchmarks.protocol import CENTRE, SEARCH, SEARCH_SEED, Protocol, next_rate, part_name, rate_grid, rungs
-from benchmarks.study import call, commit, last_metrics, once, train
+from benchmarks.protocol import CENTRE, SEARCH, SEARCH_SEED, Field, Protocol, next_rate, part_name, rate_grid, rungs
+from benchmarks.study import call, commit, once, train
 from gspn_dit.errors import UserError
 from gspn_dit.sweep.halving import survivors
 
@@ -101,8 +102,8 @@ def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
 
 
 def _diverged(directory: Path) -> bool:
-    log, done = directory / "run.log", last_metrics(directory / "run")
-    return "step" in done and log.exists() and DIVERGED in log.read_text(encoding="utf-8")
+    log = directory / "run.log"
+    return log.exists() and DIVERGED in log.read_text(encoding="utf-8")
 
 
 def score_of(row: dict[str, Any]) -> float:
@@ -114,11 +115,12 @@ def score_of(row: dict[str, Any]) -> float:
 class Study:
     """The cells of one data set, and what was found on it."""
 
-    def __init__(
-        self, data: scoring.DataSet, contenders: Sequence[str], protocol: Protocol, work: Path, jobs: int
-    ) -> None:
-        self.data, self.contenders, self.protocol, self.work, self.jobs = data, contenders, protocol, work, jobs
-        self.seconds = protocol.seconds or data.seconds
+    def __init__(self, field: Field, protocol: Protocol, work: Path, jobs: int) -> None:
+        self.data, self.contenders, self.protocol, self.work = field.data, field.contenders, protocol, work
+        self.free = threading.Semaphore(jobs)
+        """Processes that may be begun."""
+        self.failure: BaseException | None = None
+        """What stopped one; no other begins after it."""
         self.times: dict[tuple[str, Setting], float] = {}
         self.rows: dict[Cell, dict[str, Any]] = {}
         self.roles: dict[Cell, list[str]] = {}
@@ -128,12 +130,20 @@ class Study:
     def run(self, cells: Sequence[Cell], role: str) -> list[dict[str, Any]]:
         """Return the figures of cells, running those that are not there; `role` says what for, in the result."""
         missing = [cell for cell in dict.fromkeys(cells) if cell not in self.rows]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            found = pool.map(lambda cell: run_cell(cell, self.work, self.protocol.size), missing)
-            self.rows.update(zip(missing, found, strict=True))
+        self.rows.update(zip(missing, at_once(self._run_one, missing), strict=True))
         for cell in cells:
             self.roles.setdefault(cell, []).append(role)
         return [self.rows[cell] for cell in cells]
+
+    def _run_one(self, cell: Cell) -> dict[str, Any]:
+        with self.free:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                return run_cell(cell, self.work, self.protocol.size)
+            except BaseException as error:
+                self.failure = error
+                raise
 
     def calibrate(self, chosen: Sequence[tuple[str, Setting]], name: str, rounds: int) -> dict[str, float]:
         """Return milliseconds of the processor for a step of each, taken in turn, kept in a file of that name."""
@@ -153,7 +163,7 @@ class Study:
 
     def steps(self, contender: str, setting: Setting, budget: float = 1) -> int:
         """Return the steps that fit into a budget."""
-        return max(1, int(1e3 * self.seconds * budget / self.times[contender, setting]))
+        return max(1, int(1e3 * self.data.seconds * budget / self.times[contender, setting]))
 
     # -- search ------------------------------------------------------------------------------------------------------
 
@@ -172,11 +182,17 @@ class Study:
         while (rate := next_rate(found)) is not None:
             found[rate] = self.trial(contender, setting, [rate], steps, role)[0]
         best = min(found, key=lambda rate: found[rate])
-        return {"steps": steps, "best": best, "fd": {f"{rate:g}": _plain(found[rate]) for rate in sorted(found)}}
+        inside = min(found) < best < max(found)
+        return {
+            "steps": steps,
+            "best": best,
+            "inside": inside,
+            "fd": {f"{rate:g}": _plain(found[rate]) for rate in sorted(found)},
+        }
 
     def search(self, contender: str, kept: set[str]) -> dict[str, Any]:
         """Choose the options and learning rates of a contender, on seeds that are not scored."""
-        settings = CONTENDERS[contender].settings(self.protocol.trials)
+        settings = CONTENDERS[contender].settings(self.protocol.trials if SEARCH[1] in kept else 1)
         grid = rate_grid(CENTRE, self.protocol.rates)
         first = self.best_rate(contender, settings[0], grid, self.steps(contender, settings[0]), SEARCH[0])
         rounds, chosen, rates = [], settings[0], {1: first}
@@ -266,14 +282,24 @@ def drift(before: dict[str, float], after: dict[str, float], reference: str) -> 
     return {name: (after[name] / after[reference]) / (before[name] / before[reference]) - 1 for name in before}
 
 
-def study_of(
-    data: scoring.DataSet, contenders: Sequence[str], protocol: Protocol, kept: set[str], work: Path, jobs: int
-) -> Any:
-    """Search and score on one data set; return what was found, and the scored rows."""
-    study = Study(data, contenders, protocol, work, jobs)
-    tried = [(name, setting) for name in contenders for setting in CONTENDERS[name].settings(protocol.trials)]
+def at_once(do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return what a function returns of each item, all at once in threads; the first failure is raised."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(do, items))
+
+
+def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs: int) -> Any:
+    """Search and score on one data set; return what was found, and the scored rows.
+
+    Contenders search beside each other, so that no process is idle while one of them extends its grid.
+    """
+    study, data, contenders = Study(field, protocol, work, jobs), field.data, field.contenders
+    trials = protocol.trials if SEARCH[1] in kept else 1
+    tried = [(name, setting) for name in contenders for setting in CONTENDERS[name].settings(trials)]
     study.time_steps(tried, "calibration-search", SEARCH_ROUNDS)
-    found = {name: study.search(name, kept) for name in contenders}
+    found = dict(zip(contenders, at_once(lambda name: study.search(name, kept), contenders), strict=True))
     chosen = [(name, found[name]["chosen"]) for name in contenders]
     study.time_steps(chosen, "calibration", calibration.ROUNDS)
     rows = study.score(found, kept)
@@ -283,10 +309,11 @@ def study_of(
     for name in contenders:
         found[name]["model"] = fitted(name, found[name]["chosen"], data, protocol.size)
         found[name]["chosen"] = dict(found[name]["chosen"])
-    trials = [{**study.rows[cell], "for": roles} for cell, roles in study.roles.items()]
+    cells = sorted(study.roles, key=lambda cell: cell.directory(work, protocol.size))  # not as threads happened to end
+    trials = [{**study.rows[cell], "for": study.roles[cell]} for cell in cells]
     return {
         "tokens": data.tokens,
-        "seconds": study.seconds,
+        "seconds": data.seconds,
         "milliseconds_per_step": before,
         "milliseconds_per_step_at_the_end": after,
         "drift": moved,

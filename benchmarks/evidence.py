@@ -20,7 +20,7 @@ from benchmarks.classification import classification_table
 from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
 from benchmarks.markdown import provenance, short, table
-from benchmarks.quality_tables import plot_quality, quality_table
+from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table
 from benchmarks.recipe_tables import digits_one_step_table, few_step_table, recipes_table
 from benchmarks.speed_tables import cuda_traffic_table, memory_table, mixers_table, plot_mixers
 from benchmarks.text_tables import text_quality_table, text_to_image_table
@@ -29,7 +29,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 ROOT = Path(__file__).resolve().parent.parent
 README, EVIDENCE, SCALE, KERNELS = "README.md", "docs/evidence.md", "docs/scale.md", "cuda/README.md"
 OBJECTIVES, CLASSIFICATION = "docs/objectives.md", "docs/classification.md"
-TEXT = "docs/text_to_image.md"
+TEXT, QUALITY = "docs/text_to_image.md", "docs/quality.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
@@ -111,6 +111,7 @@ class Study:
 
 
 STUDIES = {
+    "quality": Study(QUALITY, fair_table, plot_fair),
     "mixers": Study(EVIDENCE, mixers_table, plot_mixers),
     "mixers_wide": Study(EVIDENCE, mixers_table, plot_mixers),
     "quality_digits": Study(EVIDENCE, quality_table, plot_quality),

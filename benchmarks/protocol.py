@@ -6,10 +6,11 @@ Everything here is a function of its arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.scoring import DataSet
 from gspn_dit.errors import UserError
 from gspn_dit.sweep.halving import Rung, plan
 
@@ -18,11 +19,9 @@ FACTOR = 2.0
 CENTRE = 8e-3
 """Of the first grid of learning rates."""
 MOST_RATES = 10
-"""Learning rates of a grid that was extended; if the best is at an end still, the study stops and says so."""
+"""Learning rates of a grid that was extended; if the best is at an end still, the result says so."""
 SEARCH_SEED = 100
 """The first seed of trainings that choose and are not scored."""
-CELL_SECONDS = 25.0
-"""Of a cell beside its training: start, samples, scores; for plans alone."""
 FEWEST_SEEDS, FEWEST_RATES = 5, 5
 
 
@@ -46,8 +45,6 @@ class Protocol:
     """The data set of the largest budgets; None: the first."""
     finalists: int = 2
     """Contenders that the largest budgets are for, beside the reference."""
-    seconds: float | None = None
-    """Of the smallest budget; None: each data set's own."""
 
     def __post_init__(self) -> None:
         least = {"seeds": FEWEST_SEEDS, "rates": FEWEST_RATES, "search_seeds": 1, "trials": 2, "finalists": 1}
@@ -57,8 +54,6 @@ class Protocol:
                 raise UserError(f"--{flag} is {getattr(self, name)}, but a fair study needs at least {fewest}")
         if self.rates % 2 == 0:
             raise UserError(f"--rates is {self.rates}, but must be odd, so that a grid has a middle")
-        if self.seconds is not None and self.seconds <= 0:
-            raise UserError(f"--seconds is {self.seconds:g}, but must be above 0")
         rising = all(small < large for small, large in zip(self.budgets, self.budgets[1:]))
         if not self.budgets or self.budgets[0] != 1 or not rising:
             raise UserError(f"--budgets is {' '.join(map(str, self.budgets))}, but must rise from 1, such as 1 4 16")
@@ -82,21 +77,19 @@ def next_rate(found: Mapping[float, float]) -> float | None:
     Args:
         found: score by learning rate, the lower the better; infinite where a training diverged.
 
+    Where all diverged, lower ones follow. After `MOST_RATES` there is no other, though the best be at an end.
+
     Raises:
-        UserError: the best is at an end still after `MOST_RATES`, or all diverged.
+        UserError: all of `MOST_RATES` diverged.
     """
-    best = min(found, key=lambda rate: found[rate])
-    if math.isinf(found[best]):
-        raise UserError(f"all trainings diverged, at learning rates {_listed(found)}; look at their logs")
-    if min(found) < best < max(found):
+    best = min(found, key=lambda rate: (found[rate], rate))
+    inside = min(found) < best < max(found)
+    if len(found) >= MOST_RATES and math.isinf(found[best]):
+        tried = ", ".join(f"{rate:g}" for rate in sorted(found))
+        raise UserError(f"all trainings diverged, at learning rates {tried}; look at their logs")
+    if inside or len(found) >= MOST_RATES:
         return None
-    if len(found) >= MOST_RATES:
-        raise UserError(f"the best of {len(found)} learning rates is still at an end: {_listed(found)}")
     return best * FACTOR if best == max(found) else best / FACTOR
-
-
-def _listed(found: Mapping[float, float]) -> str:
-    return ", ".join(f"{rate:g}" for rate in sorted(found))
 
 
 def rungs(trials: int, steps: int) -> list[Rung]:
@@ -108,6 +101,14 @@ def rungs(trials: int, steps: int) -> list[Rung]:
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """A data set of a study, and who takes part there."""
+
+    data: DataSet
+    contenders: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -138,58 +139,63 @@ SEARCH = ("learning rates of the defaults", "options by halving, and their learn
 RANKS = {"learning rates": (0, 5, 0), "equal time": (0, 4, 7), "equal steps": (6, 8, 9)}
 """Ranks of the first budget, the second and the larger ones; see `Part.rank`."""
 RANK_OF_OPTIONS = 3
+UNWANTED: dict[str, Callable[[str], bool]] = {
+    "options": lambda name: name == SEARCH[1],
+    "equal-steps": lambda name: name.endswith("equal steps"),
+}
+"""Kinds of parts that a study can do without, by what `--drop` calls them; told by a part's name."""
 
 
-def parts(protocol: Protocol, contenders: int, data: Mapping[str, float]) -> list[Part]:
+def parts(protocol: Protocol, fields: Sequence[Field]) -> list[Part]:
     """Return everything that a study would run, its searches first.
-
-    Args:
-        protocol: of the study.
-        contenders: how many there are.
-        data: seconds of the smallest budget, by data set.
 
     Equal steps are taken to last as long as equal time: what a step takes is measured later. A grid of learning rates
     is taken to be extended once.
     """
-    first = next(iter(data))
-    return [part for name, unit in data.items() for part in _parts(protocol, contenders, name, unit, first)]
+    widest = protocol.widest or fields[0].data.name
+    return [part for field in fields for part in _parts(protocol, field, widest)]
 
 
-def _parts(protocol: Protocol, contenders: int, data: str, unit: float, first: str) -> Iterator[Part]:
-    seconds = unit if protocol.seconds is None else protocol.seconds
+def _parts(protocol: Protocol, field: Field, widest: str) -> Iterator[Part]:
+    data, contenders = field.data.name, len(field.contenders)
+    seconds, scoring = field.data.seconds, field.data.scoring_seconds
     search = contenders * protocol.search_seeds
-    yield Part(data, SEARCH[0], search * (protocol.rates + 1), seconds + CELL_SECONDS)
+    yield Part(data, SEARCH[0], search * (protocol.rates + 1), seconds + scoring)
     rounds = rungs(protocol.trials, 1024)
     trained = sum(rung.candidates * rung.images for rung in rounds) / rounds[-1].images + protocol.rates + 1
     count = sum(rung.candidates for rung in rounds) + protocol.rates + 1
-    yield Part(data, SEARCH[1], search * count, seconds * trained / count + CELL_SECONDS, RANK_OF_OPTIONS)
+    yield Part(data, SEARCH[1], search * count, seconds * trained / count + scoring, RANK_OF_OPTIONS)
     for number, budget in enumerate(protocol.budgets):
         place = min(number, 2)
-        if place == 2 and data != (protocol.widest or first):
+        if place == 2 and data != widest:
             continue
         models = contenders if place < 2 else min(contenders, protocol.finalists + 1)
         cells = {
-            "learning rates": search * 3 if place == 1 else 0,
+            "learning rates": search * (3 + 1) if place == 1 else 0,
             "equal time": models * protocol.seeds,
             "equal steps": (models - 1) * protocol.seeds,  # the reference's are those of equal time
         }
         for kind, amount in cells.items():
             if amount:
-                name, each = part_name(budget, kind), budget * seconds + CELL_SECONDS
+                name, each = part_name(budget, kind), budget * seconds + scoring
                 yield Part(data, name, amount, each, RANKS[kind][place])
 
 
-def fit_into(every: Sequence[Part], hours: float, cores: int) -> tuple[list[Part], list[Part]]:
+def fit_into(
+    every: Sequence[Part], hours: float, cores: int, unwanted: Sequence[str] = ()
+) -> tuple[list[Part], list[Part]]:
     """Return the parts of a plan that are run within hours of so many cores, and those that are dropped for it.
 
-    Equal steps at the largest budgets go first, then those at the middle one, the largest budgets, equal steps at the
-    smallest one, the middle one's own learning rates, the middle one, and the search of options, without which all have
-    their defaults; of equals the last data set's. Seeds are never dropped.
+    Those of the `UNWANTED` kinds are dropped in any case. Of the others equal steps at the largest budgets go first,
+    then those at the middle one, the largest budgets, equal steps at the smallest one, the middle one's own learning
+    rates, the middle one, and the search of options, without which all have their defaults; of equals the last data
+    set's. Seeds are never dropped.
 
     Raises:
         UserError: what may not be dropped is too much.
     """
-    kept, dropped = list(every), []
+    dropped = [part for part in every if any(UNWANTED[kind](part.name) for kind in unwanted)]
+    kept = [part for part in every if part not in dropped]
     while sum(part.hours for part in kept) > hours * cores:
         number = max(range(len(kept)), key=lambda index: (kept[index].rank, index))
         if kept[number].rank == 0:

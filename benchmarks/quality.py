@@ -14,7 +14,10 @@ said. A study can be stopped and started again: what is done is kept, what was i
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +26,9 @@ from typing import Any
 from benchmarks import scoring
 from benchmarks.contenders import CONTENDERS, REFERENCE, fitted
 from benchmarks.contest import study_of
-from benchmarks.protocol import FACTOR, Part, Protocol, as_json, fit_into, parts
+from benchmarks.output import publish
+from benchmarks.presets import PRESETS
+from benchmarks.protocol import FACTOR, UNWANTED, Field, Part, Protocol, as_json, fit_into, parts
 from benchmarks.study import holm, interval, once, paired_p, paired_ratio
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import cannot_hold, write_whole
@@ -34,7 +39,7 @@ from gspn_dit.files import cannot_hold, write_whole
 def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the ratio of ours to each rival, for every data set, budget and kind, with p-values for all together.
 
-    Seeds of which one of both diverged are left out of a ratio, and counted.
+    Seeds of which one of both diverged are left out of a ratio, and counted; None where none is left.
     """
     table = []
     for data, budget, kind in dict.fromkeys((row["data"], row["budget"], row["kind"]) for row in rows):
@@ -45,8 +50,10 @@ def comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for rival in (name for name in there if not CONTENDERS[name].ours):
                 entry: dict[str, Any] = {"data": data, "budget": budget, "kind": kind, "ours": ours, "rival": rival}
                 entry["diverged"] = sum(row["diverged"] for row in own if row["variant"] in (ours, rival))
+                pairs = {row["seed"] for row in finite if row["variant"] == ours}
+                pairs &= {row["seed"] for row in finite if row["variant"] == rival}
                 for metric in ("fd", "val_loss"):
-                    entry[metric] = paired_ratio(finite, metric, ours, rival)
+                    entry[metric] = paired_ratio(finite, metric, ours, rival) if pairs else None
                 table.append(entry | {"p": paired_p(finite, "fd", ours, rival)})
     for entry, corrected in zip(table, holm([entry["p"] for entry in table]), strict=True):
         entry["p_holm"] = corrected
@@ -66,14 +73,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def study(
-    data: Sequence[scoring.DataSet],
-    contenders: Sequence[str],
-    protocol: Protocol,
-    kept: Sequence[Part],
-    work: Path,
-    jobs: int,
-) -> dict[str, Any]:
+def study(fields: Sequence[Field], protocol: Protocol, kept: Sequence[Part], work: Path, jobs: int) -> dict[str, Any]:
     """Run every cell that is not there yet, and return all figures."""
     from benchmarks.measure import CpuDevice, software
 
@@ -81,22 +81,34 @@ def study(
     if json.loads(json.dumps(settings)) != once(work / "protocol.json", lambda: settings):
         raise UserError(f"{work} holds a study of another protocol; give another --work, or delete it")
     results, rows = {}, []
-    for one in data:
-        one.check()  # the last one's images and features, too, before hours of the first one's trainings
-    for one in data:
-        names = {part.name for part in kept if part.data == one.name}
-        results[one.name], own = study_of(one, contenders, protocol, names, work, jobs)
+    for field in fields:
+        field.data.check()  # the last one's images and features, too, before hours of the first one's trainings
+    for field in fields:
+        names = {part.name for part in kept if part.data == field.data.name}
+        results[field.data.name], own = study_of(field, protocol, names, work, jobs)
         rows += own
-    return {
-        **settings,
-        "factor_of_rates": FACTOR,
-        "contenders": {name: asdict(CONTENDERS[name]) for name in contenders},
-        "data": results,
-        "comparisons": comparisons(rows),
-        "curves": curves(rows),
-        "machine": CpuDevice().describe(),
-        "software": software(),
-    }
+    contenders = dict.fromkeys(name for field in fields for name in field.contenders)
+    return without_nan(
+        {
+            **settings,
+            "factor_of_rates": FACTOR,
+            "contenders": {name: asdict(CONTENDERS[name]) for name in contenders},
+            "data": results,
+            "comparisons": comparisons(rows),
+            "curves": curves(rows),
+            "machine": CpuDevice().describe(),
+            "software": software(),
+        }
+    )
+
+
+def without_nan(tree: Any) -> Any:
+    """Return JSON values with null for what is no number, such as the interval of one pair."""
+    if isinstance(tree, dict):
+        return {key: without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
 # -- command ---------------------------------------------------------------------------------------------------------
@@ -112,10 +124,12 @@ def show_plan(kept: Sequence[Part], dropped: Sequence[Part], jobs: int, say: Cal
     say(f"{cells} cells, {hours:.1f} hours of {jobs} cores; seeds are not dropped")
 
 
-def _options(arguments: Sequence[str] | None) -> Any:
-    parser = ArgumentParser(prog="benchmarks.quality", description=__doc__.split("\n")[0])
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="benchmarks.quality", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="a study that is ready to run; options change it")
     scoring.add_data_options(parser, tuple(scoring.DATA_SETS), several=True)
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME=A,B", help="contenders of one data set")
     parser.add_argument("--size", default=Protocol.size, help="preset of all models, such as N or T")
     parser.add_argument("--seeds", type=int, default=Protocol.seeds, help="scored and paired, from 0 on")
     parser.add_argument("--search-seeds", type=int, default=Protocol.search_seeds, help="that choose, from 100 on")
@@ -124,46 +138,79 @@ def _options(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--budgets", type=int, nargs="+", default=list(Protocol.budgets), help="multiples of --seconds")
     parser.add_argument("--widest", help="the data set of the largest budgets; default: the first of --data")
     parser.add_argument("--finalists", type=int, default=Protocol.finalists, help="for the largest budgets")
-    parser.add_argument("--seconds", type=float, help="of the smallest budget; default: each data set's own")
+    parser.add_argument("--seconds", nargs="+", default=[], metavar="NAME=S", help="of the smallest budget")
+    parser.add_argument("--drop", nargs="+", choices=tuple(UNWANTED), default=[], help="parts to do without")
     parser.add_argument("--hours", type=float, default=12, help="what does not fit is dropped, by parts")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--plan", action="store_true", help="say what would run and how long, and run nothing")
     parser.add_argument("--work", type=Path, default=Path("runs/fair"), help="where the cells live")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def _options(arguments: Sequence[str]) -> Any:
+    """Return the options; a preset's words come first, so that what is given besides changes them."""
+    options = _parser().parse_args(arguments)
+    return options if options.preset is None else _parser().parse_args([*PRESETS[options.preset].words, *arguments])
+
+
+def fields_of(options: Any) -> list[Field]:
+    """Return the data sets, each with its seconds and its contenders; raises UserError."""
+    chosen = scoring.chosen(options)
+    names = [one.name for one in chosen]
+    seconds = scoring.by_name(names, "--seconds", options.seconds)
+    only = scoring.by_name(names, "--only", options.only)
+    fields = []
+    for one in chosen:
+        given = only[one.name].split(",") if one.name in only else options.contenders
+        if unknown := [name for name in given if name not in CONTENDERS]:
+            raise UserError(f"--only names {unknown[0]}, but contenders are {', '.join(CONTENDERS)}")
+        if REFERENCE not in given:
+            flag = "--only" if one.name in only else "--contenders"
+            raise UserError(f"{flag} lacks {REFERENCE}, which the others are measured by; add it")
+        own = dataclasses.replace(one, seconds=_seconds(seconds.get(one.name, f"{one.seconds}")))
+        fields.append(Field(own, tuple(dict.fromkeys(given))))
+    return fields
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds is {word}, but must be a number above 0")
+    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan a study, or run it."""
-    options = _options(arguments)
-    data, contenders = scoring.chosen(options), list(dict.fromkeys(options.contenders))
-    names_of_data = [one.name for one in data]
-    if REFERENCE not in contenders:
-        raise UserError(f"--contenders lacks {REFERENCE}, which the others are measured by; add it")
-    if options.widest not in (None, *names_of_data):
-        raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(names_of_data)}")
+    options = _options(sys.argv[1:] if arguments is None else arguments)
+    fields = fields_of(options)
+    if options.widest not in (None, *(field.data.name for field in fields)):
+        raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(options.data)}")
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
     for flag, path in (("--work", options.work), ("--out", options.out)):  # not after twelve hours
         if path is not None and (problem := cannot_hold(path)):
             raise UserError(f"{flag} {problem}")
-    names = ("size", "seeds", "search_seeds", "rates", "trials", "widest", "finalists", "seconds")
+    names = ("size", "seeds", "search_seeds", "rates", "trials", "widest", "finalists")
     protocol = Protocol(budgets=tuple(options.budgets), **{name: getattr(options, name) for name in names})
-    for name in contenders:  # a setting too few, or parameters that cannot be equal, is told before anything runs
-        for setting in CONTENDERS[name].settings(protocol.trials):
-            for one in data:
-                fitted(name, setting, one, protocol.size)
-    every = parts(protocol, len(contenders), {one.name: one.seconds for one in data})
-    kept, dropped = fit_into(every, options.hours, options.jobs)
+    for field in fields:  # a setting too few, or parameters that cannot be equal, is told before anything runs
+        for name in field.contenders:
+            for setting in CONTENDERS[name].settings(protocol.trials):
+                fitted(name, setting, field.data, protocol.size)
+    kept, dropped = fit_into(parts(protocol, fields), options.hours, options.jobs, options.drop)
+    if options.preset is not None:
+        print(PRESETS[options.preset].reason)
     show_plan(kept, dropped, options.jobs)
     if options.plan:
         return
-    found = study(data, contenders, protocol, kept, options.work, options.jobs)
+    found = study(fields, protocol, kept, options.work, options.jobs)
     found["plan"] = {"kept": [as_json(part) for part in kept], "dropped": [as_json(part) for part in dropped]}
-    files = [options.work / "study.json", *([options.out] if options.out else [])]
-    for file in files:
-        write_whole(file, (json.dumps(found, indent=2) + "\n").encode())
-    print(f"written: {files[-1]}")
+    publish(found, options.work / "study.json", ("comparisons",))
+    if options.out:
+        write_whole(options.out, (options.work / "study.json").read_bytes())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Tables and plots of studies of quality."""
+"""Tables and plots of studies of quality: each model at its own best, or all at one learning rate."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -12,6 +13,94 @@ from benchmarks.study import paired_ratio
 RATIO = "paired_ratio_to_"
 
 Result = dict[str, Any]
+
+# -- each at its own best --------------------------------------------------------------------------------------------
+
+
+def fair_table(result: Result) -> str:
+    """Tabulate `benchmarks.quality`: ratios of ours to each rival, what each found, and what the study did without."""
+    tokens = {name: f"{name}, {found['tokens']:,} tokens" for name, found in result["data"].items()}
+    ratios = [
+        [
+            *(tokens[row["data"]], f"{row['budget']}×, {row['kind']}", row["ours"], row["rival"]),
+            *(_ratio(row[metric]) for metric in ("fd", "val_loss")),
+            *(short(row["p_holm"], 2), str(row["diverged"])),
+        ]
+        for row in result["comparisons"]
+    ]
+    head = ["data", "budget", "ours", "rival", "FD ÷ rival's", "loss ÷ rival's", "p (Holm)", "diverged"]
+    points = [_point(result, tokens, point) for point in result["curves"]]
+    return (
+        f"{table(head, ratios)}\n{table(_POINT_HEAD, points)}\n{_conditions(result)}{provenance(result)}\n\n"
+        "![FD by budget, each model at its own best](evidence_quality.png)\n"
+    )
+
+
+def _conditions(result: Result) -> str:
+    setting, protocol, of = result["setting"], result["protocol"], result["data"]
+    moved = ", ".join(name for name, found in of.items() if not found["time_held"])
+    commits = ", ".join(sorted({cell["commit"] for found in of.values() for cell in found["cells"]}))
+    dropped = ", ".join(f"{part['part']} ({part['data']})" for part in result["plan"]["dropped"])
+    seconds = ", ".join(f"{found['seconds']:g} s ({name})" for name, found in of.items())
+    return (
+        f"Size {protocol['size']}, {plural(protocol['seeds'], 'paired seed')}, learning rates and options chosen on "
+        f"{plural(protocol['search_seeds'], 'other')}, {setting['samples']:,} samples each, {setting['steps']} steps, "
+        f"guidance {setting['guidance_scale']}. A budget of 1× is, of the processor's time, {seconds}. "
+        + (f"A step's time moved by more than 5 % on {moved}. " if moved else "")
+        + (f"Dropped: {dropped}. " if dropped else "")
+        + f"Trained at {commits}. "
+    )
+
+
+_POINT_METRICS = {name: title for name, title in METRICS.items() if name != "val_loss"}
+_POINT_HEAD = ["data", "budget", "model", "learning rate", "steps", "seeds", *_POINT_METRICS.values()]
+
+
+def _point(result: Result, tokens: dict[str, str], point: Result) -> list[str]:
+    """Return the row of a contender at a budget; a rate is marked where the best one tried lay at an end."""
+    found, role = result["data"][point["data"]], f"{point['budget']}×, {point['kind']}"
+    rates = found["search"][point["variant"]]["rates"]
+    rate = rates[max((budget for budget in rates if int(budget) <= point["budget"]), key=int)]
+    steps = {cell["steps"] for cell in found["cells"] if cell["variant"] == point["variant"] and role in cell["for"]}
+    return [
+        *(tokens[point["data"]], role, point["variant"], f"{rate['best']:g}{'' if rate['inside'] else ' (at an end)'}"),
+        *(", ".join(f"{count:,}" for count in sorted(steps)), str(point["seeds"])),
+        *(_mean(point.get(metric)) for metric in _POINT_METRICS),
+    ]
+
+
+def _known(found: Result | None) -> Result | None:
+    """Return an interval with NaN where JSON has null."""
+    return None if found is None else {key: math.nan if value is None else value for key, value in found.items()}
+
+
+def _ratio(found: Result | None) -> str:
+    known = _known(found)
+    return "no pair" if known is None else ratio_and_interval(known)
+
+
+def _mean(found: Result | None) -> str:
+    known = _known(found)
+    return "" if known is None else mean_and_interval(known)
+
+
+def plot_fair(result: Result, figure: Any) -> None:
+    """Draw each contender's FD against the budget, a plot for each data set, at equal time."""
+    names = list(result["data"])
+    for name, axis in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
+        for variant in dict.fromkeys(point["variant"] for point in own):
+            points = [point for point in own if point["variant"] == variant and point.get("fd")]
+            found = [_known(point["fd"]) or {} for point in points]
+            errors = [[abs(one["mean"] - one[end]) for one in found] for end in ("low", "high")]
+            seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
+            axis.errorbar(seconds, [one["mean"] for one in found], yerr=errors, marker="o", capsize=3, label=variant)
+        tokens = result["data"][name]["tokens"]
+        axis.set(title=f"{name}, {tokens:,} tokens", xlabel="seconds of training", xscale="log", yscale="log")
+        axis.grid(True, alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.axes[0].set(ylabel="FD, mean and 95%")
+
 
 # -- at one learning rate --------------------------------------------------------------------------------------------
 

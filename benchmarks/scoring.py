@@ -57,6 +57,8 @@ class DataSet:
     """Channels, and pixels of a side."""
     seconds: float
     """Of the processor for a training of the smallest budget."""
+    scoring_seconds: float
+    """Of the processor for a cell beside its training: two starts, samples, figures; measured, and for plans alone."""
     image_size: int | None = None
     """Pixels that images are resized to; None: they are of that size."""
     own_latents: bool = False
@@ -154,25 +156,25 @@ EMOJI_CLASSES = 54
 """Six designs, nine groups, of emoji as docs/quality.md makes them."""
 
 
-def _emoji(name: str, size: int, patch: int, seconds: float) -> DataSet:
+def _emoji(name: str, size: int, patch: int, *seconds: float) -> DataSet:
     features, images = f"runs/emoji{size}/features.safetensors", ("imagefolder", f"data/emoji{size}_classes")
-    return DataSet(name, _COLOUR, patch, features, images, EMOJI_CLASSES, (3, size), seconds, size, judged=False)
+    return DataSet(name, _COLOUR, patch, features, images, EMOJI_CLASSES, (3, size), *seconds, size, judged=False)
 
 
 DATA_SETS = {
     one.name: one
     for one in (
-        DataSet("digits", "configs/digits_gspn.yaml", 2, "digits", ("digits", None), 10, (1, 8), 30),
-        DataSet("fashion", _PIXELS, 4, FASHION_NET, _FASHION, 10, (1, 32), 120),
+        DataSet("digits", "configs/digits_gspn.yaml", 2, "digits", ("digits", None), 10, (1, 8), 30, 25),
+        DataSet("fashion", _PIXELS, 4, FASHION_NET, _FASHION, 10, (1, 32), 120, 50),
         DataSet(
-            *("fashion-latents", "configs/fashion_gspn.yaml", 1, FASHION_NET, _FASHION, 10, (4, 8), 120),
+            *("fashion-latents", "configs/fashion_gspn.yaml", 1, FASHION_NET, _FASHION, 10, (4, 8), 120, 50),
             own_latents=True,
         ),
-        DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240),
-        _emoji("emoji", 32, 4, 120),
-        _emoji("emoji-256", 32, 2, 240),
-        _emoji("emoji-1024", 64, 2, 600),
-        _emoji("emoji-4096", 64, 1, 1800),
+        DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240, 115),
+        _emoji("emoji", 32, 4, 120, 45),
+        _emoji("emoji-256", 32, 2, 240, 115),
+        _emoji("emoji-1024", 64, 2, 600, 450),
+        _emoji("emoji-4096", 64, 1, 1800, 2500),
     )
 }
 """By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them)."""
@@ -199,21 +201,25 @@ def chosen(options: argparse.Namespace) -> list[DataSet]:
     A place is a path, or NAME=PATH where there are several data sets; raises UserError where it is none's.
     """
     names = list(dict.fromkeys([options.data] if isinstance(options.data, str) else options.data))
-    places = {flag: _by_name(names, f"--{flag}", getattr(options, flag)) for flag in ("root", "features")}
+    places = {flag: by_name(names, f"--{flag}", getattr(options, flag)) for flag in ("root", "features")}
     return [DATA_SETS[name].at(places["root"].get(name), places["features"].get(name)) for name in names]
 
 
-def _by_name(names: Sequence[str], flag: str, given: Sequence[str]) -> dict[str, str]:
+def by_name(names: Sequence[str], flag: str, given: Sequence[str]) -> dict[str, str]:
+    """Return the values by data set of words NAME=VALUE, or of one VALUE where there is one data set.
+
+    Data sets that are not among the names may have values, too, so that a study is narrowed by `--data` alone. Raises
+    UserError for one that has two, and for a VALUE that could be any one's.
+    """
     found: dict[str, str] = {}
     for word in given:
         name, equals, path = word.partition("=")
         if not equals or name not in DATA_SETS:
             name, path = names[0], word
             if len(names) > 1:
-                raise UserError(f"{flag} is {word}, but must be NAME=PATH where there are several data sets")
-        if name not in names or name in found:
-            problem = "given twice" if name in found else f"not among --data {' '.join(names)}"
-            raise UserError(f"{flag} is {word}, but {name} is {problem}")
+                raise UserError(f"{flag} is {word}, but must be NAME=VALUE where there are several data sets")
+        if name in found:
+            raise UserError(f"{flag} is {word}, but {name} is given twice")
         found[name] = path
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
-from benchmarks.protocol import CELL_SECONDS, MOST_RATES, Part, Protocol, fit_into, next_rate, parts, rate_grid, rungs
+from benchmarks.protocol import MOST_RATES, Field, Part, Protocol, fit_into, next_rate, parts, rate_grid, rungs
+from benchmarks.scoring import DATA_SETS
 from benchmarks.study import holm, paired_p
 from gspn_dit.errors import UserError
 from gspn_dit.sweep.halving import Rung
@@ -34,10 +36,11 @@ def test_a_best_at_an_end_extends_the_grid(scores: list[float], expected: float 
 
 def test_a_grid_does_not_grow_for_ever_and_needs_one_training_that_ends() -> None:
     falling = {0.001 * 2**power: -float(power) for power in range(MOST_RATES)}
-    with pytest.raises(UserError, match=r"the best of 10 learning rates is still at an end: 0.001, 0.002, .*, 0.512"):
-        next_rate(falling)
-    with pytest.raises(UserError, match=r"all trainings diverged, at learning rates 0.001, 0.002; look at their logs"):
-        next_rate({0.001: math.inf, 0.002: math.inf})
+    assert next_rate(falling) is None
+    assert next_rate({rate: falling[rate] for rate in list(falling)[:-1]}) == 0.512
+    assert next_rate({0.001: math.inf, 0.002: math.inf}) == 0.0005
+    with pytest.raises(UserError, match=r"all trainings diverged, at learning rates 0.001, .*, 0.512; look at their"):
+        next_rate(dict.fromkeys(falling, math.inf))
 
 
 def test_halving_keeps_half_for_twice_the_steps() -> None:
@@ -74,23 +77,31 @@ def test_the_p_value_of_a_ratio() -> None:
     assert paired_p(rows(a=[1.0, 2.0], b=[1.0, 2.0]), "fd", "a", "b") == 1
 
 
-PROTOCOL = Protocol(seconds=75)
-CONTENDERS = 3
-EACH = 75 + CELL_SECONDS
+PROTOCOL = Protocol()
+EACH = 75 + 25
+
+
+def fields(**contenders: int) -> list[Field]:
+    """Data sets of 75 seconds, whose scoring takes 25, by the number of who takes part."""
+    digits = DATA_SETS["digits"]
+    return [
+        Field(dataclasses.replace(digits, name=name, seconds=75, scoring_seconds=25), tuple("abcdef"[:count]))
+        for name, count in contenders.items()
+    ]
 
 
 def test_a_plan_by_hand() -> None:
     """Three contenders: 8 settings at a quarter, 4 at a half, 2 whole are 6 trainings' worth of steps in 14 cells; six
     learning rates of what they choose follow.
     """
-    found = {(part.data, part.name): part for part in parts(PROTOCOL, CONTENDERS, {"a": 75, "b": 75})}
+    found = {(part.data, part.name): part for part in parts(PROTOCOL, fields(a=3, b=3))}
     cells = {name: part.cells for (data, name), part in found.items() if data == "a"}
     assert cells == {
         "learning rates of the defaults": 3 * 6,
         "options by halving, and their learning rates": 3 * 20,
         "1×, equal time": 3 * 5,
         "1×, equal steps": 2 * 5,
-        "4×, learning rates": 3 * 3,
+        "4×, learning rates": 3 * 4,
         "4×, equal time": 3 * 5,
         "4×, equal steps": 2 * 5,
         "16×, equal time": 3 * 5,
@@ -98,18 +109,18 @@ def test_a_plan_by_hand() -> None:
     }
     assert not [name for data, name in found if data == "b" and name.startswith("16")]
     options = found["a", "options by halving, and their learning rates"]
-    assert options.seconds == pytest.approx(75 * 12 / 20 + CELL_SECONDS)
-    assert found["a", "4×, equal time"].seconds == 4 * 75 + CELL_SECONDS
+    assert options.seconds == pytest.approx(75 * 12 / 20 + 25)
+    assert found["a", "4×, equal time"].seconds == 4 * 75 + 25
     assert found["a", "1×, equal time"].hours == pytest.approx(15 * EACH / 3600)
-    wide = Protocol(seconds=75, widest="b", search_seeds=2)
-    other = {(part.data, part.name): part for part in parts(wide, 6, {"a": 75, "b": 75})}
+    wide = Protocol(widest="b", search_seeds=2)
+    other = {(part.data, part.name): part for part in parts(wide, fields(a=6, b=6))}
     assert other["b", "16×, equal time"].cells == 3 * 5  # the reference and two
     assert ("a", "16×, equal time") not in other
     assert other["a", "learning rates of the defaults"].cells == 6 * 6 * 2
 
 
 def test_what_does_not_fit_is_dropped_in_order_and_seeds_never() -> None:
-    every = parts(PROTOCOL, CONTENDERS, {"a": 75, "b": 75})
+    every = parts(PROTOCOL, fields(a=3, b=3))
     whole = sum(part.hours for part in every)
     assert fit_into(every, whole, 1) == (every, [])
     assert fit_into(every, whole / 2, 2) == (every, [])
@@ -134,6 +145,16 @@ def test_what_does_not_fit_is_dropped_in_order_and_seeds_never() -> None:
         fit_into(every, 1, 1)
 
 
+def test_what_a_study_can_do_without_is_dropped_first() -> None:
+    every = parts(PROTOCOL, fields(a=3, b=2))
+    assert {part.cells for part in every if part.name == "1×, equal time"} == {3 * 5, 2 * 5}
+    _, dropped = fit_into(every, 1e9, 1, ["equal-steps", "options"])
+    assert {part.name for part in dropped} == {
+        "options by halving, and their learning rates",
+        *(f"{budget}×, equal steps" for budget in (1, 4, 16)),
+    }
+
+
 def test_nothing_more_is_dropped_than_must_be() -> None:
     every = [Part("a", "x", 36, 100, rank=1), Part("a", "y", 36, 100), Part("a", "z", 36, 100, rank=2)]  # 1 h each
     assert [part.name for part in fit_into(every, 2.5, 1)[1]] == ["z"]
@@ -149,7 +170,6 @@ def test_nothing_more_is_dropped_than_must_be() -> None:
         ({"trials": 1}, "--trials is 1, but a fair study needs at least 2"),
         ({"search_seeds": 0}, "--search-seeds is 0, but a fair study needs at least 1"),
         ({"finalists": 0}, "--finalists is 0, but a fair study needs at least 1"),
-        ({"seconds": 0.0}, "--seconds is 0, but must be above 0"),
         ({"budgets": (4, 16)}, "--budgets is 4 16, but must rise from 1, such as 1 4 16"),
         ({"budgets": (1, 4, 4)}, "--budgets is 1 4 4, but must rise from 1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import calibration, contest, quality, scoring
+from benchmarks import calibration, contest, evidence, quality, scoring
 from benchmarks.contenders import CONTENDERS, fitted, parameters
 from benchmarks.contest import Cell, drift
+from benchmarks.presets import PRESETS
+from benchmarks.quality_tables import fair_table
 from benchmarks.scoring import METRICS, SETTING
 from gspn_dit.config import parse_train_arguments
 from gspn_dit.errors import UserError
@@ -163,6 +166,60 @@ def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (tmp_path / "out.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
     assert plain["plan"]["dropped"] == []
+    text = fair_table(plain)
+    entry = f"{steps_alike['fd']['mean']:.3f} [{steps_alike['fd']['low']:.3f}, {steps_alike['fd']['high']:.3f}]"
+    assert f"| digits, 16 tokens | 1×, equal steps | gspn-normed | attention | {entry} |" in text
+    assert "| digits, 16 tokens | 4×, equal time | conv | 0.004 | 8,000 | 5 |" in text
+    assert (
+        "A budget of 1× is, of the processor's time, 10 s (digits). A step's time moved by more than 5 % on digits."
+        in text
+    )
+
+
+def test_a_study_whose_trainings_all_diverge_is_tabulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Convolution diverges in every scored cell but one, scans in all: no pair is left, and no interval of one seed."""
+    world = World(monkeypatch)
+    train = world.train
+
+    def diverging(words: Sequence[str], run: Path) -> dict[str, Any]:
+        done, cell = train(words, run), world.cells[words[-1]]
+        if (cell.contender == "conv" and 1 <= cell.seed < 100) or (cell.contender == "gspn-normed" and cell.seed < 100):
+            run.with_name("run.log").write_text("8 steps in a row had a non-finite loss or gradient and were skipped")
+            raise UserError("it failed")
+        return done
+
+    monkeypatch.setattr(contest, "train", diverging)
+    words = ["--budgets", "1", "--drop", "options", "equal-steps", "--jobs", "2"]
+    quality.main([*COMMAND, "--work", str(tmp_path), *words])
+    result = json.loads((tmp_path / "study.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name}"))
+    assert [row["fd"] for row in result["comparisons"]] == [None, None]
+    assert [row["diverged"] for row in result["comparisons"]] == [5, 9]
+    (conv,) = (point for point in result["curves"] if point["variant"] == "conv")
+    assert conv["seeds"] == 1 and conv["fd"]["low"] is None
+    text = fair_table(result)
+    assert "| gspn-normed | attention | no pair | no pair | 1.0 | 5 |" in text
+    assert "Dropped: options by halving, and their learning rates (digits), 1×, equal steps (digits)." in text
+    evidence.draw({"quality": result}, tmp_path)
+    assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_into_their_hours_and_say_what_they_do_without(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality.main(["--preset", name, "--plan"])
+    out = capsys.readouterr().out
+    assert out.startswith(f"{name}: ") and out.count("dropped") == out.count("equal steps") + out.count("options by")
+    assert float(re.findall(r"cells, ([\d.]+) hours of 2 cores", out)[0]) <= 5
+    assert "5 cells" not in out.replace("25 cells", "").replace("15 cells", "")  # five seeds of each, never fewer
+
+
+def test_options_change_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    quality.main(["--preset", "small", "--plan", "--data", "fashion-256", "--jobs", "1"])
+    out = capsys.readouterr().out
+    assert "digits" not in out and re.search(r"fashion-256 +1×, equal time +15 cells of +165 s", out)
+    quality.main(["--preset", "small", "--plan", "--seconds", "fashion-256=10", "digits=1", "fashion=1"])
+    assert re.search(r"fashion-256 +1×, equal time +15 cells of +125 s", capsys.readouterr().out)
 
 
 def test_what_is_dropped_is_not_run_and_written_down(
@@ -180,9 +237,10 @@ def test_what_is_dropped_is_not_run_and_written_down(
 
 def kept_names(hours: float) -> set[str]:
     """What the command's plan keeps within so many hours of one core; nothing where the plan is refused."""
-    from benchmarks.protocol import Protocol, fit_into, parts
+    from benchmarks.protocol import Field, Protocol, fit_into, parts
 
-    every = parts(Protocol(trials=2, seconds=10, finalists=1), len(NAMES), {"digits": 30})
+    digits = dataclasses.replace(DIGITS, seconds=10)
+    every = parts(Protocol(trials=2, finalists=1), [Field(digits, tuple(NAMES))])
     try:
         return {part.name for part in fit_into(every, hours, 1)[0]}
     except UserError:
@@ -207,6 +265,10 @@ def test_the_plan_runs_nothing(
         (["--contenders", "conv", "gspn"], "--contenders lacks attention, which the others are measured by; add it"),
         (["--widest", "fashion"], "--widest is fashion, but must be one of --data: digits"),
         (["--jobs", "0"], "--jobs is 0, but must be at least 1"),
+        (["--only", "digits=conv,gspn"], "--only lacks attention, which the others are measured by; add it"),
+        (["--only", "digits=attention,mamba"], "--only names mamba, but contenders are attention, attention-lpu, "),
+        (["--seconds", "0"], "--seconds is 0, but must be a number above 0"),
+        (["--seconds", "digits=soon"], "--seconds is soon, but must be a number above 0"),
         (["--seeds", "3"], "--seeds is 3, but a fair study needs at least 5"),
         (["--trials", "99"], "--trials is 99, but a contender has 16 settings; give fewer"),
         (["--size", "M"], "--size is M, but must be one of N, T, S, B, L, XL"),

@@ -67,8 +67,7 @@ def test_trainings_read_what_is_scored(name: str) -> None:
     ("words", "message"),
     [
         (["--data", "digits", "--root", "x"], "--root is x, but digits are bundled; leave it out"),
-        (["--data", "emoji", "fashion", "--root", "x"], "--root is x, but must be NAME=PATH where there are several"),
-        (["--data", "emoji", "--root", "fashion=x"], "--root is fashion=x, but fashion is not among --data emoji"),
+        (["--data", "emoji", "fashion", "--root", "x"], "--root is x, but must be NAME=VALUE where there are several"),
         (["--data", "emoji", "--features", "emoji=x", "y"], "--features is y, but emoji is given twice"),
     ],
 )

@@ -1,0 +1,39 @@
+"""Studies of quality that are ready to run: `python -m benchmarks.quality --preset NAME`.
+
+What a preset does without are cells, never seeds, learning rates of a grid, or a contender's own best rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The command line of a study, and what it leaves out of the whole one."""
+
+    command: str
+    reason: str
+
+    @property
+    def words(self) -> list[str]:
+        """Of the command line."""
+        return self.command.split()
+
+
+_DEFAULTS = "--trials 2 --drop options equal-steps"
+PRESETS = {
+    "small": Preset(
+        "--data digits fashion fashion-256 --contenders attention attention-lpu conv linear gspn-normed "
+        "--only fashion-256=attention,attention-lpu,gspn-normed --seconds digits=20 fashion=40 fashion-256=50 "
+        f"--budgets 1 4 --hours 5 --jobs 2 {_DEFAULTS}",
+        "small: 16, 64 and 256 tokens, two budgets, defaults of all options; without equal steps, the U-shaped block, "
+        "scans without a norm, neighbourhood attention, and without convolution and linear attention at 256 tokens",
+    ),
+    "long": Preset(
+        "--data emoji-1024 --contenders attention attention-lpu gspn-normed --seconds 300 "
+        f"--budgets 1 --hours 5 --jobs 2 {_DEFAULTS}",
+        "long: 1,024 tokens, one budget, defaults of all options; without equal steps, and with attention alone of the "
+        "rivals",
+    ),
+}
