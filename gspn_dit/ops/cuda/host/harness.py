@@ -250,7 +250,7 @@ def count_projected_backward_elements(geometry: ProjectedGeometry, device: Devic
     slab, parts = launch.fields["slab"], launch.fields["parts"]
     assert isinstance(slab, int) and isinstance(parts, int) and isinstance(launch.variant, ProjectedVariant)
     cluster, channels = launch.variant.cluster, min(slab * launch.variant.cluster, geometry.channels)
-    device = device.share(channels, geometry.channels)
+    device = replace(device, processors=cluster, clusters=1)  # holds one, so that channels are cut as in many turns
 
     def moved(images: int, parts: int) -> dict[str, float]:
         part = replace(geometry, batch=images, channels=channels)
