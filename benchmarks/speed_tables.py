@@ -77,9 +77,21 @@ def cuda_traffic_table(result: Result) -> str:
         for both in [(row["forward"], row["backward"])]
     ]
     head = ["architecture", "[B, H, W, C], G = C", "forward", "backward"]
+    sums = [
+        [
+            row["sums"],
+            str(row["forward_elements"]),
+            f"{row['share_beyond_tolerance']:.1%}",
+            short(row["largest_error_over_tolerance"]),
+        ]
+        for row in result["sums"]
+    ]
+    sums_head = ["sums in memory", "elements forwards", "y off by more than its rounding", "largest error, in those"]
     fused = result["projected"]
     return (
         table(head, rows)
+        + "\n"
+        + table(sums_head, sums)
         + f"\n{result['dtype']}, four directions. The fused projected scan at {fused['shape']}, P = "
         + f"{fused['proxy_channels']}: {fused['elements']['forward']:.1f} elements per token and channel forwards, "
         + f"{fused['elements']['backward']:.1f} backwards. "

@@ -189,6 +189,14 @@ TRAFFIC = {
             "backward": {"bytes_ratio": 1.5424, "regime": "long"},
         }
     ],
+    "sums": [
+        {
+            "sums": "bfloat16",
+            "forward_elements": 31,
+            "share_beyond_tolerance": 0.2124,
+            "largest_error_over_tolerance": 70.13,
+        }
+    ],
     "projected": {"shape": [1, 2, 3, 4], "proxy_channels": 5, "elements": {"forward": 4.812, "backward": 13.04}},
     "software": SOFTWARE,
 }
@@ -199,7 +207,8 @@ def test_memory_and_traffic() -> None:
     assert saved[1:] == ["50.0 MB", "10.4 MB (0.21 ×)", "its input"] and "2 × 16 × 8 tokens" in saved[0]
     assert (time[1:3], peak[1:]) == (["1", "1.10 ×"], ["10.4 GB", "5.4 GB", "5.1 GB"])
     traffic = speed_tables.cuda_traffic_table(TRAFFIC)
-    assert rows(traffic)[2:] == [["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]]
+    assert rows(traffic)[2] == ["sm_90", "[1, 2, 3, 4]", "1.13 cluster", "1.54 long"]
+    assert rows(traffic)[5:] == [["bfloat16", "31", "21.2%", "70.1"]]
     assert "at [1, 2, 3, 4], P = 5: 4.8 elements per token and channel forwards, 13.0 backwards." in traffic
 
 
