@@ -28,7 +28,7 @@ from gspn_dit.ops.reference import scan_reference
 
 REGIMES = {
     **{"short": (2, 16, 16, 64), "cluster": (1, 128, 96, 40)},
-    **{"wide": (1, 250, 200, 20), "long": (1, 2100, 64, 20)},
+    **{"wide": (1, 250, 200, 20), "long": (1, 4200, 64, 20)},
 }
 """A shape [B, H, W, C] that each kind of kernel runs on an H100."""
 TIMED_SHAPES = (
