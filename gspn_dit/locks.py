@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from gspn_dit.errors import UserError
-from gspn_dit.files import is_npz
+from gspn_dit.files import is_npz, is_temporary
 
 NAME = ".gspn-dit.lock"
 BEAT_SECONDS = 3.0
@@ -91,8 +91,10 @@ def lock_file(output: Path) -> Path:
 
 
 def is_filled(directory: Path) -> bool:
-    """Tell whether a directory exists and holds anything but a lock."""
-    return directory.is_dir() and any(entry.name != NAME for entry in directory.iterdir())
+    """Tell whether a directory exists and holds anything but a lock, and what a job killed at its first file left."""
+    return directory.is_dir() and any(
+        entry.name != NAME and not is_temporary(entry.name) for entry in directory.iterdir()
+    )
 
 
 def refuse_if_held(output: Path, name: str) -> None:

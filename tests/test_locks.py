@@ -18,6 +18,7 @@ from accelerate.state import PartialState
 from gspn_dit import locks
 from gspn_dit.errors import UserError
 from gspn_dit.locks import Holder, Lock, is_filled, lock_file, refuse_if_held, sole_job
+from gspn_dit.sample_sets import check_place
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,19 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     with sole_job(tmp_path, "--out"):
         assert Holder(**json.loads(lock_file(tmp_path).read_text(encoding="utf-8"))).pid == os.getpid()
     job.wait()
+
+
+def test_what_a_job_killed_at_its_first_file_left_does_not_fill_a_directory(tmp_path: Path) -> None:
+    code = """if True:
+        import os, signal, sys
+        from gspn_dit.files import write_atomically
+        write_atomically(sys.argv[1], lambda file: os.kill(os.getpid(), signal.SIGKILL))
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "generation.json")], check=False)
+    assert len(list(tmp_path.iterdir())) == 1 and not is_filled(tmp_path)
+    check_place(tmp_path, resume=True, overwrite=False)
+    (tmp_path / "other.tmp").touch()
+    assert is_filled(tmp_path)
 
 
 def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) -> None:
