@@ -33,6 +33,10 @@ COMMANDS: dict[str, list[str]] = {
         *("gspn-block-no-long-skips", "--out"),
     ],
     "backbones": ["benchmarks.backbones", "--out"],
+    "block": [
+        *("benchmarks.block", "--data", "fashion", "fashion-256", "--seconds", "fashion=40", "fashion-256=50"),
+        "--out",
+    ],
     "classification_emoji": ["benchmarks.classification", "--data", "emoji", "--out"],
     "classification_long": ["benchmarks.learning_curve", "--run", "runs/fashion/long", "--out"],
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],

@@ -195,4 +195,5 @@ def train_words(options: Mapping[str, Any]) -> list[str]:
 
     own = {entry.name for entry in dataclasses.fields(ModelConfig)}
     keys = {name: f"model.{name}" if name in own else f"model.mixer_options.{name}" for name in options}
-    return [word for name, value in options.items() for word in (f"--{keys[name]}", str(value))]
+    words = {name: str(list(value) if isinstance(value, tuple) else value) for name, value in options.items()}
+    return [word for name, value in words.items() for word in (f"--{keys[name]}", value)]

@@ -84,13 +84,8 @@ def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
     result = directory / "result.json"
     scoring.refuse_other_scores(result)
     figures = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    if not figures.get("diverged"):
-        try:
-            train(cell.arguments(size), directory / "run")
-        except UserError:
-            if not _diverged(directory):
-                raise
-            once(result, lambda: {"diverged": True, "setting": scoring.SETTING})
+    if not figures.get("diverged") and trained(cell, directory, size) is None:
+        once(result, lambda: {"diverged": True, "setting": scoring.SETTING})
     if not result.exists():
         words = ["-m", "benchmarks.scoring", str(directory.absolute()), *cell.data.scoring_arguments()]
         call(words, directory / "log.txt")
@@ -101,9 +96,15 @@ def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
     return {**told, "seed": cell.seed, "commit": commit(directory / "run"), "diverged": False, **figures}
 
 
-def _diverged(directory: Path) -> bool:
-    log = directory / "run.log"
-    return log.exists() and DIVERGED in log.read_text(encoding="utf-8")
+def trained(cell: Cell, directory: Path, size: str) -> dict[str, Any] | None:
+    """Train a cell in a directory, unless it is there, and return its last metrics; None if it diverged."""
+    try:
+        return train(cell.arguments(size), directory / "run")
+    except UserError:
+        log = directory / "run.log"
+        if not log.exists() or DIVERGED not in log.read_text(encoding="utf-8"):
+            raise
+        return None
 
 
 def score_of(row: dict[str, Any]) -> float:

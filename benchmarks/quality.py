@@ -14,7 +14,6 @@ said. A study can be stopped and started again: what is done is kept, what was i
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -103,12 +102,12 @@ def study(fields: Sequence[Field], protocol: Protocol, kept: Sequence[Part], wor
 
 
 def without_nan(tree: Any) -> Any:
-    """Return JSON values with null for what is no number, such as the interval of one pair."""
+    """Return JSON values with null for what is no finite number, such as the interval of one pair."""
     if isinstance(tree, dict):
         return {key: without_nan(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [without_nan(value) for value in tree]
-    return None if isinstance(tree, float) and math.isnan(tree) else tree
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 # -- command ---------------------------------------------------------------------------------------------------------
@@ -156,9 +155,8 @@ def _options(arguments: Sequence[str]) -> Any:
 
 def fields_of(options: Any) -> list[Field]:
     """Return the data sets, each with its seconds and its contenders; raises UserError."""
-    chosen = scoring.chosen(options)
+    chosen = scoring.with_seconds(scoring.chosen(options), options.seconds)
     names = [one.name for one in chosen]
-    seconds = scoring.by_name(names, "--seconds", options.seconds)
     only = scoring.by_name(names, "--only", options.only)
     fields = []
     for one in chosen:
@@ -168,19 +166,8 @@ def fields_of(options: Any) -> list[Field]:
         if REFERENCE not in given:
             flag = "--only" if one.name in only else "--contenders"
             raise UserError(f"{flag} lacks {REFERENCE}, which the others are measured by; add it")
-        own = dataclasses.replace(one, seconds=_seconds(seconds.get(one.name, f"{one.seconds}")))
-        fields.append(Field(own, tuple(dict.fromkeys(given))))
+        fields.append(Field(one, tuple(dict.fromkeys(given))))
     return fields
-
-
-def _seconds(word: str) -> float:
-    try:
-        seconds = float(word)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise UserError(f"--seconds is {word}, but must be a number above 0")
-    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,10 +6,10 @@ A study runs `python -m benchmarks.scoring DIR --data NAME` in a process of its 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,13 @@ class DataSet:
         if root is not None:
             if self.images[1] is None:
                 raise UserError(f"--root is {root}, but {self.name} are bundled; leave it out")
-            found = dataclasses.replace(found, images=(kind, str(Path(root).absolute())))
+            found = replace(found, images=(kind, str(Path(root).absolute())))
             split = Path(root, "train")
             if kind == "imagefolder" and split.is_dir():
-                found = dataclasses.replace(found, classes=sum(entry.is_dir() for entry in split.iterdir()))
+                found = replace(found, classes=sum(entry.is_dir() for entry in split.iterdir()))
         if features is not None:
             place = Path(features)
-            found = dataclasses.replace(found, features=str(place.absolute()) if place.exists() else features)
+            found = replace(found, features=str(place.absolute()) if place.exists() else features)
         return found
 
     def check(self) -> None:
@@ -222,6 +222,22 @@ def by_name(names: Sequence[str], flag: str, given: Sequence[str]) -> dict[str, 
             raise UserError(f"{flag} is {word}, but {name} is given twice")
         found[name] = path
     return found
+
+
+def with_seconds(data: Sequence[DataSet], given: Sequence[str]) -> list[DataSet]:
+    """Return data sets with the seconds that words NAME=S give them; raises UserError for what is no number above 0."""
+    found = by_name([one.name for one in data], "--seconds", given)
+    return [replace(one, seconds=_seconds(found.get(one.name, f"{one.seconds}"))) for one in data]
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds is {word}, but must be a number above 0")
+    return seconds
 
 
 def refuse_other_scores(result: Path) -> None:

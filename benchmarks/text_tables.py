@@ -116,7 +116,12 @@ def text_to_image_table(result: Result) -> str:
         )
     loads = [entry["load_average"] for entry in result["entries"] if "load_average" in entry]
     busy = f"Load average {min(loads):.1f} to {max(loads):.1f}. " if loads else ""
-    return table(head, rows) + f"\n{whole}{busy}{provenance(result)}\n"
+    grown = " and ".join(
+        f"{found['attention']:.2f} with attention, {found['gspn']:.2f} with scans at width {width}"
+        for width, found in result.get("exponents", {}).items()
+    )
+    power = f"Between the two largest square grids time grows with the tokens to the power of {grown}. "
+    return table(head, rows) + f"\n{power if grown else ''}{whole}{busy}{provenance(result)}\n"
 
 
 def _time(entry: Result) -> str:

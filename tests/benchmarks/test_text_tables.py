@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.text_quality import SCORES, summary
 from benchmarks.text_tables import text_quality_table, text_to_image_table
+from benchmarks.text_to_image import best_of_few
 
 MACHINE = {"processor": "a chip", "cores": 2, "kernels": "kernels (AVX2)"}
 SOFTWARE = {"torch": "2.0", "commit": "abc"}
@@ -83,7 +84,17 @@ def test_times_of_layers() -> None:
     entries = [entry("attention", 2, 80.4), entry("gspn", 2, 40.2)]
     entries += [entry("gspn", 4, 1500.0), entry("attention", 4, 7.2e6, **far)]
     whole = {"value": 95.0, "published_whole_image_on_an_A100": 84}
-    text = text_to_image_table({"entries": entries, "ratio": whole, "device": MACHINE, "software": SOFTWARE})
+    exponents = {"640": {"attention": 1.948, "gspn": 1.02}}
+    facts = {"exponents": exponents, "ratio": whole, "device": MACHINE, "software": SOFTWARE}
+    text = text_to_image_table({"entries": entries, **facts})
     assert "| 640 | 2×2 | 80 ms | 40 ms | 2.00× | 5 MB | 5 MB |" in text
     assert "| 640 | 4×4 | 2.0 h (extrapolated) | 1.50 s | 4,800× |  | 5 MB |" in text
+    assert "to the power of 1.95 with attention, 1.02 with scans at width 640." in text
     assert "the ratio is then 95×. The paper's own figure gives 84×" in text and "Load average 2.0 to 5.0." in text
+
+
+def test_large_grids_are_run_again_where_there_is_time() -> None:
+    runs: list[int] = []
+    assert best_of_few(lambda: runs.append(0), 1.0, seconds=10) == {"best_ms": 0.0, "runs": 4}
+    assert best_of_few(lambda: runs.append(0), 6.0, seconds=10) == {"best_ms": 6000.0, "runs": 1}
+    assert len(runs) == 3

@@ -1,0 +1,307 @@
+"""What a block of scans is made of: each part alone beside the base, then the best parts together.
+
+    python -m benchmarks.block --data fashion fashion-256 --jobs 2 --out benchmarks/results/block.json
+
+All have as many parameters as attention's defaults and as much of the processor's time, and are judged by the
+validation loss, on seeds that `benchmarks.quality` never scores: what is chosen here takes part there. First every
+part changes the base alone, at the base's best learning rate and for half of the time. The best go on, for the whole
+time and at the best of three rates of their own. Then they join the base one after the other, the best first, and stay
+where the loss falls; what is left is compared with the base once more, with other seeds. A study can be stopped and
+started again: what is done is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import calibration, scoring
+from benchmarks.contenders import CONTENDERS, Setting, describe, fitted
+from benchmarks.contest import SEARCH_ROUNDS, Cell, at_once, trained
+from benchmarks.output import publish
+from benchmarks.protocol import CENTRE, SEARCH_SEED, Protocol, next_rate, rate_grid
+from benchmarks.quality import without_nan
+from benchmarks.scoring import DataSet, add_data_options, chosen
+from benchmarks.study import commit, once
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
+from gspn_dit.files import cannot_hold
+
+BASE = "gspn-normed"
+"""The contender that the parts change."""
+U_SHAPED = "gspn-u"
+PARTS: dict[str, dict[str, Any]] = {
+    "no norm, no skip": {"scan_norm": None, "channel_skip": False},
+    "norm without skip": {"channel_skip": False},
+    "RMS norm of the scan": {"scan_norm": "rms"},
+    "norm before the scan": {"scan_norm": "layer", "scan_norm_place": "before"},
+    "norm of each direction": {"scan_norm": "layer", "scan_norm_place": "directions"},
+    "skip from the proxy": {"scan_skip": True},
+    "no lpu": {"lpu": False},
+    "stem convolution for lpu": {"lpu": False, "stem_conv": True},
+    "stem convolution": {"stem_conv": True},
+    "positions": {"positions": True},
+    "scan of ½ the channels": {"scan_expansion": 0.5},
+    "scan of 1.5 the channels": {"scan_expansion": 1.5},
+    "one weight for all channels": {"weight_groups": 1},
+    "a weight per channel": {"weight_groups": None},
+    "proxy of twice the channels": {"proxy_ratio": 8},
+    "proxy of four times the channels": {"proxy_ratio": 4},
+    "two directions": {"scan_directions": ("right", "down")},
+    "windows in every other block": {"scan_window": 4, "scan_global_every": 2},
+    "attention in every third block": {"attention_every": 3},
+    "gates of ½": {"gate_scale": 0.5},
+    "gates of 2": {"gate_scale": 2.0},
+    "SwiGLU": {"mlp": "swiglu"},
+    "RMS norms": {"norm": "rms"},
+}
+"""What each changes in the base; two that name one option do not join."""
+BLOCKS: dict[str, dict[str, Any]] = {
+    "U-shape": {},
+    "U-shape without long skips": {"long_skips": False},
+    "U-shape with lpu": {"lpu": True},
+    "U-shape with adaLN": {"conditioning": "adaln-zero"},
+}
+"""What each changes in the U-shaped block; none joins a part of the base."""
+SHARE = 0.5
+"""Of the time, in the first round."""
+KEPT = 8
+"""That go on to the second."""
+AROUND = (0.5, 1.0, 2.0)
+"""The base's learning rate, at which the later rounds train."""
+CONFIRMING_SEEDS = (SEARCH_SEED + 1, SEARCH_SEED + 2)
+"""With which the block that was chosen and the base are trained once more."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block: a contender and what is changed in it."""
+
+    name: str
+    contender: str
+    setting: Setting
+
+    def __str__(self) -> str:
+        return f"{self.contender} {describe(self.setting) or 'defaults'}"
+
+    def joined(self, name: str, part: Mapping[str, Any]) -> Candidate:
+        """Return this with a part more."""
+        return Candidate(name, self.contender, tuple(sorted({**dict(self.setting), **part}.items())))
+
+
+def candidates() -> list[Candidate]:
+    """Return the base, then every part alone, then the other blocks, all else as those contenders have it."""
+    base, other = (Candidate(name, name, CONTENDERS[name].settings(1)[0]) for name in (BASE, U_SHAPED))
+    parts = [base.joined(name, part) for name, part in PARTS.items()]
+    return [base, *parts, *(other.joined(name, change) for name, change in BLOCKS.items())]
+
+
+Losses = Mapping[str, float]
+"""Validation loss by data set."""
+
+
+def over(losses: Losses, base: Losses) -> float:
+    """Return the geometric mean of losses over the base's; infinite where a training diverged."""
+    return math.exp(sum(math.log(losses[name] / base[name]) for name in base) / len(base))
+
+
+def in_order(found: Mapping[str, Losses], base: Losses) -> list[str]:
+    """Return the names by their losses over the base's, the best first."""
+    return sorted(found, key=lambda name: over(found[name], base))
+
+
+class Search:
+    """The rounds of a search.
+
+    Args:
+        names: of data sets.
+        loss: trains a candidate on a data set at a learning rate for a share of the time with a seed, and returns its
+            validation loss, infinite if it diverges.
+    """
+
+    def __init__(self, names: Sequence[str], loss: Callable[[Candidate, str, float, float, int], float]) -> None:
+        self.names, self.loss = names, loss
+        self.rates: dict[str, float] = {}
+        """Of the base, by data set."""
+        self.own_rates: dict[tuple[str, str], float] = {}
+        """Of the last trainings of each block, by its name and data set."""
+
+    def run(self, tried: Sequence[Candidate], kept: int) -> dict[str, Any]:
+        """Return what every round found; the first candidate is the base."""
+        base, *others = tried
+        grids = {name: self.base_rates(base, name) for name in self.names}
+        self.rates = {name: min(grid, key=lambda rate, grid=grid: grid[rate]) for name, grid in grids.items()}
+        alone = self.round(tried, SHARE, (1.0,))
+        own = {name: grid[self.rates[name]] for name, grid in grids.items()}
+        going = in_order({one.name: alone[one.name] for one in others}, alone[base.name])[:kept]
+        best = self.round([one for one in others if one.name in going], 1.0, AROUND)
+        winner, together = self.join(base, own, best)
+        return {
+            "base": {"rates": grids, "loss": own},
+            "alone": _told(alone, alone[base.name]),
+            "best": _told(best, own),
+            "together": together,
+            "winner": {"block": winner.name, "options": dict(winner.setting), **self.confirmed(base, winner)},
+        }
+
+    def base_rates(self, base: Candidate, name: str) -> dict[float, float]:
+        """Return the loss of the base by learning rate, tried until the best lies inside."""
+        found: dict[float, float] = {}
+        missing: list[float] = rate_grid(CENTRE, 5)
+        while missing:
+            losses = at_once(lambda rate: self.loss(base, name, rate, 1.0, SEARCH_SEED), missing)
+            found.update(zip(missing, losses, strict=True))
+            rate = next_rate(found)
+            missing = [] if rate is None else [rate]
+        self.own_rates[base.name, name] = min(found, key=lambda rate: found[rate])
+        return found
+
+    def round(self, tried: Sequence[Candidate], share: float, factors: Sequence[float]) -> dict[str, dict[str, float]]:
+        """Return the losses of candidates, each at the best of the base's learning rates times the factors."""
+        cells = [(one, name, factor * self.rates[name]) for one in tried for name in self.names for factor in factors]
+        losses = at_once(lambda cell: self.loss(*cell, share, SEARCH_SEED), cells)
+        found: dict[str, dict[str, float]] = {one.name: {} for one in tried}
+        for (one, name, rate), loss in zip(cells, losses, strict=True):
+            if loss < found[one.name].setdefault(name, math.inf):
+                found[one.name][name] = loss
+                self.own_rates[one.name, name] = rate
+        return found
+
+    def join(self, base: Candidate, own: Losses, best: Mapping[str, Losses]) -> tuple[Candidate, list[dict[str, Any]]]:
+        """Add parts that are better than the base alone, the best first; return what is left, and every step."""
+        steps, winner, least, changed = [], base, own, set[str]()
+        for name in in_order(best, own):
+            if name not in PARTS or over(best[name], own) >= 1 or changed & set(PARTS[name]):
+                continue
+            joined = winner.joined(name if winner is base else f"{winner.name} + {name}", PARTS[name])
+            losses = best[name] if winner is base else self.round([joined], 1.0, AROUND)[joined.name]
+            stays = over(losses, least) < 1
+            steps.append({"block": joined.name, "loss": losses, "over_base": over(losses, own), "stays": stays})
+            if stays:
+                winner, least, changed = joined, losses, changed | set(PARTS[name])
+        return winner, steps
+
+    def confirmed(self, base: Candidate, winner: Candidate) -> dict[str, Any]:
+        """Return the losses of the winner and of the base with seeds that chose nothing, and their ratios."""
+        cells = [(one, name, seed) for one in (base, winner) for name in self.names for seed in CONFIRMING_SEEDS]
+        losses = at_once(
+            lambda cell: self.loss(cell[0], cell[1], self.own_rates[cell[0].name, cell[1]], 1.0, cell[2]), cells
+        )
+        half = len(cells) // 2
+        rows = [
+            {"data": name, "seed": seed, "base": of_base, "loss": loss, "over_base": loss / of_base}
+            for (_, name, seed), of_base, loss in zip(cells[:half], losses[:half], losses[half:], strict=True)
+        ]
+        return {"over_base": math.exp(sum(math.log(row["over_base"]) for row in rows) / half), "seeds": rows}
+
+
+def _told(found: Mapping[str, dict[str, float]], base: Losses) -> list[dict[str, Any]]:
+    """Return the losses of a round with what they are over the base's, the best first."""
+    return [
+        {"block": name, "loss": found[name], "over_base": over(found[name], base)} for name in in_order(found, base)
+    ]
+
+
+# -- trainings -------------------------------------------------------------------------------------------------------
+
+
+class Trainings:
+    """Trainings on one seed for equal times of the processor, in processes of their own, some of them at once."""
+
+    def __init__(self, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> None:
+        self.data, self.size, self.work = {one.name: one for one in data}, size, work
+        self.free = threading.Semaphore(jobs)
+        self.base, *others = candidates()
+        self.cells: dict[Path, dict[str, Any]] = {}
+        """What was trained, by directory."""
+        self.timing = threading.Lock()
+        self.times = {(name, str(one)): ms for name in self.data for one, ms in self.timed(name, others)}
+        """Milliseconds of the processor for a training step."""
+
+    def timed(self, name: str, others: Sequence[Candidate]) -> list[tuple[Candidate, float]]:
+        """Return what a step of the base and of others takes, in turn."""
+        words = {str(one): self.cell(one, name, CENTRE, 100).arguments(self.size) for one in (self.base, *others)}
+        label = str(others[0]) if len(others) == 1 else "parts"
+        file = self.work / name / f"calibration {label}-{self.size}.json"
+        found = calibration.calibrated(file, words, SEARCH_ROUNDS, time.process_time)
+        return [(one, found[str(one)]) for one in (self.base, *others)]
+
+    def milliseconds(self, one: Candidate, name: str) -> float:
+        """Return what a step takes; one that joins parts is timed in turn with the base, whose first time counts."""
+        with self.timing:
+            if (name, str(one)) not in self.times:
+                (_, base), (_, own) = self.timed(name, [one])
+                self.times[name, str(one)] = own / base * self.times[name, str(self.base)]
+            return self.times[name, str(one)]
+
+    def cell(self, one: Candidate, name: str, rate: float, steps: int, seed: int = SEARCH_SEED) -> Cell:
+        """Return a training."""
+        return Cell(self.data[name], one.contender, one.setting, rate, steps, seed)
+
+    def loss(self, one: Candidate, name: str, rate: float, share: float, seed: int) -> float:
+        """Train a candidate for a share of the data set's seconds, and return its validation loss."""
+        with self.free:
+            steps = max(1, int(1e3 * share * self.data[name].seconds / self.milliseconds(one, name)))
+            cell = self.cell(one, name, rate, steps, seed)
+            directory = cell.directory(self.work, self.size)
+            found = once(directory / "loss.json", lambda: self._trained(cell, directory))
+        self.cells[directory] = {"block": str(one), "data": name, "rate": rate, "steps": steps, "seed": seed, **found}
+        return math.inf if found["val_loss"] is None else found["val_loss"]
+
+    def _trained(self, cell: Cell, directory: Path) -> dict[str, Any]:
+        metrics = trained(cell, directory, self.size)
+        loss = None if metrics is None else metrics["val_loss"]
+        print(f"{directory}: loss {'diverged' if loss is None else f'{loss:.4f}'}", flush=True)
+        return {"val_loss": loss, "commit": commit(directory / "run")}
+
+
+def study(data: Sequence[DataSet], size: str, work: Path, jobs: int) -> dict[str, Any]:
+    """Run every training that is not there yet, and return what was found."""
+    from benchmarks.measure import CpuDevice, software
+
+    trainings = Trainings(data, size, work, jobs)
+    found = Search(list(trainings.data), trainings.loss).run(candidates(), KEPT)
+    return without_nan(
+        {
+            "size": size,
+            "seeds": [SEARCH_SEED, *CONFIRMING_SEEDS],
+            "share_of_time_alone": SHARE,
+            "data": {one.name: {"tokens": one.tokens, "seconds": one.seconds} for one in data},
+            "parts": {str(one): one.name for one in candidates()},
+            "milliseconds_per_step": {f"{name}, {one}": ms for (name, one), ms in trainings.times.items()},
+            **found,
+            "cells": [trainings.cells[directory] for directory in sorted(trainings.cells)],
+            "machine": CpuDevice().describe(),
+            "software": software(),
+        }
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a search."""
+    parser = ArgumentParser(prog="benchmarks.block", description=(__doc__ or "").split("\n")[0])
+    add_data_options(parser, tuple(scoring.DATA_SETS), several=True)
+    parser.add_argument("--size", default=Protocol.size, help="preset of all models, such as N or T")
+    parser.add_argument("--seconds", nargs="+", default=[], metavar="NAME=S", help="of the processor, for a training")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--work", type=Path, default=Path("runs/block"), help="where the trainings live")
+    parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
+    for flag, path in (("--work", options.work), ("--out", options.out)):
+        if path is not None and (problem := cannot_hold(path)):
+            raise UserError(f"{flag} {problem}")
+    data = scoring.with_seconds(chosen(options), options.seconds)
+    for one in candidates():
+        for each in data:
+            fitted(one.contender, one.setting, each, options.size)
+    publish(study(data, options.size, options.work, options.jobs), options.out, ("base", "winner"))
+
+
+if __name__ == "__main__":
+    run_cli(main)
