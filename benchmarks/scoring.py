@@ -63,6 +63,8 @@ class DataSet:
     """Pixels that images are resized to; None: they are of that size."""
     own_latents: bool = False
     """The config names latents to train on; the images are compared with alone."""
+    batch: int | None = None
+    """Images of a training step, so that a short training has some hundred steps; None: as many as the config says."""
     judged: bool = True
     """A support vector machine tells its classes in pixels well enough to judge samples."""
 
@@ -108,6 +110,8 @@ class DataSet:
             words += ["--data.path", self.images[1]]
         if self.image_size is not None:
             words += ["--data.image_size", str(self.image_size)]
+        if self.batch is not None:
+            words += ["--training.batch_size", str(self.batch)]
         return words
 
     def scoring_arguments(self) -> list[str]:
@@ -156,9 +160,10 @@ EMOJI_CLASSES = 54
 """Six designs, nine groups, of emoji as docs/quality.md makes them."""
 
 
-def _emoji(name: str, size: int, patch: int, *seconds: float) -> DataSet:
+def _emoji(name: str, size: int, patch: int, batch: int | None, *seconds: float) -> DataSet:
     features, images = f"runs/emoji{size}/features.safetensors", ("imagefolder", f"data/emoji{size}_classes")
-    return DataSet(name, _COLOUR, patch, features, images, EMOJI_CLASSES, (3, size), *seconds, size, judged=False)
+    places = features, images, EMOJI_CLASSES, (3, size)
+    return DataSet(name, _COLOUR, patch, *places, *seconds, image_size=size, batch=batch, judged=False)
 
 
 DATA_SETS = {
@@ -170,11 +175,11 @@ DATA_SETS = {
             *("fashion-latents", "configs/fashion_gspn.yaml", 1, FASHION_NET, _FASHION, 10, (4, 8), 120, 50),
             own_latents=True,
         ),
-        DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240, 115),
-        _emoji("emoji", 32, 4, 120, 45),
-        _emoji("emoji-256", 32, 2, 240, 115),
-        _emoji("emoji-1024", 64, 2, 600, 450),
-        _emoji("emoji-4096", 64, 1, 1800, 2500),
+        DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240, 115, batch=32),
+        _emoji("emoji", 32, 4, None, 120, 45),
+        _emoji("emoji-256", 32, 2, 32, 240, 115),
+        _emoji("emoji-1024", 64, 2, 16, 600, 450),
+        _emoji("emoji-4096", 64, 1, 8, 1800, 2500),
     )
 }
 """By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them)."""
