@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.backbones import backbones_table
+from benchmarks.block_tables import block_table, cost_table
 from benchmarks.classification import classification_table
 from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
 from benchmarks.markdown import provenance, short, table
-from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table
+from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table, second_look_table
 from benchmarks.recipe_tables import digits_one_step_table, few_step_table, recipes_table
 from benchmarks.speed_tables import cuda_traffic_table, memory_table, mixers_table, plot_mixers
 from benchmarks.text_tables import text_quality_table, text_to_image_table
@@ -112,6 +113,9 @@ class Study:
 
 STUDIES = {
     "quality": Study(QUALITY, fair_table, plot_fair),
+    "second_look": Study(QUALITY, second_look_table),
+    "block": Study(QUALITY, block_table),
+    "cost": Study(QUALITY, cost_table),
     "mixers": Study(EVIDENCE, mixers_table, plot_mixers),
     "mixers_wide": Study(EVIDENCE, mixers_table, plot_mixers),
     "quality_digits": Study(EVIDENCE, quality_table, plot_quality),

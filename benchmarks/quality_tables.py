@@ -85,21 +85,57 @@ def _mean(found: Result | None) -> str:
 
 
 def plot_fair(result: Result, figure: Any) -> None:
-    """Draw each contender's FD against the budget, a plot for each data set, at equal time."""
+    """Draw each contender's FD against the budget, a plot for each data set, at equal time; ratios against tokens."""
     names = list(result["data"])
-    for name, axis in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+    *axes, last = figure.subplots(1, len(names) + 1, squeeze=False)[0]
+    for name, axis in zip(names, axes, strict=True):
         own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
         for variant in dict.fromkeys(point["variant"] for point in own):
             points = [point for point in own if point["variant"] == variant and point.get("fd")]
             found = [_known(point["fd"]) or {} for point in points]
-            errors = [[abs(one["mean"] - one[end]) for one in found] for end in ("low", "high")]
             seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
-            axis.errorbar(seconds, [one["mean"] for one in found], yerr=errors, marker="o", capsize=3, label=variant)
+            _bars(axis, seconds, found, variant)
         tokens = result["data"][name]["tokens"]
         axis.set(title=f"{name}, {tokens:,} tokens", xlabel="seconds of training", xscale="log", yscale="log")
+    _plot_ratios(result, last)
+    for axis in (*axes, last):
         axis.grid(True, alpha=0.3)
         axis.legend(fontsize="small")
     figure.axes[0].set(ylabel="FD, mean and 95%")
+
+
+def _bars(axis: Any, places: list[float], found: list[Result], label: str) -> None:
+    """Draw means with their 95% intervals as a line."""
+    errors = [[abs(one["mean"] - one[end]) for one in found] for end in ("low", "high")]
+    axis.errorbar(places, [one["mean"] for one in found], yerr=errors, marker="o", capsize=3, label=label)
+
+
+def _plot_ratios(result: Result, axis: Any) -> None:
+    """Draw the ratio of ours to each rival against the tokens, at the largest budget at equal time of each data set."""
+    own = [row for row in result["comparisons"] if row["kind"] == "equal time" and row["fd"] is not None]
+    largest = {name: max((row["budget"] for row in own if row["data"] == name), default=0) for name in result["data"]}
+    own = [row for row in own if row["budget"] == largest[row["data"]]]
+    for ours, rival in dict.fromkeys((row["ours"], row["rival"]) for row in own):
+        rows = [row for row in own if (row["ours"], row["rival"]) == (ours, rival)]
+        places = {result["data"][row["data"]]["tokens"]: _known(row["fd"]) or {} for row in rows}
+        _bars(axis, sorted(places), [places[tokens] for tokens in sorted(places)], f"{ours} ÷ {rival}")
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(title="below 1 scans are better", xlabel="tokens", ylabel="FD ÷ rival's, 95%", xscale="log")
+
+
+def second_look_table(result: Result) -> str:
+    """Tabulate `benchmarks.second_look`: the same ratios by other feature extractors."""
+    scores = list(dict.fromkeys(row["score"] for row in result["comparisons"]))
+    pairs: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in result["comparisons"]:
+        pairs.setdefault((row["kind"], row["ours"], row["rival"]), {})[row["score"]] = _ratio(row["ratio"])
+    rows = [[*names, *(found[score] for score in scores)] for names, found in pairs.items()]
+    setting = result["setting"]
+    return (
+        table(["budget", "ours", "rival", *(f"{score} ÷ rival's" for score in scores)], rows)
+        + f"\n{result['data']}, {result['tokens']:,} tokens, the same {setting['samples']:,} samples of every seed "
+        + f"and {setting['reference']:,} real images. {provenance(result)}\n"
+    )
 
 
 # -- at one learning rate --------------------------------------------------------------------------------------------

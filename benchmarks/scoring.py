@@ -6,6 +6,7 @@ A study runs `python -m benchmarks.scoring DIR --data NAME` in a process of its 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ SETTING: dict[str, Any] = {
     "sampling_seed": "the cell's",
 }
 """How every cell is scored; "reference" are the real images to compare with, evenly spaced, where there are more."""
+SAMPLES = "samples.npz"
+"""Of a cell that was scored, in its directory."""
 METRICS = {
     "fd": "FD",
     "is": "IS",
@@ -274,6 +277,19 @@ def draw(
     return images, labels
 
 
+def save_samples(file: Path, images: np.ndarray) -> None:
+    """Keep a cell's samples, uint8 [n, H, W, C], for `benchmarks.second_look`."""
+    content = io.BytesIO()
+    np.savez_compressed(content, images=images)
+    write_atomically(file, content.getvalue())
+
+
+def load_samples(file: Path) -> np.ndarray:
+    """Return what `save_samples` kept."""
+    with np.load(file) as content:
+        return np.asarray(content["images"])
+
+
 def score_cell(directory: Path, data: DataSet) -> None:
     """Draw a trained cell's samples with the cell's own seed, and write result.json last."""
     from benchmarks.demo_quality import training_seconds
@@ -282,6 +298,7 @@ def score_cell(directory: Path, data: DataSet) -> None:
     run = directory / "run"
     pipeline, seed = load(run), load_config(run / "config.yaml").seed
     images, labels = draw(pipeline, SETTING["samples"], SETTING["steps"], SETTING["guidance_scale"], seed)
+    save_samples(directory / SAMPLES, images)
     trained = training_seconds(run)
     figures = {
         **data.scores(images, labels, SETTING["reference"]),

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import block, calibration, contest
 from benchmarks.block import BASE, PARTS, Candidate, Search, Trainings, candidates, over
+from benchmarks.block_tables import block_table
 from benchmarks.contenders import fitted, train_words
 from benchmarks.protocol import SEARCH_SEED
 from benchmarks.scoring import DATA_SETS
@@ -20,6 +21,7 @@ from gspn_dit.config import parse_train_arguments
 from gspn_dit.errors import UserError
 
 DIGITS = DATA_SETS["digits"]
+MACHINE = {"processor": "a chip", "cores": 2, "kernels": "kernels (AVX2)"}
 GOOD, BETTER, SPOILT, BAD = "SwiGLU", "positions", "RMS norms", "no lpu"
 WORTH = {GOOD: 0.9, BETTER: 0.8, SPOILT: 0.95, BAD: 1.2}
 
@@ -167,6 +169,8 @@ def test_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["data"] == {"digits": {"tokens": 16, "seconds": 10}}
     assert {row["block"] for row in found["alone"]} == {one.name for one in candidates()}
     assert {cell["commit"] for cell in found["cells"]} == {"abcdef0"}
+    text = block_table({**found, "machine": MACHINE})
+    assert text.count("\n| ") == 1 + len(found["alone"]) + 2 + len(found["together"]) and "Trained at abcdef0." in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cost
+from benchmarks.block_tables import cost_table
 from benchmarks.contenders import CONTENDERS, TOLERANCE
 from gspn_dit.errors import UserError
 
@@ -24,6 +25,7 @@ def test_every_contender_is_measured_in_one_run(tmp_path: Path, capsys: pytest.C
         assert abs(cell["parameters"] / target - 1) <= TOLERANCE
     assert set(report["times_faster_than_attention"]["16"]) == set(report["exponents"]) == set(CONTENDERS)
     assert report["times_faster_than_attention"]["4"]["attention"] == 1
+    assert "| attention | 1.00× | 1.00× |" in cost_table(report)
     assert json.loads(capsys.readouterr().out)["megabytes"] == report["megabytes"]
 
 

@@ -174,6 +174,8 @@ def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "A budget of 1× is, of the processor's time, 10 s (digits). A step's time moved by more than 5 % on digits."
         in text
     )
+    evidence.draw({"quality": plain}, tmp_path)
+    assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
 
 
 def test_a_study_whose_trainings_all_diverge_is_tabulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
