@@ -66,6 +66,11 @@ CONTENDERS: dict[str, Contender] = {
     "attention-lpu": Contender(
         "DiT", {"mixer": "attention", "positions": True, "lpu": True}, {**_MLP, **_HEADS, "rotary": _FLAG}
     ),
+    "attention-interpolated": Contender(
+        "DiT",
+        {"mixer": "attention", "positions": True, "interpolate_positions": True, "lpu": True},
+        {**_MLP, **_HEADS, "rotary": _FLAG},
+    ),
     "conv": Contender("DiT", {"mixer": "conv"}, {**_MLP, "positions": _UNSET, "lpu": _FLAG}),
     "linear": Contender("DiT", {"mixer": "linear"}, {**_MLP, **_HEADS, "positions": _UNSET}),
     "neighbourhood": Contender(

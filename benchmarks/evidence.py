@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from benchmarks.block_tables import block_table, cost_table
 from benchmarks.classification import classification_table
 from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
-from benchmarks.markdown import provenance, short, table
+from benchmarks.markdown import mean_and_interval, provenance, short, table
 from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table, second_look_table
 from benchmarks.recipe_tables import digits_one_step_table, few_step_table, recipes_table
 from benchmarks.speed_tables import cuda_traffic_table, memory_table, mixers_table, plot_mixers
+from benchmarks.study import interval
 from benchmarks.text_tables import text_quality_table, text_to_image_table
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -42,10 +44,13 @@ Result = dict[str, Any]
 
 
 def resolution_table(result: Result) -> str:
-    """Tabulate `benchmarks.resolution`: every model at every size."""
+    """Tabulate `benchmarks.resolution`: every model at every size, means where it was trained with several seeds."""
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["model"], row["scale"]), []).append(row)
     rows = [
-        [row["model"], f"{row['scale']}×", str(row["images"]), short(row["crop_fd"]), f"{row['class_agreement']:.2f}"]
-        for row in result["rows"]
+        [model, f"{scale}×", str(own[0]["images"]), *(_seeds(own, key) for key in ("crop_fd", "class_agreement"))]
+        for (model, scale), own in groups.items()
     ]
     setting = result["setting"]
     return (
@@ -53,6 +58,13 @@ def resolution_table(result: Result) -> str:
         + f"\n{setting['crops']} crops of {result['size']}² pixels at each size, {setting['steps']} steps, guidance "
         + f"{setting['guidance_scale']}. {provenance(result)}\n"
     )
+
+
+def _seeds(rows: list[Result], key: str) -> str:
+    values = [row[key] for row in rows]
+    if len(values) > 1:
+        return mean_and_interval(interval(values))
+    return short(values[0]) if key == "crop_fd" else f"{values[0]:.2f}"
 
 
 def demo_table(result: Result) -> str:
@@ -84,10 +96,11 @@ def plot_resolution(result: Result, figure: Any) -> None:
     for axis, key, label in zip(
         figure.subplots(1, 2), ("crop_fd", "class_agreement"), ("FD of crops", "class agreement"), strict=True
     ):
-        models: dict[str, dict[int, float]] = {}
+        models: dict[str, dict[int, list[float]]] = {}
         for row in result["rows"]:
-            models.setdefault(row["model"], {})[row["scale"]] = row[key]
-        for model, line in models.items():
+            models.setdefault(row["model"], {}).setdefault(row["scale"], []).append(row[key])
+        for model, found in models.items():
+            line = {scale: statistics.fmean(values) for scale, values in found.items()}
             if len(line) == 1:
                 axis.axhline(*line.values(), color="black", linewidth=0.8, linestyle="--", label=model)
             else:
@@ -115,6 +128,7 @@ STUDIES = {
     "quality": Study(QUALITY, fair_table, plot_fair),
     "second_look": Study(QUALITY, second_look_table),
     "block": Study(QUALITY, block_table),
+    "sizes": Study(QUALITY, resolution_table, plot_resolution),
     "cost": Study(QUALITY, cost_table),
     "mixers": Study(EVIDENCE, mixers_table, plot_mixers),
     "mixers_wide": Study(EVIDENCE, mixers_table, plot_mixers),

@@ -36,4 +36,10 @@ PRESETS = {
         "long: 1,024 tokens, one budget, defaults of all options; without equal steps, and with attention alone of the "
         "rivals",
     ),
+    "sizes": Preset(
+        "--data emoji-sizes --contenders attention attention-interpolated gspn-normed --seconds 150 "
+        f"--budgets 1 --hours 3 --jobs 2 {_DEFAULTS}",
+        "sizes: trained at two sizes, for benchmarks.resolution; one budget, defaults of all options; without equal "
+        "steps, and with attention alone of the rivals",
+    ),
 }

@@ -3,7 +3,8 @@
     python -m benchmarks.resolution --study benchmarks/results/quality_fashion{,_block}.json \\
         --picture docs/resolution.png --out benchmarks/results/resolution.json
 
-The models are those that studies of `benchmarks.one_rate` trained with their first seed, or those that --runs names.
+The models are those that studies of `benchmarks.one_rate` trained with their first seed, all that a study of
+`benchmarks.quality` scored on a data set at equal time and its largest budget (--fair), or those that --runs names.
 
 A model without positions is given another grid, and nothing else changes. One with sine and cosine positions is drawn
 twice: with positions that continue beyond the training grid, and with positions squeezed into its range. Every size is
@@ -15,15 +16,17 @@ feature extractor: does the picture show what was asked for? Images of the valid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.one_rate import Cell
+from benchmarks import one_rate
 from benchmarks.output import publish
-from benchmarks.scoring import DATA_SETS, SETTING
+from benchmarks.scoring import DATA_SETS, SETTING, DataSet
+from benchmarks.second_look import read_study, scored_cells
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -38,6 +41,16 @@ GREYS = 8
 REAL = "validation images"
 REFERENCE = 10_000
 """Training images that crops are compared with, at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model."""
+
+    model: str
+    directory: str
+    seed: int = 0
+    """Of its training, and of the images that it draws."""
 
 
 def crops(images: np.ndarray, size: int, count: int) -> np.ndarray:
@@ -72,29 +85,28 @@ def variants(name: str, pipeline: GSPNPipeline) -> Iterator[str]:
         yield f"{name}, positions {'interpolated' if interpolate else 'continued'}"
 
 
-def draw_all(runs: dict[str, str], size: int, options: Any) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
-    """Yield (name, scale, images, labels) of every model at every size."""
-    from gspn_dit.pipeline import GSPNPipeline
+def draw_all(runs: Sequence[Run], size: int, options: Any) -> Iterator[tuple[Run, str, int, np.ndarray, np.ndarray]]:
+    """Yield (run, name, scale, images, labels) of every model at every size."""
+    from benchmarks.scoring import load
 
-    for run_name, run in runs.items():
-        pipeline = GSPNPipeline.from_checkpoint(run)
-        pipeline.set_progress_bar_config(disable=True)
+    for run in runs:
+        pipeline = load(run.directory)
         for scale in SCALES:
             labels = np.arange(image_count(scale, options.samples)) % len(pipeline.class_names)
             images = None
-            for name in variants(run_name, pipeline):
+            for name in variants(run.model, pipeline):
                 if scale > 1 or images is None:  # on the training grid all positions are the same
                     images = pipeline(
                         labels.tolist(),
                         num_inference_steps=options.steps,
                         guidance_scale=options.guidance_scale,
-                        seed=0,
+                        seed=run.seed,
                         height=scale * size,
                         width=scale * size,
                         output_type="np",
                     ).images
                     assert isinstance(images, np.ndarray)
-                yield name, scale, images, labels
+                yield run, name, scale, images, labels
 
 
 def figures(
@@ -111,30 +123,31 @@ def figures(
     }
 
 
-def measure(runs: dict[str, str], options: Any) -> dict[str, Any]:
+def measure(runs: Sequence[Run], data: DataSet, options: Any) -> dict[str, Any]:
     """Draw every model at every size and score it."""
     from benchmarks.measure import CpuDevice, software
     from fid.extraction import extract
     from fid.features import load_feature_net
 
-    net = load_feature_net(DATA_SETS[options.data].features)
-    training, validation = (DATA_SETS[options.data].load(split) for split in ("train", "validation"))
+    net = load_feature_net(data.features)
+    training, validation = (data.load(split) for split in ("train", "validation"))
     rows = np.random.default_rng(0).permutation(len(training))[:REFERENCE]
     size, real = training.image_size, extract(net, training.pixels(rows)).features
     some = np.random.default_rng(0).permutation(len(validation))[: options.samples]
     held_out = validation.pixels(some), validation.labels[some]
-    table = [{"model": REAL, "scale": 1, **figures(*held_out, size, options.samples, real, net)}]
+    table = [{"model": REAL, "seed": 0, "scale": 1, **figures(*held_out, size, options.samples, real, net)}]
     pictures, last = {}, None
-    for name, scale, images, labels in draw_all(runs, size, options):
+    for run, name, scale, images, labels in draw_all(runs, size, options):
         if images is not last:
-            pictures[f"{name}, {scale}×"] = images[:PICTURED]
+            pictures.setdefault(f"{name}, {scale}×", images[:PICTURED])
         last = images
-        table.append({"model": name, "scale": scale, **figures(images, labels, size, options.samples, real, net)})
+        place = {"model": name, "seed": run.seed, "scale": scale}
+        table.append({**place, **figures(images, labels, size, options.samples, real, net)})
         print(table[-1], flush=True)
     if options.picture:
         save_picture(pictures, options.picture)
     return {
-        "data": options.data,
+        "data": data.name,
         "size": size,
         "setting": {"crops": options.samples, "steps": options.steps, "guidance_scale": options.guidance_scale},
         "rows": table,
@@ -165,24 +178,44 @@ def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
     pyplot.close(figure)
 
 
-def runs_of_study(file: Path, work: Path) -> tuple[str, dict[str, str]]:
+def runs_of_study(file: Path, work: Path) -> tuple[str, list[Run]]:
     """Return a study's data set, and the run of every variant with its first seed, for its first budget."""
     try:
         study = json.loads(file.read_text(encoding="utf-8"))
         rows = [row for row in study["cells"] if (row["seed"], row["budget"]) == (0, next(iter(study["budgets"])))]
-        cells = [Cell(study["data"], row["variant"], study["size"], row["seed"], row["steps"]) for row in rows]
+        cells = [one_rate.Cell(study["data"], row["variant"], study["size"], row["seed"], row["steps"]) for row in rows]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} cannot be read as a study of benchmarks.one_rate: {error}") from None
-    return study["data"], {cell.variant: str(cell.directory(work) / "run") for cell in cells}
+    return study["data"], [Run(cell.variant, str(cell.directory(work) / "run")) for cell in cells]
 
 
-def runs_of_studies(files: list[Path], work: Path) -> tuple[str, dict[str, str]]:
+def runs_of_studies(files: list[Path], work: Path) -> tuple[str, list[Run]]:
     """Return the data set of several studies, and all their runs as `runs_of_study` does."""
     studies = [runs_of_study(file, work) for file in files]
     data = list(dict.fromkeys(name for name, _ in studies))
     if len(data) > 1:
         raise UserError(f"--study takes results of one data set, but these are of {', '.join(data)}")
-    return data[0], {name: run for _, found in studies for name, run in found.items()}
+    return data[0], [run for _, found in studies for run in found]
+
+
+def runs_of_fair_study(file: Path, data: DataSet, work: Path) -> list[Run]:
+    """Return what a study of `benchmarks.quality` scored on a data set at equal time and its largest budget."""
+    study = read_study(file)
+    kinds = scored_cells(study, data)
+    cells = next(found for kind, found in kinds.items() if kind.endswith("equal time"))
+    size = study["protocol"]["size"]
+    return [Run(cell.contender, str(cell.directory(work, size) / "run"), cell.seed) for cell in cells]
+
+
+def named_runs(words: Sequence[str]) -> list[Run]:
+    """Return the runs of words NAME=DIR, of which those of one name are of seeds 0, 1, …; raises UserError."""
+    found: list[Run] = []
+    for word in words:
+        name, _, directory = word.partition("=")
+        if not directory:
+            raise UserError("--runs takes NAME=DIR, such as gspn=runs/demo")
+        found.append(Run(name, directory, sum(run.model == name for run in found)))
+    return found
 
 
 def main() -> None:
@@ -192,9 +225,12 @@ def main() -> None:
     source.add_argument(
         "--study", metavar="FILE", nargs="+", help="results of benchmarks.one_rate, whose runs are there"
     )
+    source.add_argument("--fair", metavar="FILE", help="result of benchmarks.quality, whose runs on --data are there")
     source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
-    parser.add_argument("--data", default="digits", help="of --runs: a data set of benchmarks.one_rate")
-    parser.add_argument("--work", default="runs/quality", help="where the study's cells live")
+    parser.add_argument("--data", choices=tuple(DATA_SETS), default="digits", help="of --runs and --fair")
+    parser.add_argument("--root", help="where the images lie, if not where docs/quality.md makes them")
+    parser.add_argument("--features", help="feature extractor that tells their classes apart")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the study's cells live")
     parser.add_argument("--samples", type=int, default=256, help="crops at each size, and images of the training size")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     parser.add_argument("--guidance-scale", type=float, default=SETTING["guidance_scale"])
@@ -202,12 +238,13 @@ def main() -> None:
     parser.add_argument("--out", help="write the JSON here as well")
     options = parser.parse_args()
     if options.study:
-        options.data, runs = runs_of_studies([Path(file) for file in options.study], Path(options.work))
-    else:
-        runs = dict(item.partition("=")[::2] for item in options.runs)
-    if not all(runs.values()):
-        raise UserError("--runs takes NAME=DIR, such as gspn=runs/demo")
-    publish(measure(runs, options), options.out)
+        options.data, runs = runs_of_studies([Path(file) for file in options.study], options.work)
+    data = DATA_SETS[options.data].at(options.root, options.features)
+    if options.fair:
+        runs = runs_of_fair_study(Path(options.fair), data, options.work)
+    elif options.runs:
+        runs = named_runs(options.runs)
+    publish(measure(runs, data, options), options.out)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ A study runs `python -m benchmarks.scoring DIR --data NAME` in a process of its 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ class DataSet:
     """Pixels that images are resized to; None: they are of that size."""
     own_latents: bool = False
     """The config names latents to train on; the images are compared with alone."""
+    buckets: tuple[int, ...] = ()
+    """Pixels of the sides of training images, of which each size has as many; none: all are of the size above."""
     batch: int | None = None
     """Images of a training step, so that a short training has some hundred steps; None: as many as the config says."""
     judged: bool = True
@@ -85,13 +88,13 @@ class DataSet:
         if root is not None:
             if self.images[1] is None:
                 raise UserError(f"--root is {root}, but {self.name} are bundled; leave it out")
-            found = replace(found, images=(kind, str(Path(root).absolute())))
+            found = dataclasses.replace(found, images=(kind, str(Path(root).absolute())))
             split = Path(root, "train")
             if kind == "imagefolder" and split.is_dir():
-                found = replace(found, classes=sum(entry.is_dir() for entry in split.iterdir()))
+                found = dataclasses.replace(found, classes=sum(entry.is_dir() for entry in split.iterdir()))
         if features is not None:
             place = Path(features)
-            found = replace(found, features=str(place.absolute()) if place.exists() else features)
+            found = dataclasses.replace(found, features=str(place.absolute()) if place.exists() else features)
         return found
 
     def check(self) -> None:
@@ -113,6 +116,8 @@ class DataSet:
             words += ["--data.path", self.images[1]]
         if self.image_size is not None:
             words += ["--data.image_size", str(self.image_size)]
+        if self.buckets:
+            words += ["--data.buckets", str([f"{side}x{side}" for side in self.buckets])]
         if self.batch is not None:
             words += ["--training.batch_size", str(self.batch)]
         return words
@@ -180,12 +185,17 @@ DATA_SETS = {
         ),
         DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240, 115, batch=32),
         _emoji("emoji", 32, 4, None, 120, 45),
+        dataclasses.replace(
+            _emoji("emoji-sizes", 64, 4, 32, 150, 60),
+            **{"features": "runs/emoji_judge", "latent": (3, 32), "image_size": 32, "buckets": (32, 64)},
+        ),
         _emoji("emoji-256", 32, 2, 32, 240, 115),
         _emoji("emoji-1024", 64, 2, 16, 600, 450),
         _emoji("emoji-4096", 64, 1, 8, 1800, 2500),
     )
 }
-"""By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them)."""
+"""By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them).
+"emoji-sizes" trains on images of 32×32 and of 64×64 pixels, and is scored at 32×32."""
 
 
 def add_data_options(
@@ -235,7 +245,7 @@ def by_name(names: Sequence[str], flag: str, given: Sequence[str]) -> dict[str, 
 def with_seconds(data: Sequence[DataSet], given: Sequence[str]) -> list[DataSet]:
     """Return data sets with the seconds that words NAME=S give them; raises UserError for what is no number above 0."""
     found = by_name([one.name for one in data], "--seconds", given)
-    return [replace(one, seconds=_seconds(found.get(one.name, f"{one.seconds}"))) for one in data]
+    return [dataclasses.replace(one, seconds=_seconds(found.get(one.name, f"{one.seconds}"))) for one in data]
 
 
 def _seconds(word: str) -> float:

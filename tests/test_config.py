@@ -264,7 +264,7 @@ def test_options_of_dit_are_refused_for_another_family() -> None:
     key, value = "mlp", "swiglu"
     assert ModelConfig("DiT-S/2", **{key: value}).overrides() == {key: value}
     assert refusal("--model.name", "GSPN-N/2", f"--model.{key}", str(value).lower()) == (
-        f"model.{key} is for DiT models, but model.name is GSPN-N/2; leave it out"
+        f"model.{key} is for DiT and GSPN2 models, but model.name is GSPN-N/2; leave it out"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, Literal
 
 from gspn_dit.config.classification import ClassificationConfig
@@ -102,8 +101,8 @@ class ModelConfig(Section):
         for name in self.mixer_options or {}:
             require(not hasattr(self, name), f"model.mixer_options.{name} has a key of its own, model.{name}")
         for family, other, names in (
-            ("DiT", "GSPN-", ("mlp",)),
-            ("GSPN", "DiT-", ("long_skips", "conditioning", "gate_norm")),
+            ("DiT and GSPN2", ("GSPN-",), ("mlp",)),
+            ("GSPN", ("DiT-", "GSPN2-"), ("long_skips", "conditioning", "gate_norm")),
         ):
             for name in names:
                 refused = self.name.startswith(other) and getattr(self, name) is not None
@@ -140,7 +139,7 @@ class DataConfig(Section):
     """Where the captions are, one or several for an image: a key of metadata.jsonl or a column; text-to-image alone."""
     buckets: list[str] = field(default_factory=list)
     """Sizes of training images, HEIGHTxWIDTH in pixels, such as [32x32, 24x40, 40x24]: each image is resized and
-    cropped to the one of the nearest aspect. Empty: squares of image_size."""
+    cropped to the one of the nearest aspect, in turn to those of one aspect. Empty: squares of image_size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,8 +157,8 @@ class DataConfig(Section):
             "data.buckets needs data.image_size: the side of squares of about their area, which previews show",
         )
         require(
-            len({Fraction(*size) for size in sizes}) == len(sizes),
-            f"data.buckets is {self.buckets}, of which two have the same aspect; keep one of them",
+            len(set(sizes)) == len(sizes),
+            f"data.buckets is {self.buckets}, of which two are the same; keep one of them",
         )
 
     def bucket_sizes(self) -> list[tuple[int, int]]:

@@ -29,7 +29,9 @@ Size = tuple[int, int]
 
 
 def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
-    """Return the bucket of each image, int64 [n]: the one of the nearest ratio of width to height; the first of equals.
+    """Return the bucket of each image, int64 [n]: the one of the nearest ratio of width to height.
+
+    Where buckets of one aspect are as near, images are theirs in turn: so a training has several sizes of squares.
 
     Args:
         sizes: width and height of the images, [n, 2].
@@ -37,7 +39,9 @@ def nearest_buckets(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
     """
     aspects = np.log(sizes[:, 0] / sizes[:, 1])
     of_buckets = np.log([width / height for height, width in buckets])
-    return np.abs(aspects[:, None] - of_buckets).argmin(axis=1)
+    nearest = np.abs(aspects[:, None] - of_buckets).argmin(axis=1)
+    alike = [np.flatnonzero(np.isclose(of_buckets, aspect)) for aspect in of_buckets]
+    return np.array([alike[bucket][number % len(alike[bucket])] for number, bucket in enumerate(nearest)], np.int64)
 
 
 def in_runs(order: np.ndarray, buckets: np.ndarray) -> np.ndarray:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gspn_dit.models.presets import DIT_PRESETS, GSPN_PRESETS, PRESETS, parse_name
+from gspn_dit.models.presets import DIT_PRESETS, GSPN2_PRESETS, GSPN_PRESETS, parse_name, preset_options
 
 if TYPE_CHECKING:
     from gspn_dit.models.base import DiffusionModel
     from gspn_dit.models.dit import DiT
     from gspn_dit.models.gspn import GSPNTransformer
 
-__all__ = ["DIT_PRESETS", "GSPN_PRESETS", "DiT", "DiffusionModel", "GSPNTransformer", "create_model"]
+__all__ = ["DIT_PRESETS", "GSPN2_PRESETS", "GSPN_PRESETS", "DiT", "DiffusionModel", "GSPNTransformer", "create_model"]
 
 _HOMES = {
     "DiT": "gspn_dit.models.dit",
@@ -38,9 +38,11 @@ _OF_BOTH = (
     "attention_every",
     "scan_global_every",
 )
+_OF_DIT = (*_OF_BOTH, "mlp", "mlp_norm_epsilon", "timestep_endpoint")
 _OPTIONS = {
     "GSPN": (*_OF_BOTH, "long_skips", "conditioning", "gate_norm"),
-    "DiT": (*_OF_BOTH, "mlp", "mlp_norm_epsilon", "timestep_endpoint"),
+    "DiT": _OF_DIT,
+    "GSPN2": _OF_DIT,
 }
 """Of each family; those of its mixers come on top."""
 
@@ -69,15 +71,15 @@ def create_model(
     """Build a model by family, size and patch, such as "GSPN-B/2" or "DiT-XL/2".
 
     Args:
-        name: see `GSPN_PRESETS` and `DIT_PRESETS`; any patch size.
+        name: see `GSPN_PRESETS`, `GSPN2_PRESETS` and `DIT_PRESETS`; any patch size.
         num_classes: number of classes; `num_classes` itself is the id that means "no class".
         latent_channels: channels of the latent.
         latent_size: height and width of the latent (one int if square); the patch size must divide them.
         out_channels: channels of the prediction; None for `latent_channels` (velocity).
-        overrides: `hidden_size`, `depth`, `drop_path_rate`, `second_time`, `mixer` (of `MIXERS`; by default "gspn" for
-            GSPN, "attention" for DiT), its options, `num_heads`, `lpu`, `positions` and what else both families share;
-            for GSPN also `long_skips`, `gate_norm` and `conditioning` ("additive", the default, or "adaln-zero"); for
-            DiT also `mlp` and the rest of `DiT`'s. None keeps the preset's.
+        overrides: `hidden_size`, `depth`, `drop_path_rate`, `second_time`, `mixer` (of `MIXERS`; by default "attention"
+            for DiT, "gspn" for the others), its options, `num_heads`, `lpu`, `positions` and what else all families
+            share; for GSPN also `long_skips`, `gate_norm` and `conditioning` ("additive", the default, or
+            "adaln-zero"); for the others also `mlp` and the rest of `DiT`'s. None keeps the preset's.
 
     Raises:
         ValueError: an unknown name or override, a size that the patch does not divide, or a value out of range.
@@ -96,7 +98,7 @@ def create_model(
         if other:
             raise ValueError(f"{unknown[0]} is an option of {other} models, but the model is {name}; leave it out")
         raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(allowed[family])}")
-    options: dict[str, Any] = {**vars(PRESETS[family][size]), **given, "patch_size": patch_size}
+    options: dict[str, Any] = {**preset_options(family, size), **given, "patch_size": patch_size}
     options["grid"] = (height // patch_size, width // patch_size)
     if family == "GSPN":
         from gspn_dit.models.gspn import GSPNTransformer

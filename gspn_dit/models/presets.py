@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,33 @@ DIT_PRESETS = {
     "XL": DiTPreset(1152, 28, 16),
 }
 
-PRESETS: dict[str, dict[str, Preset]] = {"GSPN": dict(GSPN_PRESETS), "DiT": dict(DIT_PRESETS)}
+GSPN2_PRESETS = {
+    # Parameters within 2% of those of GSPN of the same size.
+    "N": DiTPreset(64, 7, 2),
+    "T": DiTPreset(128, 8, 4),
+    "S": DiTPreset(320, 12, 5),
+    "B": DiTPreset(880, 12, 12),
+    "L": DiTPreset(1120, 24, 16),
+    "XL": DiTPreset(1296, 28, 16),
+}
+GSPN2_BLOCK: dict[str, Any] = {"mixer": "gspn", "lpu": True, "scan_norm": "layer", "channel_skip": True}
+"""What the blocks of these models have unless they are told otherwise, as `benchmarks.block` chose it."""
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    "GSPN": dict(GSPN_PRESETS),
+    "GSPN2": dict(GSPN2_PRESETS),
+    "DiT": dict(DIT_PRESETS),
+}
+
+
+def preset_options(family: str, size: str) -> dict[str, Any]:
+    """Return the options of a preset by name."""
+    return {**vars(PRESETS[family][size]), **(GSPN2_BLOCK if family == "GSPN2" else {})}
 
 
 def parse_name(name: str) -> tuple[str, str, int]:
     """Split "GSPN-XL/2" into its family "GSPN", size "XL" and patch size 2; raise ValueError for another name."""
-    match = re.fullmatch(r"(GSPN|DiT)-([A-Z]+)/(\d+)", name)
+    match = re.fullmatch(r"(GSPN2?|DiT)-([A-Z]+)/(\d+)", name)
     if match is None or match[2] not in PRESETS[match[1]] or int(match[3]) < 1:
         names = ", ".join(f"{family}-{size}/2" for family, sizes in PRESETS.items() for size in sizes)
         raise ValueError(f"unknown model '{name}'; allowed are {names}, and other patch sizes such as GSPN-N/1")

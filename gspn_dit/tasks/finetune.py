@@ -14,7 +14,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
 from gspn_dit.models.embeddings import TimestepEmbedding
 from gspn_dit.models.mixers import unseen_options
-from gspn_dit.models.presets import PRESETS, parse_name
+from gspn_dit.models.presets import parse_name, preset_options
 
 LABEL_TABLE = "class_embed.weight"
 FIRST_TIME, SECOND_TIME = "timestep_embed.", "span_embed."
@@ -75,7 +75,7 @@ def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a model, given `create_model`'s arguments, that its weights need but do not show."""
     family, size, _ = parse_name(arguments["name"])
     unseen = {"timestep_endpoint": False, "norm": "layer", **unseen_options()}
-    options = {**unseen, **vars(PRESETS[family][size]), **arguments}
+    options = {**unseen, **preset_options(family, size), **arguments}
     return {key: list(value) if isinstance(value := options[key], tuple) else value for key in unseen}
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 from benchmarks import resolution
 from benchmarks.one_rate import Cell
+from benchmarks.resolution import Run
+from benchmarks.scoring import DATA_SETS
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
@@ -109,10 +111,10 @@ def test_studies_say_which_runs(tmp_path: Path) -> None:
     other = save_study(tmp_path / "other.json", "digits", "gspn")
     data, runs = resolution.runs_of_studies([one, more], tmp_path)
     assert data == "fashion"
-    assert runs == {
-        name: str(Cell("fashion", name, "N", 0, 70).directory(tmp_path) / "run")
+    assert runs == [
+        Run(name, str(Cell("fashion", name, "N", 0, 70).directory(tmp_path) / "run"))
         for name in ("gspn", "attention", "no-positions")
-    }
+    ]
     with pytest.raises(UserError, match=r"--study takes results of one data set, but these are of fashion, digits"):
         resolution.runs_of_studies([one, other], tmp_path)
 
@@ -127,3 +129,22 @@ def test_a_run_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["resolution", "--runs", "runs/demo"])
     with pytest.raises(UserError, match="--runs takes NAME=DIR, such as gspn=runs/demo"):
         resolution.main()
+
+
+def test_runs_of_one_name_are_of_several_seeds() -> None:
+    assert resolution.named_runs(["a=x", "b=y", "a=z"]) == [Run("a", "x", 0), Run("b", "y", 0), Run("a", "z", 1)]
+
+
+def test_runs_of_a_fair_study_are_those_that_it_scored_at_equal_time(tmp_path: Path) -> None:
+    facts = {"options": {"positions": True}, "rate": 0.01, "diverged": False}
+    cells = [
+        {"variant": name, "seed": seed, "steps": steps, "for": [f"{budget}×, {kind}"], **facts}
+        for name in ("attention", "gspn-normed")
+        for seed in (0, 1)
+        for budget, kind, steps in ((1, "equal time", 7), (1, "equal steps", 8), (4, "equal time", 28))
+    ]
+    study = {"protocol": {"size": "N", "budgets": [1, 4]}, "data": {"emoji-sizes": {"cells": cells}}}
+    (tmp_path / "fair.json").write_text(json.dumps(study))
+    runs = resolution.runs_of_fair_study(tmp_path / "fair.json", DATA_SETS["emoji-sizes"], tmp_path)
+    assert [(run.model, run.seed) for run in runs] == [(n, s) for n in ("attention", "gspn-normed") for s in (0, 1)]
+    assert runs[0].directory == str(tmp_path / "emoji-sizes/attention-N/positions=True/28-steps/rate-0.01/seed-0/run")

@@ -59,6 +59,11 @@ def test_the_nearest_aspect_by_hand() -> None:
     assert nearest_buckets(sizes, [(8, 8), (4, 16), (16, 4)]).tolist() == [0, 0, 1, 1, 2, 0]
 
 
+def test_buckets_of_one_aspect_are_filled_in_turn() -> None:
+    sizes = np.array([[64, 64]] * 3 + [[90, 30]] + [[64, 64]] * 2)
+    assert nearest_buckets(sizes, [(8, 8), (4, 16), (16, 16)]).tolist() == [0, 2, 0, 1, 0, 2]
+
+
 def test_runs_keep_every_image_and_stand_where_their_first_one_stood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets_module, "RUN", 2)
     order, of_image = np.array([5, 0, 3, 1, 4, 2]), np.array([0, 1, 0, 1, 0, 1])
@@ -177,7 +182,7 @@ def test_what_does_not_go_with_buckets(folder: Path, tmp_path: Path, sections: d
     ("data", "message"),
     [
         ({"buckets": ["8x8"], "image_size": None}, "data.buckets needs data.image_size"),
-        ({"buckets": ["8x8", "16x16"], "image_size": 8}, "of which two have the same aspect"),
+        ({"buckets": ["8x8", "08x8"], "image_size": 8}, "of which two are the same; keep one of them"),
         ({"buckets": ["8"], "image_size": 8}, "data.buckets is 8, but must be HEIGHTxWIDTH in pixels"),
     ],
 )

@@ -116,7 +116,7 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_options_of_one_family_alone() -> None:
-    with pytest.raises(ValueError, match=r"model.mlp is for DiT models, but model.name is GSPN-B/2"):
+    with pytest.raises(ValueError, match=r"model.mlp is for DiT and GSPN2 models, but model.name is GSPN-B/2"):
         ModelConfig(mlp="swiglu")
     with pytest.raises(ValueError, match=r"model.gate_norm is for GSPN models, but model.name is DiT-S/2"):
         ModelConfig(name="DiT-S/2", gate_norm=True)

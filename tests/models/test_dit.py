@@ -99,7 +99,7 @@ def test_attention_is_the_default_mixer() -> None:
     ("name", "options", "message"),
     [
         ("DiT-M/2", {}, "unknown model 'DiT-M/2'; allowed are GSPN-N/2, .*DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2"),
-        ("GSPN-M/2", {}, "unknown model 'GSPN-M/2'; allowed are .*GSPN-XL/2, DiT-N/2"),
+        ("GSPN-M/2", {}, "unknown model 'GSPN-M/2'; allowed are .*GSPN-XL/2, .*GSPN2-XL/2, DiT-N/2"),
         ("DiT-S/0", {}, "unknown model"),
         ("GSPN-S/2", {"mlp": "swiglu"}, "mlp is an option of DiT models, but the model is GSPN-S/2; leave it out"),
         (
