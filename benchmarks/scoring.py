@@ -186,7 +186,7 @@ DATA_SETS = {
         DataSet("fashion-256", _PIXELS, 2, FASHION_NET, _FASHION, 10, (1, 32), 240, 115, batch=32),
         _emoji("emoji", 32, 4, None, 120, 45),
         dataclasses.replace(
-            _emoji("emoji-sizes", 64, 4, 32, 150, 60),
+            _emoji("emoji-sizes", 64, 2, 16, 150, 60),
             **{"features": "runs/emoji_judge", "latent": (3, 32), "image_size": 32, "buckets": (32, 64)},
         ),
         _emoji("emoji-256", 32, 2, 32, 240, 115),

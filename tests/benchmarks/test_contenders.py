@@ -86,7 +86,7 @@ def test_a_size_that_cannot_be_equal_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_tokens_of_the_data_sets() -> None:
     expected: dict[str, Any] = {"digits": 16, "fashion": 64, "fashion-latents": 64, "fashion-256": 256}
-    expected |= {"emoji": 64, "emoji-256": 256, "emoji-1024": 1024, "emoji-4096": 4096, "emoji-sizes": 64}
+    expected |= {"emoji": 64, "emoji-256": 256, "emoji-1024": 1024, "emoji-4096": 4096, "emoji-sizes": 256}
     assert {name: source.tokens for name, source in DATA_SETS.items()} == expected
 
 
