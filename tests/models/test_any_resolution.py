@@ -19,6 +19,7 @@ BOUND = 1.5
 SCAN = {"mixer": "gspn", "scan_norm": "layer", "channel_skip": True}
 HOLDS: list[dict[str, Any]] = [
     {"name": "DiT-N/2", **SCAN},
+    {"name": "GSPN2-N/2"},
     {"name": "DiT-N/2", **SCAN, "scan_norm": "rms"},
     {"name": "DiT-N/2", **SCAN, "scan_norm": "rms", "scan_norm_place": "directions"},
     {"name": "GSPN-N/2", **SCAN, "gate_norm": True, "mlp_ratio": 2.0, "lpu": True},
@@ -49,7 +50,7 @@ def created(options: dict[str, Any], seed: int) -> DiffusionModel:
     """A model as it starts, its gates of adaLN-Zero opened."""
     torch.manual_seed(seed)
     model = create_model(options["name"], 4, 2, 8, **{key: v for key, v in options.items() if key != "name"})
-    if options["name"].startswith("DiT"):
+    if not options["name"].startswith("GSPN-"):
         for block in model.blocks:
             nn.init.normal_(block.modulation.bias, std=0.5)
     return model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gspn_dit.models import DIT_PRESETS, GSPN_PRESETS, DiffusionModel, create_model
+from gspn_dit.models import DIT_PRESETS, GSPN2_PRESETS, GSPN_PRESETS, DiffusionModel, create_model
 from gspn_dit.models.mixers import MIXERS
 
 WIDTH = 48
@@ -17,6 +17,7 @@ WIDTH = 48
 OPTIONS: list[dict[str, Any]] = [
     *({"name": f"GSPN-{size}/2"} for size in GSPN_PRESETS),
     *({"name": f"DiT-{size}/2"} for size in DIT_PRESETS),
+    *({"name": f"GSPN2-{size}/2"} for size in GSPN2_PRESETS),
     {"name": "GSPN-N/2", "conditioning": "adaln-zero"},
     {"name": "GSPN-N/2", "conditioning": "adaln-zero", "long_skips": False},
     {"name": "GSPN-N/2", "long_skips": False},
