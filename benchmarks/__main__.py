@@ -72,7 +72,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "recipes": ["benchmarks.recipes", "--seconds", "18", "--out"],
     "recipes_emoji": [
-        *("benchmarks.recipes", "--data", "emoji", "--root", "data/emoji_classes", "--seconds", "60"),
+        *("benchmarks.recipes", "--data", "emoji", "--root", "data/emoji_classes", "--seconds", "45"),
         *("--features", "runs/emoji_judge", "--work", "runs/recipes_emoji", "--out"),
     ],
     "resolution": [
