@@ -26,7 +26,7 @@ from benchmarks.measure import CpuDevice, software
 from benchmarks.output import publish
 from benchmarks.study import once
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.models.unet import GSPNSelfAttention
+from gspn_dit.models.unet_scans import GSPNSelfAttention
 
 WIDTHS = {640: (1024, 512), 1280: (512, 256)}
 """Channels of SDXL's layers, and their grids in an image of 16384×8192 pixels."""

@@ -43,7 +43,7 @@ class UNetConfig(Section):
     mixer: Literal["gspn", "attention"] = "gspn"
     """What takes the place of self-attention: scans, or nothing."""
     variant: Literal["pure", "qkv"] = "pure"
-    """Where the scans' logits and gates come from; see `gspn_dit.models.unet.GSPNSelfAttention`."""
+    """Where the scans' logits and gates come from; see `gspn_dit.models.unet_scans.GSPNSelfAttention`."""
     window: int | None = None
     """Lines after which a scan restarts; null: global."""
     proxy_ratio: int | None = None

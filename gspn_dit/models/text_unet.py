@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gspn_dit.config import UNetConfig
 from gspn_dit.models.flops import attention_multiply_adds, scan_multiply_adds
-from gspn_dit.models.unet import GSPNAdapter, GSPNSelfAttention
+from gspn_dit.models.unet import GSPNAdapter
+from gspn_dit.models.unet_scans import GSPNSelfAttention
 from gspn_dit.text import Encoded, TextTable
 
 ADAPTER_OPTIONS = ("variant", "window", "proxy_ratio", "skip", "weight_groups")

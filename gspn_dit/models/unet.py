@@ -1,130 +1,27 @@
-"""GSPN in place of every self-attention of a diffusers UNet (Stable Diffusion), in an adapter of its own.
-
-The mathematics is that of arXiv 2501.12381; the published layers are "pure" (logits and gates from a proxy of the
-tokens) or keep queries, keys and values ("qkv").
-"""
+"""GSPN in place of every self-attention of a diffusers UNet (Stable Diffusion), in an adapter of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gspn_dit.models.scans import GSPNMixer
-from gspn_dit.ops import gspn_scan_from_proxy
+from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
+from gspn_dit.errors import UserError
+from gspn_dit.models.unet_scans import GRID, PROXY_RATIOS, GSPNSelfAttention
 
-PROXY_RATIOS = {"pure": 8, "qkv": 32}
-"""Published width of the tokens over that of the proxy, by variant."""
-GRID = "gspn_grid"
-"""Key of `cross_attention_kwargs` in which height and width travel from a transformer to its blocks."""
-
-
-class GSPNSelfAttention(nn.Module):
-    """The stand-in for a self-attention over a grid of tokens: scans in four directions, merged, then a linear map.
-
-    Args:
-        channels: width C.
-        variant: "pure" takes logits and gates from a proxy of the tokens x and scans x. "qkv" keeps the linear maps to
-            q, k and v: logits and input gate come from the proxy of x + k, output gate and skip from that of x + q,
-            and x + v is scanned.
-        window: lines after which the scan restarts (4 in the published weights); None for global propagation.
-        proxy_ratio: C over the width of the proxy.
-        skip: add a linear map of the proxy times what is scanned.
-        weight_groups: groups of channels that share propagation weights; None for one per channel.
-
-    Raises:
-        ValueError: a value out of range, or one that does not divide the channels.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        variant: str = "pure",
-        window: int | None = None,
-        proxy_ratio: int = PROXY_RATIOS["pure"],
-        skip: bool = True,
-        weight_groups: int | None = None,
-    ) -> None:
-        super().__init__()
-        if proxy_ratio < 1 or channels % proxy_ratio:
-            raise ValueError(f"proxy_ratio {proxy_ratio} does not divide the {channels} channels of a layer")
-        self.to_qkv = nn.ModuleList(nn.Linear(channels, channels, bias=False) for _ in "qkv" if variant == "qkv")
-        self.mixer = GSPNMixer(channels, weight_groups, window, proxy_ratio=proxy_ratio, skip=skip)
-        self.to_out = nn.Linear(channels, channels)
-        self.mixer.initialise()
-
-    def start_from(self, attention: Attention) -> None:
-        """Copy what an attention has as well: the output map, and those to q, k and v; missing biases are zero."""
-        maps = [attention.to_q, attention.to_k, attention.to_v][: len(self.to_qkv)]
-        others: list[Any] = [*maps, attention.to_out[0]]
-        for own, other in zip([*self.to_qkv, self.to_out], others, strict=True):
-            assert isinstance(own, nn.Linear)
-            with torch.no_grad():
-                own.weight.copy_(other.weight)
-                if own.bias is not None:
-                    own.bias.zero_() if other.bias is None else own.bias.copy_(other.bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        gspn_grid: tuple[int, int] | None = None,
-        **_: Any,
-    ) -> Tensor:
-        """Mix tokens [B, N, C] of a grid (height, width) to [B, N, C]; what else an attention takes is ignored.
-
-        Raises:
-            ValueError: a mask, which scans cannot follow, or no grid, or one of another number of tokens.
-        """
-        if attention_mask is not None:
-            raise ValueError("GSPN layers take no attention_mask; leave it out, or unmount the adapter")
-        if gspn_grid is None or gspn_grid[0] * gspn_grid[1] != hidden_states.shape[1]:
-            raise ValueError(
-                f"a GSPN layer got {hidden_states.shape[1]} tokens and the grid {gspn_grid}; it must be called by the "
-                "UNet that it was mounted on"
-            )
-        return self.to_out(self._scan(hidden_states.unflatten(1, gspn_grid)).flatten(1, 2))
-
-    def _scan(self, tokens: Tensor) -> Tensor:
-        """Propagate tokens [B, H, W, C]."""
-        mixer = self.mixer
-        if not self.to_qkv:
-            return mixer(tokens)
-        query, key, value = (linear(tokens) for linear in self.to_qkv)
-        proxy = torch.cat([mixer.to_proxy(tokens + key), mixer.to_proxy(tokens + query)], dim=-1)
-        width = proxy.shape[-1] // 2
-        # The operator reads one proxy, so a map is zero on the half that is not its own. That doubles the products of
-        # the maps (C/16 instead of C/32 a channel), which is far less than writing 20 logits and gates to memory.
-        of_key, of_query = (0, width), (width, 0)
-        return gspn_scan_from_proxy(
-            tokens + value,
-            proxy,
-            F.pad(mixer.to_logits.weight, of_key),
-            F.pad(mixer.to_input_gate.weight, of_key),
-            F.pad(mixer.to_output_gate.weight, of_query),
-            mixer.merge_weight,
-            None if mixer.to_skip is None else F.pad(mixer.to_skip.weight, of_query),
-            directions=mixer.directions,
-            window=mixer.window,
-        )
-
-    # Loaders (IP-Adapter, `set_attn_processor`) count a processor for every attention; this one has no effect.
-    def get_processor(self, *_: Any, **__: Any) -> AttnProcessor2_0:
-        return AttnProcessor2_0()
-
-    def set_processor(self, *_: Any, **__: Any) -> None:
-        pass
+_OUT = ".to_out.bias"
+"""What the name of one tensor [C] of each layer ends with; attention has `.to_out.0.bias`."""
 
 
 @dataclass
@@ -146,7 +43,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
 
     Saved and loaded on its own, beside the pipeline it is for (`save_pretrained`, `from_pretrained`, `push_to_hub`).
     Hooks hand each layer its grid, so any height and width will do. A mounted UNet can be trained, compiled,
-    checkpointed and copied; a copy keeps its layers for good. LoRA weights for the attentions' maps find no place.
+    checkpointed and copied; a copy keeps its layers for good. LoRA weights for the attentions' maps find no place once
+    it is mounted, and are refused before.
 
     Args:
         layers: channels of each self-attention, by its name in the UNet.
@@ -170,8 +68,10 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         if variant not in PROXY_RATIOS:
             raise ValueError(f"unknown variant '{variant}'; allowed are {', '.join(PROXY_RATIOS)}")
-        if window is not None and window < 1:
-            raise ValueError(f"window is {window}, but must be None or at least 1")
+        for name, value in (("window", window), ("proxy_ratio", proxy_ratio), ("weight_groups", weight_groups)):
+            _check_count(name, value)
+        if not isinstance(skip, bool):
+            raise ValueError(f"skip is {skip!r}, but must be True or False")
         self.names = sorted(layers)  # JSON keeps no order of its own
         self.mixers = nn.ModuleList(
             GSPNSelfAttention(layers[name], variant, window, proxy_ratio, skip, weight_groups) for name in self.names
@@ -219,13 +119,50 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             mixer.start_from(attentions[name])
         return adapter
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | Path, weights: str = "ema") -> GSPNAdapter:
+        """Take the scans of a run that distilled them (`unet.teacher`); mount them on the teacher's pipeline.
+
+        Args:
+            checkpoint: a run directory (its newest complete checkpoint), or one checkpoint.
+            weights: "ema", "model", or another average that the checkpoint holds.
+
+        Raises:
+            UserError: no complete checkpoint, one of another task, or one whose scans have no teacher to go back to.
+        """
+        directory = resolve_checkpoint(checkpoint)
+        manifest = read_manifest(directory)
+        described = manifest["model"]
+        if not manifest.get("text") or described.get("name") != "UNet":
+            raise UserError(f"{directory} is not of task text-to-image; give a run with unet.teacher")
+        teacher = manifest["config"]["unet"]["teacher"]
+        if described["scans"] is None or teacher is None:
+            found = (
+                "has no scans" if described["scans"] is None else "was trained from scratch, weights and scans alike"
+            )
+            raise UserError(
+                f"{directory} {found}, so no adapter of it would fit another UNet; give a run with unet.teacher"
+            )
+        tensors = load_tensors(directory, weights)
+        layers = {key.removesuffix(_OUT): len(weight) for key, weight in tensors.items() if key.endswith(_OUT)}
+        options = {name: value for name, value in described["scans"].items() if value is not None}
+        ratio = options.pop("proxy_ratio", PROXY_RATIOS[options["variant"]])
+        adapter = cls(layers, proxy_ratio=ratio, base=teacher, **options)
+        for name, mixer in zip(adapter.names, adapter.mixers, strict=True):
+            start = f"{name}."
+            mixer.load_state_dict({k.removeprefix(start): w for k, w in tensors.items() if k.startswith(start)})
+        return adapter.eval()
+
     def mount(self, pipeline_or_unet: Any) -> GSPNAdapter:
         """Put the layers in place of the UNet's self-attentions, which are kept; return the adapter.
 
-        Until `unmount`, `save_pretrained` of UNet and pipeline refuses: diffusers could not load what it would write.
+        The layers move to the UNet's device and dtype. Until `unmount`, `save_pretrained` of UNet and pipeline refuses:
+        diffusers could not load what it would write. A pipeline whose `unet` alone is given refuses only when it comes
+        to that part.
 
         Raises:
-            ValueError: no UNet, one whose self-attentions are others than the adapter's, or something mounted already.
+            ValueError: no UNet, one whose self-attentions are others than the adapter's or hold LoRA layers, or
+                something mounted already.
         """
         unet = _unet_of(pipeline_or_unet)
         if self._mounted is not None:
@@ -238,6 +175,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
                 f"the adapter is for another UNet: it has {len(own)} layers and this one {len(given)}; the first that "
                 f"differs is {other} with {own.get(other)} channels in the adapter, {given.get(other)} in the UNet"
             )
+        nn.Module.to(self, unet.device, unet.dtype)
         hooks = []
         for name, mixer in zip(self.names, self.mixers, strict=True):
             mixer.train(attentions[name].training)
@@ -249,7 +187,7 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
                 hooks += [part.register_forward_pre_hook(_drop_grid, with_kwargs=True) for part in stock]
         owners = [unet] if pipeline_or_unet is unet else [unet, pipeline_or_unet]
         for owner in owners:
-            vars(owner)["save_pretrained"] = _refuse_to_save
+            vars(owner)["save_pretrained"] = _Refusal()
         self._mounted = _Mount(unet, attentions, hooks, owners)
         return self
 
@@ -263,7 +201,8 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
             raise ValueError("this adapter is not mounted")
         unet = self._mounted.unet
         for name, attention in self._mounted.attentions.items():
-            _replace(unet, name, attention.to(unet.device, unet.dtype))
+            training = unet.get_submodule(name).training
+            _replace(unet, name, attention.to(unet.device, unet.dtype).train(training))
         for hook in self._mounted.hooks:
             hook.remove()
         for owner in self._mounted.saved_by_diffusers:
@@ -291,7 +230,18 @@ def _self_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     found = {name: p for name, p in parts.items() if isinstance(p, Attention) and not p.is_cross_attention}
     if not found:
         raise ValueError("this UNet has no transformer blocks with self-attention that GSPN could replace")
+    for name, attention in found.items():
+        if any(hasattr(part, "base_layer") for part in attention.modules()):
+            raise ValueError(
+                f"{name} holds LoRA layers, which would be lost with it: unload_lora_weights() first, after "
+                "fuse_lora() where their effect shall stay"
+            )
     return found
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{name} is {value!r}, but must be None or a whole number of at least 1")
 
 
 def _replace(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:
@@ -318,8 +268,19 @@ def _drop_grid(
     return arguments, {name: value for name, value in kwargs.items() if name != GRID}
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError(
-        "a GSPN adapter is mounted, and diffusers could not load the UNet that this would save; unmount() it first, "
-        "and save the adapter with its own save_pretrained"
-    )
+class _Refusal:
+    """Stands for `save_pretrained` of a UNet with scans, and of its pipeline."""
+
+    def __init__(self, remedy: str = "unmount() it first, and save the adapter with its own save_pretrained") -> None:
+        self.remedy = remedy
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            f"a GSPN adapter is mounted, and diffusers could not load the UNet that this would save; {self.remedy}"
+        )
+
+    def __reduce__(self) -> Any:
+        """A copy keeps its layers for good, so that it is told something else."""
+        return _Refusal, (
+            "this is a copy, which keeps its layers: save its state_dict(), or the adapter of the original",
+        )

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from gspn_dit.models.unet import GSPNAdapter, GSPNSelfAttention
+from gspn_dit.models.unet import GSPNAdapter
+from gspn_dit.models.unet_scans import GSPNSelfAttention
 from gspn_dit.ops import gspn_scan
 
 TINY = {
@@ -240,6 +241,25 @@ def test_a_copy_of_a_mounted_unet_stands_alone(unet: UNet2DConditionModel) -> No
     copy.deepcopy(adapter).mount(UNet2DConditionModel(**TINY))  # the copy is not mounted, so it can be
     adapter.unmount()
     assert torch.equal(run(duplicate), mounted)
+    with pytest.raises(ValueError, match="this is a copy, which keeps its layers: save its state_dict"):
+        duplicate.save_pretrained("nowhere")
+    assert not Path("nowhere").exists()
+
+
+def test_layers_follow_the_unet_they_are_mounted_on(unet: UNet2DConditionModel) -> None:
+    adapter = GSPNAdapter.create(unet)
+    adapter.mount(unet.to(torch.bfloat16))
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.bfloat16}
+    latents, timesteps, text = inputs()
+    assert bool(run(unet, latents.bfloat16(), timesteps, text.bfloat16()).isfinite().all())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_comes_back_in_the_mode_that_the_unet_has_by_then(unet: UNet2DConditionModel, training: bool) -> None:
+    adapter = GSPNAdapter.create(unet).mount(unet.train(not training))
+    unet.train(training)
+    adapter.unmount()
+    assert {module.training for module in unet.modules()} == {training}
 
 
 def test_half_precision(unet: UNet2DConditionModel) -> None:
@@ -327,6 +347,27 @@ def test_lora_of_cross_attention_and_of_kept_maps(unet: UNet2DConditionModel) ->
     torch.testing.assert_close(run(unet), before)
 
 
+@pytest.mark.parametrize("method", ["mount", "create"])
+def test_lora_in_what_would_be_replaced_is_refused(unet: UNet2DConditionModel, method: str) -> None:
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    adapter = GSPNAdapter.create(unet)
+    unet.add_adapter(peft.LoraConfig(target_modules=["attn2.to_q"]), "elsewhere")
+    adapter.mount(unet).unmount()
+    unet.add_adapter(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False), "attention")
+    before = run(unet)
+    with pytest.raises(
+        ValueError, match=r"\.attn1 holds LoRA layers, .*: unload_lora_weights\(\) first, after fuse_lora"
+    ):
+        adapter.mount(unet) if method == "mount" else GSPNAdapter.create(unet)
+    assert torch.equal(run(unet), before)
+    unet.fuse_lora()
+    unet.unload_lora()
+    torch.testing.assert_close(run(unet), before)
+    fused = run(unet)
+    adapter.mount(unet).unmount()
+    assert torch.equal(run(unet), fused)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -390,7 +431,12 @@ def test_saving_a_pipeline_is_refused_before_any_part_is_written(unet: UNet2DCon
     "options, message",
     [
         ({"variant": "linear"}, "unknown variant 'linear'; allowed are pure, qkv"),
-        ({"window": 0}, "window is 0"),
+        ({"window": 0}, "window is 0, but must be None or a whole number"),
+        ({"window": 2.5}, r"window is 2\.5"),
+        ({"window": True}, "window is True"),
+        ({"weight_groups": 4.0}, r"weight_groups is 4\.0"),
+        ({"proxy_ratio": 0}, "proxy_ratio is 0"),
+        ({"skip": "no"}, "skip is 'no', but must be True or False"),
         ({"proxy_ratio": 7}, "proxy_ratio 7 does not divide the 32 channels"),
         ({"proxy_ratio": 64}, "proxy_ratio 64 does not divide the 32 channels"),
         ({"weight_groups": 5}, "weight_groups 5 does not divide the 32 channels"),

@@ -16,9 +16,10 @@ from gspn_dit.config import Config
 from gspn_dit.diffusion import Guidance
 from gspn_dit.errors import UserError
 from gspn_dit.models.text_unet import call_unet
-from gspn_dit.models.unet import GSPNSelfAttention
+from gspn_dit.models.unet import GSPNAdapter
+from gspn_dit.models.unet_scans import GSPNSelfAttention
 from gspn_dit.tasks import create_task
-from gspn_dit.text import encode_all, load_encoder
+from gspn_dit.text import Encoded, encode_all, load_encoder
 from gspn_dit.text_sampler import TextSampler
 from tests.captioned import text_config, write_captioned, write_pipeline
 from tests.training.conftest import run_training
@@ -61,6 +62,46 @@ def test_a_student_of_a_pipeline_is_trained_and_drawn_with(tmp_path: Path, data:
     assert kept and all(torch.equal(trained[name], taught[name]) for name in kept)
     images = TextSampler.from_checkpoint(tmp_path).draw(["a cat", "a dog"], 2, Guidance(2.0))
     assert images.shape == (2, 16, 16, 3) and not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.slow
+def test_distilled_scans_become_an_adapter_of_the_pipeline(tmp_path: Path, data: Path, pipeline: str) -> None:
+    """Create, distil, take out, save, load, mount: the pipeline's UNet is then the run's own, bit for bit."""
+    from diffusers import DiffusionPipeline
+
+    options: dict[str, Any] = {"variant": "qkv", "window": 2, "skip": False, "weight_groups": 4}
+    if "sdxl" in pipeline:
+        options = {}
+    run_training(
+        config_of(
+            tmp_path / "run", data, pipeline, {"unet": {"teacher": pipeline, "proxy_ratio": 4, **options}}, max_steps=2
+        )
+    )
+    adapter = GSPNAdapter.from_checkpoint(tmp_path / "run")
+    assert adapter.config["base"] == pipeline
+    adapter.save_pretrained(tmp_path / "adapter")
+    stock: Any = DiffusionPipeline.from_pretrained(pipeline)
+    latents, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0, 9.0])
+    states = torch.randn(2, 12, stock.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    texts = Encoded(
+        states, torch.ones(2, 12, dtype=torch.bool), torch.ones(2, 6) if hasattr(stock, "text_encoder_2") else None
+    )
+
+    def predicted(unet: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return call_unet(unet, latents, times, texts, 1, 16)
+
+    for weights in ("ema", "model"):
+        expected = predicted(TextSampler.from_checkpoint(tmp_path / "run", weights).unet)
+        taken = GSPNAdapter.from_checkpoint(tmp_path / "run", weights).mount(stock)
+        assert torch.equal(predicted(stock.unet), expected)
+        assert not any(part.training for part in stock.unet.modules())
+        taken.unmount()
+        if weights == "ema":
+            loaded = GSPNAdapter.from_pretrained(tmp_path / "adapter").mount(stock)
+            assert torch.equal(predicted(stock.unet), expected)
+            loaded.unmount()
+    assert not torch.equal(predicted(stock.unet), expected)
 
 
 def test_the_teacher_is_called_as_its_pipeline_calls_it(tmp_path: Path, data: Path, pipeline: str) -> None:

@@ -17,10 +17,12 @@ from gspn_dit.checkpoint import find_checkpoints, read_manifest
 from gspn_dit.config import Config
 from gspn_dit.errors import UserError
 from gspn_dit.models.text_unet import Captioned, rebuild_unet, unet_cost
-from gspn_dit.models.unet import GSPNSelfAttention
+from gspn_dit.models.unet import GSPNAdapter
+from gspn_dit.models.unet_scans import GSPNSelfAttention
 from gspn_dit.tasks import create_task
 from gspn_dit.tasks.distillation import Taps
 from tests.captioned import text_config, write_captioned, write_encoder
+from tests.tiny import write_run
 from tests.training.conftest import run_training
 from tests.training.test_loop import assert_same_tensors, metrics_of, tensors_of
 
@@ -120,6 +122,8 @@ def test_the_checkpoint_rebuilds_the_model(tmp_path: Path, places: tuple[Path, s
     weights = tensors_of(tmp_path, 2)
     unet.load_state_dict({key.removeprefix("model/"): w for key, w in weights.items() if key.startswith("model/")})
     assert sum(isinstance(module, GSPNSelfAttention) for module in unet.modules()) == 7
+    with pytest.raises(UserError, match="was trained from scratch, weights and scans alike, so no adapter of it"):
+        GSPNAdapter.from_checkpoint(tmp_path)
     assert manifest["text"]["max_tokens"] == 8 and manifest["data"]["images"] == 12
 
 
@@ -176,6 +180,16 @@ def test_distillation_trains_scans_alone_towards_their_teacher(
     before, after = (tensors_of(run, step) for run, step in ((teacher, 2), (tmp_path, 40)))
     kept = [key for key in after if key.startswith("model/") and ".attn1." not in key]
     assert kept and all(torch.equal(after[key], before[key.replace("model/", "ema/")]) for key in kept)
+
+
+def test_what_gives_no_adapter(tmp_path: Path, teacher: Path) -> None:
+    """Scans of a run from scratch are refused in `test_the_checkpoint_rebuilds_the_model`."""
+    with pytest.raises(UserError, match=r"nowhere does not exist; give a run directory"):
+        GSPNAdapter.from_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is not of task text-to-image; give a run with unet\.teacher"):
+        GSPNAdapter.from_checkpoint(write_run(tmp_path / "by_class"))
+    with pytest.raises(UserError, match=r"has no scans, so no adapter .*; give a run with unet\.teacher"):
+        GSPNAdapter.from_checkpoint(teacher)
 
 
 def test_distillation_resumes_bit_for_bit(tmp_path: Path, places: tuple[Path, str], teacher: Path) -> None:
