@@ -18,7 +18,7 @@ from gspn_dit import rng
 from gspn_dit.data.batches import CACHE_BYTES, draw_flips, draw_posterior, mirror
 from gspn_dit.data.decoding import read_cell_header
 from gspn_dit.data.images import DECODE_CHUNK, ImageSet
-from gspn_dit.data.latents import AutoencoderLatent, Latent
+from gspn_dit.data.latents import Latent
 from gspn_dit.errors import UserError
 
 RUN = 32
@@ -155,8 +155,9 @@ class BucketBatches:
 
 
 def _check_latent(latent: Latent, sizes: Sequence[Size]) -> None:
-    if isinstance(latent, AutoencoderLatent) and latent.autoencoder.image_size is not None:
-        raise UserError(f"data.buckets: {latent.place} takes images of one size alone; leave them out")
+    if latent.takes_one_size:
+        place = latent.spec()["vae"]
+        raise UserError(f"data.buckets: {place} takes images of {latent.image_size} pixels alone; leave them out")
     for height, width in sizes:
         if height % latent.factor or width % latent.factor:
             raise UserError(f"data.buckets: {height}x{width} is not divisible by the autoencoder's {latent.factor}")

@@ -42,6 +42,11 @@ class Latent(ABC):
     """Whether an image is encoded to a distribution, of which `encode` draws one latent."""
 
     @property
+    def takes_one_size(self) -> bool:
+        """Whether images of `image_size` alone can be encoded and decoded, and no other size or aspect."""
+        return False
+
+    @property
     def natural_shift(self) -> float:
         """Shift of times that suits the latents' size, where a config leaves it open; 1 for pixels."""
         return 1.0
@@ -130,6 +135,10 @@ class AutoencoderLatent(Latent):
         self.has_posterior = adapter.has_posterior
         self.scale = adapter.scale if scale is None else scale
         self.shift = adapter.shift if shift is None else shift
+
+    @property
+    def takes_one_size(self) -> bool:
+        return self.autoencoder.image_size is not None
 
     @property
     def natural_shift(self) -> float:
@@ -303,11 +312,14 @@ def _describe(spec: Mapping[str, Any]) -> str:
 def latent_shape(latent: Latent, multiple: int, height: int | None, width: int | None) -> tuple[int, int, int]:
     """Return channels, height and width of the latents of images of a size in pixels, None for that of training.
 
-    Raises ValueError for a side whose latent is no positive multiple of `multiple`, as the model needs.
+    Raises ValueError for a side whose latent is no positive multiple of `multiple`, as the model needs, and for another
+    size than that of training where the autoencoder draws no other.
     """
-    sides = []
+    sides, trained = [], latent.size * latent.factor
     for name, pixels in (("height", height), ("width", width)):
-        pixels = latent.size * latent.factor if pixels is None else pixels
+        pixels = trained if pixels is None else pixels
+        if pixels != trained and latent.takes_one_size:
+            raise ValueError(f"{name} is {pixels} pixels, but the autoencoder draws {trained}x{trained} alone")
         if pixels < 1 or pixels % (latent.factor * multiple):
             raise ValueError(
                 f"{name} is {pixels} pixels, but must be a positive multiple of {latent.factor * multiple}"

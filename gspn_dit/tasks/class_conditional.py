@@ -105,6 +105,14 @@ class ClassConditional(GenerativeTask):
             working_elements=max(mixer.working_elements(side, side) for mixer in mixers),
         )
 
+    @classmethod
+    def excludes_sharding(cls, config: Config) -> str | None:
+        """Buckets: each process calls the model once per size in its share, and sharded weights are gathered by call.
+
+        Processes with other numbers of calls would wait for each other for ever.
+        """
+        return "data.buckets" if config.data.buckets else None
+
     def to(self, device: torch.device) -> None:
         if self.config.objective.derivative == "jvp" and device.type != "cpu":
             raise UserError(
@@ -260,7 +268,8 @@ class ClassConditional(GenerativeTask):
 
     def start_from(self, checkpoint: str) -> None:
         """Take EMA weights; a class of the same name keeps its row of the label table."""
-        self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description))
+        prediction = self.config.objective.prediction
+        self.model.load_state_dict(pretrained_weights(checkpoint, self.model, self.description, prediction))
 
 
 def _check_buckets(config: Config, multiple: int) -> None:

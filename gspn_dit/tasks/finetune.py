@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
+from gspn_dit.config import ObjectiveConfig
 from gspn_dit.data.latents import refuse_other_vae
 from gspn_dit.errors import UserError
 from gspn_dit.models import DiffusionModel
@@ -20,23 +21,30 @@ LABEL_TABLE = "class_embed.weight"
 FIRST_TIME, SECOND_TIME = "timestep_embed.", "span_embed."
 
 
-def pretrained_weights(checkpoint: str, model: DiffusionModel, description: Mapping[str, Any]) -> dict[str, Tensor]:
+def pretrained_weights(
+    checkpoint: str, model: DiffusionModel, description: Mapping[str, Any], prediction: str
+) -> dict[str, Tensor]:
     """Return the EMA weights of a run directory or checkpoint, for a model that a checkpoint describes so.
+
+    `prediction` is `objective.prediction`: what this run takes the model's output for.
 
     The label table [classes + 1, C] is resized: a class of the same name keeps its row, the last row stays that of "no
     class", and a new class keeps the row that the model has. A velocity model learns on as a few-step one: a smooth
     embedding of times imitates its own, that of a second time stays as it starts, without effect.
 
-    Raises UserError if there is no such checkpoint, or it is of another model or of latents of another autoencoder.
+    Raises UserError if there is no such checkpoint, or it is of another model, predicts something else, or belongs to
+    latents of another autoencoder.
     """
     directory = resolve_checkpoint(checkpoint)
     manifest = read_manifest(directory)
     weights = "ema" if "ema.safetensors" in manifest["files"] else "model"
     tensors, own = load_tensors(directory, weights), model.state_dict()
     before, now = manifest["latent"], description["latent"]
-    if before.get("name") != now["name"] or now["name"] == "kl":
+    if before.get("name") != now["name"] or now["name"] != "identity":
         refuse_other_vae({**before, "image_size": now["image_size"]}, now)
     unseen_before, unseen_now = (_unseen_options(arguments) for arguments in (manifest["model"], description["model"]))
+    unseen_before["objective.prediction"] = _prediction(manifest)
+    unseen_now["objective.prediction"] = prediction
     for key, value in unseen_before.items():
         if value != unseen_now[key]:
             raise UserError(
@@ -69,6 +77,11 @@ def _smoothed(tensors: Mapping[str, Tensor], embedding: TimestepEmbedding) -> di
     smooth = copy.deepcopy(embedding)
     smooth.imitate(given.to(embedding.mix.weight.device))
     return {FIRST_TIME + name: value for name, value in smooth.state_dict().items()}
+
+
+def _prediction(manifest: Mapping[str, Any]) -> str:
+    """Return `objective.prediction` of a checkpoint; older ones, and imported ones, know velocity (or noise) alone."""
+    return manifest.get("config", {}).get("objective", {}).get("prediction", ObjectiveConfig().prediction)
 
 
 def _unseen_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

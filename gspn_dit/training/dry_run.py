@@ -15,6 +15,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.tasks import Plan, task_class
 from gspn_dit.tasks.plan import epochs_of, gigabytes
 from gspn_dit.training.optimizer import muon_matrices
+from gspn_dit.training.strategy import check_sharding
 from gspn_dit.training.strategy.zero import STAGES, bucket_elements
 
 FLOAT32_BYTES = 4
@@ -182,6 +183,7 @@ class Estimate:
 def estimate(config: Config, processes: int) -> Estimate:
     """Compute the figures of a config on a number of GPUs; raises UserError for what training would refuse."""
     settings = config.training
+    check_sharding(config, settings.sharding)
     shares = processes * settings.gradient_accumulation_steps
     if settings.batch_size % shares:
         raise UserError(

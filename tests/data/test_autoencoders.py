@@ -14,7 +14,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 
 from gspn_dit.config import LatentConfig
 from gspn_dit.data.autoencoders import AUTOENCODERS, adapt, pack, unpack
-from gspn_dit.data.latents import AutoencoderLatent, create_latent, latent_from_spec, to_signed
+from gspn_dit.data.latents import AutoencoderLatent, create_latent, latent_from_spec, latent_shape, to_signed
 from gspn_dit.data.vae import load_vae
 from gspn_dit.errors import UserError
 
@@ -167,6 +167,18 @@ def test_sizes_that_do_not_fit_are_refused(kind: str, latent: AutoencoderLatent)
     said = "takes images of 32 pixels, not of 34" if kind == "rae" else "not divisible by the factor"
     with pytest.raises(UserError, match=said):
         AutoencoderLatent(latent.vae, SIZE + (2 if kind == "rae" else 1), "x")
+
+
+def test_other_sizes_are_drawn_where_the_class_can(kind: str, latent: AutoencoderLatent) -> None:
+    """A representation autoencoder decodes a square of one size; it is said before a step is taken."""
+    channels, factor, size = latent.channels, latent.factor, latent.size
+    assert latent_shape(latent, 1, SIZE, None) == (channels, size, size)
+    if kind != "rae":
+        assert latent_shape(latent, 1, 2 * SIZE, SIZE) == (channels, 2 * SIZE // factor, size)
+        return
+    for height, width, said in ((2 * SIZE, None, "height is 64"), (None, 24, "width is 24")):
+        with pytest.raises(ValueError, match=f"{said} pixels, but the autoencoder draws 32x32 alone"):
+            latent_shape(latent, 1, height, width)
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.tasks import create_task
 from tests.training.conftest import changed, fresh_accelerator, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, metrics_of, tensors_of
+from tests.training.test_multiprocess import train as train_processes
 
 __all__ = ["fresh_accelerator"]
 
@@ -167,6 +168,8 @@ def test_training_resumes_bit_for_bit_and_draws_any_size(folder: Path, tmp_path:
         ({"data": {"name": "latents"}}, "data.buckets does not go with data.name latents"),
         ({"training": {"fd_every": 5}}, "training.fd_every does not go with data.buckets"),
         ({"training": {"repa_features": "features.npy"}}, "repa_features does not go with data.buckets"),
+        ({"training": {"sharding": "fsdp"}}, r"data.buckets does not go with sharding \(fsdp\); leave one of them"),
+        ({"training": {"sharding": "zero1"}}, r"data.buckets does not go with sharding \(zero1\); leave one of them"),
     ],
 )
 def test_what_does_not_go_with_buckets(folder: Path, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
@@ -176,6 +179,33 @@ def test_what_does_not_go_with_buckets(folder: Path, tmp_path: Path, sections: d
     with pytest.raises(UserError, match=message):
         train(TrainArguments(changed(config(tmp_path / "run", folder), **sections), None, False), lambda *_: None)  # type: ignore[arg-type, return-value]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_and_accumulation_change_the_order_of_sums_alone(folder: Path, tmp_path: Path) -> None:
+    """Though processes call the model a different number of times in one and the same step."""
+    options = ("--data.name", "imagefolder", "--data.path", str(folder), "--data.image_size", "8")
+    options += ("--data.buckets", str(SIZES).replace("'", '"'), "--data.validation_fraction", "0.2")
+    options += ("--training.batch_size", "12", "--training.max_steps", "6", "--training.validate_every", "3")
+    found = build_data(config(tmp_path, folder)).training
+    assert isinstance(found, BucketBatches)
+    calls = [[len(found.parts(range(first, first + 6))) for first in (12 * step, 12 * step + 6)] for step in range(6)]
+    assert any(one != two for one, two in calls)
+    for name, processes, accumulation in (("1", 1, "1"), ("1x3", 1, "3"), ("2x3", 2, "3")):
+        parts = ("--training.gradient_accumulation_steps", accumulation)
+        script = "tests/training/train_in_float64.py"
+        done = train_processes(tmp_path / name, processes, *options, *parts, script=script)
+        assert done.returncode == 0, done.stderr
+    one = tensors_of(tmp_path / "1", 6)
+    validated = [line["val_loss"] for line in metrics_of(tmp_path / "1") if "val_loss" in line]
+    assert len(validated) == 2
+    for name in ("1x3", "2x3"):
+        for key, tensor in tensors_of(tmp_path / name, 6).items():
+            if key.startswith(("model/", "ema/")):
+                torch.testing.assert_close(tensor, one[key], rtol=1e-8, atol=1e-11, msg=f"{name}, {key}")
+        again = [line["val_loss"] for line in metrics_of(tmp_path / name) if "val_loss" in line]
+        assert again == pytest.approx(validated, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,42 @@ def test_checkpoint_of_another_model_is_refused(pretrained: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_predict_something_else_are_refused(tmp_path: Path) -> None:
+    """Data and velocities have one shape; a checkpoint from before there was a choice predicts velocities."""
+    task = create_task(tiny_config(tmp_path))
+    for name, objective, refused in (
+        ("older", {}, False),
+        ("velocity", {"prediction": "velocity"}, False),
+        ("data", {"prediction": "data"}, True),
+    ):
+        manifest = {**task.describe(), "config": {"objective": objective}}
+        saved = str(save_checkpoint(tmp_path / name, 1, {"ema": task.model.state_dict()}, manifest))
+        if not refused:
+            task.start_from(saved)
+            continue
+        with pytest.raises(UserError, match=r"to another model: objective.prediction is data there and velocity here"):
+            task.start_from(saved)
+        create_task(changed(tiny_config(tmp_path), objective={"prediction": "data"})).start_from(saved)
+
+
+@pytest.mark.parametrize("kind", ["kl", "dc", "rae", "flux2"])
+def test_weights_of_another_autoencoder_are_refused_whatever_its_kind(tmp_path: Path, kind: str) -> None:
+    """Its latents have the same shape and mean something else; another size of image is no other autoencoder."""
+    task = create_task(tiny_config(tmp_path))
+    task.description["latent"] = {  # type: ignore[attr-defined]
+        **{"name": kind, "vae": "here", "vae_hash": "a", "scale": 1.0, "shift": 0.0},
+        **{"image_size": 8, "image_channels": 1},
+    }
+    for name, options in (("same", {"image_size": 16, "vae": "there"}), ("other", {"vae_hash": "b"})):
+        manifest = {**task.describe(), "latent": {**task.describe()["latent"], **options}}
+        saved = str(save_checkpoint(tmp_path / name, 1, {"ema": task.model.state_dict()}, manifest))
+        if name == "same":
+            task.start_from(saved)
+            continue
+        with pytest.raises(UserError, match=r"the latents are those of the VAE here \(hash b.*but given is .*hash a"):
+            task.start_from(saved)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -273,6 +273,9 @@ def test_data_that_cannot_be_guessed(data: DataConfig, message: str) -> None:
 def test_what_training_would_refuse_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size 8 is not divisible by 3 processes × 1 accumulation steps"):
         estimate(small(), 3)
+    with pytest.raises(UserError, match=r"data.buckets does not go with sharding \(fsdp\); leave one of them out"):
+        settings = TrainingConfig(sharding="fsdp", batch_size=8)
+        estimate(Config(data=DataConfig(image_size=8, buckets=["8x8", "4x16"]), training=settings), 1)
     with pytest.raises(UserError, match="model: unknown model 'GSPN-M/2'"):
         estimate(dataclasses.replace(small(), model=ModelConfig("GSPN-M/2")), 1)
 

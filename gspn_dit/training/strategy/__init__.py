@@ -12,7 +12,20 @@ from gspn_dit.training.strategy.parallel import Strategy
 from gspn_dit.training.strategy.sharding import FullySharded
 from gspn_dit.training.strategy.zero import STAGES, Zero, check_installed, launched_zero
 
-__all__ = ["Strategy", "choose_strategy", "create_strategy"]
+__all__ = ["Strategy", "check_sharding", "choose_strategy", "create_strategy"]
+
+
+def check_sharding(config: Config, chosen: str) -> None:
+    """Raise UserError for what does not go with a kind of sharding, as `training.sharding` names it, on any device."""
+    if chosen == "none":
+        return
+    excluded = task_class(config.task).excludes_sharding(config)
+    if excluded is not None:
+        raise UserError(f"{excluded} does not go with sharding ({chosen}); leave one of them out")
+    if config.training.optimizer == "muon":
+        raise UserError(
+            f"training.optimizer muon needs whole matrices, so no sharding ({chosen}); leave one of them out"
+        )
 
 
 def choose_strategy(config: Config, accelerator: Accelerator) -> str:
@@ -30,13 +43,7 @@ def choose_strategy(config: Config, accelerator: Accelerator) -> str:
             f"the launch file asks for {launched}, training.sharding for {settings.sharding}; leave one out"
         )
     chosen = launched or settings.sharding
-    excluded = None if chosen == "none" else task_class(config.task).excludes_sharding(config)
-    if excluded is not None:
-        raise UserError(f"{excluded} does not go with sharding ({chosen}); leave one of them out")
-    if settings.optimizer == "muon" and chosen != "none":
-        raise UserError(
-            f"training.optimizer muon needs whole matrices, so no sharding ({chosen}); leave one of them out"
-        )
+    check_sharding(config, chosen)
     if accelerator.num_processes == 1:
         return "none"
     if chosen in STAGES:
