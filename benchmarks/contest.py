@@ -51,6 +51,11 @@ class Cell:
     steps: int
     seed: int
 
+    @property
+    def searches(self) -> bool:
+        """Whether it chooses and is not scored."""
+        return self.seed >= SEARCH_SEED
+
     def directory(self, work: Path, size: str) -> Path:
         place = work / self.data.name / f"{self.contender}-{size}" / (describe(self.setting) or "defaults")
         return place / f"{self.steps}-steps" / f"rate-{self.rate:g}" / f"seed-{self.seed}"
@@ -76,24 +81,37 @@ class Cell:
 
 
 def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
-    """Train and score a cell in processes of their own, unless its result is there, and return its figures.
+    """Train a cell, and score it if it is not of a search, in processes of their own, and return its figures.
 
-    A training that diverges is a result, too: its figures are infinite.
+    What is there is kept. A training that diverges is a result, too: its figures are infinite.
     """
-    directory = cell.directory(work, size)
+    directory, setting = cell.directory(work, size), cell.data.setting
     result = directory / "result.json"
-    scoring.refuse_other_scores(result)
+    scoring.refuse_other_scores(result, setting)
     figures = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    if not figures.get("diverged") and trained(cell, directory, size) is None:
-        once(result, lambda: {"diverged": True, "setting": scoring.SETTING})
+    if not figures.get("diverged"):
+        metrics = trained(cell, directory, size)
+        if metrics is None:
+            once(result, lambda: {"diverged": True, "setting": setting})
+        elif cell.searches:
+            once(result, lambda: {"val_loss": metrics["val_loss"], "setting": setting})
     if not result.exists():
         words = ["-m", "benchmarks.scoring", str(directory.absolute()), *cell.data.scoring_arguments()]
         call(words, directory / "log.txt")
-        print(f"{directory}: FD {json.loads(result.read_text(encoding='utf-8'))['fd']:.3f}", flush=True)
+    if not figures:
+        print(f"{directory}: {told(json.loads(result.read_text(encoding='utf-8')))}", flush=True)
     figures = json.loads(result.read_text(encoding="utf-8"))
     del figures["setting"]
-    told = {"variant": cell.contender, "options": dict(cell.setting), "rate": cell.rate, "steps": cell.steps}
-    return {**told, "seed": cell.seed, "commit": commit(directory / "run"), "diverged": False, **figures}
+    row = {"variant": cell.contender, "options": dict(cell.setting), "rate": cell.rate, "steps": cell.steps}
+    return {**row, "seed": cell.seed, "commit": commit(directory / "run"), "diverged": False, **figures}
+
+
+def told(figures: dict[str, Any]) -> str:
+    """Return a cell's figures in short."""
+    if figures.get("diverged"):
+        return "diverged"
+    loss = f"loss {figures['val_loss']:.4f}"
+    return f"FD {figures['fd']:.3f}, {loss}" if "fd" in figures else loss
 
 
 def trained(cell: Cell, directory: Path, size: str) -> dict[str, Any] | None:
@@ -108,9 +126,9 @@ def trained(cell: Cell, directory: Path, size: str) -> dict[str, Any] | None:
 
 
 def score_of(row: dict[str, Any]) -> float:
-    """Return what a search minimises: the logarithm of FD, infinite for a training that diverged."""
-    fd = row.get("fd")
-    return math.log(fd) if fd is not None and math.isfinite(fd) else math.inf
+    """Return what a search minimises: the logarithm of the validation loss, infinite for a training that diverged."""
+    loss = row.get("val_loss")
+    return math.log(loss) if loss is not None and math.isfinite(loss) else math.inf
 
 
 class Study:
@@ -188,7 +206,7 @@ class Study:
             "steps": steps,
             "best": best,
             "inside": inside,
-            "fd": {f"{rate:g}": _plain(found[rate]) for rate in sorted(found)},
+            "loss": {f"{rate:g}": _plain(found[rate]) for rate in sorted(found)},
         }
 
     def search(self, contender: str, kept: set[str]) -> dict[str, Any]:
@@ -209,14 +227,14 @@ class Study:
         return {"settings": tried, "first_rates": first, "rounds": rounds, "chosen": chosen, "rates": rates}
 
     def halve(self, contender: str, settings: Sequence[Setting], rate: float) -> tuple[list[dict[str, Any]], Setting]:
-        """Train ever fewer settings for ever longer; return the FD of each round, and the setting that is left."""
+        """Train ever fewer settings for ever longer; return the losses of each round, and the setting that is left."""
         rounds, alive = [], list(range(len(settings)))
         for rung in rungs(len(settings), 1024):
             share, scores = rung.images / 1024, {}
             for number in alive[: rung.candidates]:
                 steps = self.steps(contender, settings[number], share)
                 scores[number] = self.trial(contender, settings[number], [rate], steps, SEARCH[1])[0]
-            rounds.append({"share_of_steps": share, "fd": {str(n): _plain(score) for n, score in scores.items()}})
+            rounds.append({"share_of_steps": share, "loss": {str(n): _plain(score) for n, score in scores.items()}})
             alive = survivors(scores, len(scores))
         return rounds, settings[alive[0]]
 
@@ -252,14 +270,14 @@ class Study:
 
         def last_score(contender: str) -> float:
             last = found[contender]["rates"][max(found[contender]["rates"])]
-            return last["fd"][f"{last['best']:g}"]
+            return last["loss"][f"{last['best']:g}"]
 
         others = sorted((name for name in self.contenders if name != REFERENCE), key=last_score)
         return [REFERENCE, *others[: self.protocol.finalists]]
 
 
 def _plain(score: float) -> float | None:
-    """Return the FD of a score, as JSON has it: null for infinite."""
+    """Return the loss of a score, as JSON has it: null for infinite."""
     return None if math.isinf(score) else math.exp(score)
 
 
@@ -315,6 +333,7 @@ def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs:
     return {
         "tokens": data.tokens,
         "seconds": data.seconds,
+        "samples": data.samples,
         "milliseconds_per_step": before,
         "milliseconds_per_step_at_the_end": after,
         "drift": moved,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import publish
-from benchmarks.scoring import DATA_SETS, METRICS, SETTING, refuse_other_scores
+from benchmarks.scoring import DATA_SETS, METRICS, refuse_other_scores
 from benchmarks.study import call, interval, paired_ratio, train
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -80,7 +80,7 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any]:
     """Train and score a cell in processes of their own, unless its result is there already."""
     directory = cell.directory(work)
     result = directory / "result.json"
-    refuse_other_scores(result)
+    refuse_other_scores(result, DATA_SETS[cell.data].setting)
     words = train_arguments(cell.data, cell.variant, cell.size, cell.seed, cell.steps)
     trained = train(words, directory / "run")
     if not result.exists():
@@ -146,7 +146,7 @@ def study(options: Any) -> dict[str, Any]:
     return {
         "data": options.data,
         "size": options.size,
-        "setting": SETTING | {"jobs": options.jobs},
+        "setting": DATA_SETS[options.data].setting | {"jobs": options.jobs},
         "milliseconds_per_step": times,
         "cells": rows,
         "budgets": {

@@ -22,6 +22,8 @@ MOST_RATES = 10
 """Learning rates of a grid that was extended; if the best is at an end still, the result says so."""
 SEARCH_SEED = 100
 """The first seed of trainings that choose and are not scored."""
+STARTUP = 10
+"""Seconds that a training takes to begin and to end; those that choose are judged by their loss, and draw nothing."""
 FEWEST_SEEDS, FEWEST_RATES = 5, 5
 
 
@@ -160,11 +162,11 @@ def _parts(protocol: Protocol, field: Field, widest: str) -> Iterator[Part]:
     data, contenders = field.data.name, len(field.contenders)
     seconds, scoring = field.data.seconds, field.data.scoring_seconds
     search = contenders * protocol.search_seeds
-    yield Part(data, SEARCH[0], search * (protocol.rates + 1), seconds + scoring)
+    yield Part(data, SEARCH[0], search * (protocol.rates + 1), seconds + STARTUP)
     rounds = rungs(protocol.trials, 1024)
     trained = sum(rung.candidates * rung.images for rung in rounds) / rounds[-1].images + protocol.rates + 1
     count = sum(rung.candidates for rung in rounds) + protocol.rates + 1
-    yield Part(data, SEARCH[1], search * count, seconds * trained / count + scoring, RANK_OF_OPTIONS)
+    yield Part(data, SEARCH[1], search * count, seconds * trained / count + STARTUP, RANK_OF_OPTIONS)
     for number, budget in enumerate(protocol.budgets):
         place = min(number, 2)
         if place == 2 and data != widest:
@@ -177,7 +179,8 @@ def _parts(protocol: Protocol, field: Field, widest: str) -> Iterator[Part]:
         }
         for kind, amount in cells.items():
             if amount:
-                name, each = part_name(budget, kind), budget * seconds + scoring
+                name = part_name(budget, kind)
+                each = budget * seconds + (STARTUP if kind == "learning rates" else scoring)
                 yield Part(data, name, amount, each, RANKS[kind][place])
 
 

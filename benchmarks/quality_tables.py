@@ -42,9 +42,10 @@ def _conditions(result: Result) -> str:
     commits = ", ".join(sorted({cell["commit"] for found in of.values() for cell in found["cells"]}))
     dropped = ", ".join(f"{part['part']} ({part['data']})" for part in result["plan"]["dropped"])
     seconds = ", ".join(f"{found['seconds']:g} s ({name})" for name, found in of.items())
+    samples = ", ".join(f"{found['samples']:,} samples ({name})" for name, found in of.items())
     return (
         f"Size {protocol['size']}, {plural(protocol['seeds'], 'paired seed')}, learning rates and options chosen on "
-        f"{plural(protocol['search_seeds'], 'other')}, {setting['samples']:,} samples each, {setting['steps']} steps, "
+        f"{plural(protocol['search_seeds'], 'other')} by validation loss. {samples}, {setting['steps']} steps, "
         f"guidance {setting['guidance_scale']}. A budget of 1× is, of the processor's time, {seconds}. "
         + (f"A step's time moved by more than 5 % on {moved}. " if moved else "")
         + (f"Dropped: {dropped}. " if dropped else "")

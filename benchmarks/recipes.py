@@ -112,7 +112,7 @@ def score_digits(cell: Path, data: DataSet) -> dict[str, float]:
     """Return the scores of a cell of digits; its images are drawn with the cell's own seed."""
     if not (cell / "result.json").exists():
         scoring.score_cell(cell, data)
-    scoring.refuse_other_scores(cell / "result.json")
+    scoring.refuse_other_scores(cell / "result.json", data.setting)
     figures = json.loads((cell / "result.json").read_text(encoding="utf-8"))
     return {name: figures[name] for name in METRICS}
 
@@ -162,7 +162,7 @@ def study(seconds: int, seeds: int, work: Path, data: DataSet = DATA_SETS["digit
         "data": data.name,
         "model": MODELS[data.name],
         "seconds": seconds,
-        "setting": scoring.SETTING if data.name == "digits" else EMOJI_SETTING,
+        "setting": data.setting if data.name == "digits" else EMOJI_SETTING,
         "milliseconds_per_step": milliseconds,
         "rates": rates,
         "cells": cells,

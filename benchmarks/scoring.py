@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from gspn_dit.pipeline import GSPNPipeline
 
 SETTING: dict[str, Any] = {
-    "samples": 1_000,
     "steps": 20,
     "guidance_scale": 1.0,
     "reference": 5_000,
     "sampling_seed": "the cell's",
 }
-"""How every cell is scored; "reference" are the real images to compare with, evenly spaced, where there are more."""
+"""How every cell is scored, whatever the data; "reference" are the real images to compare with, evenly spaced, where
+there are more."""
 SAMPLES = "samples.npz"
 """Of a cell that was scored, in its directory."""
 METRICS = {
@@ -71,8 +71,15 @@ class DataSet:
     """Pixels of the sides of training images, of which each size has as many; none: all are of the size above."""
     batch: int | None = None
     """Images of a training step, so that a short training has some hundred steps; None: as many as the config says."""
+    samples: int = 1_000
+    """That are drawn of a cell."""
     judged: bool = True
     """A support vector machine tells its classes in pixels well enough to judge samples."""
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """How every cell is scored."""
+        return {"samples": self.samples, **SETTING}
 
     @property
     def tokens(self) -> int:
@@ -106,8 +113,8 @@ class DataSet:
         real = self.load("train")
         if (there := len(real.class_names)) != self.classes:
             raise UserError(f"{self.name}: {self.images[1]} has {there} classes, but {self.classes} are planned for")
-        rows = evenly_spaced(len(real), SETTING["samples"])
-        self.scores(real.pixels(rows), real.labels[rows], SETTING["samples"])
+        rows = evenly_spaced(len(real), self.samples)
+        self.scores(real.pixels(rows), real.labels[rows], self.samples)
 
     def arguments(self) -> list[str]:
         """Return the command line of `train.py` that chooses the data."""
@@ -168,10 +175,11 @@ EMOJI_CLASSES = 54
 """Six designs, nine groups, of emoji as docs/quality.md makes them."""
 
 
-def _emoji(name: str, size: int, patch: int, batch: int | None, *seconds: float) -> DataSet:
+def _emoji(name: str, size: int, patch: int, batch: int | None, *seconds: float, samples: int = 1_000) -> DataSet:
     features, images = f"runs/emoji{size}/features.safetensors", ("imagefolder", f"data/emoji{size}_classes")
     places = features, images, EMOJI_CLASSES, (3, size)
-    return DataSet(name, _COLOUR, patch, *places, *seconds, image_size=size, batch=batch, judged=False)
+    of_cells = {"image_size": size, "batch": batch, "samples": samples}
+    return DataSet(name, _COLOUR, patch, *places, *seconds, **of_cells, judged=False)
 
 
 DATA_SETS = {
@@ -190,8 +198,8 @@ DATA_SETS = {
             **{"features": "runs/emoji_judge", "latent": (3, 32), "image_size": 32, "buckets": (32, 64)},
         ),
         _emoji("emoji-256", 32, 2, 32, 240, 115),
-        _emoji("emoji-1024", 64, 2, 16, 600, 450),
-        _emoji("emoji-4096", 64, 1, 8, 1800, 2500),
+        _emoji("emoji-1024", 64, 2, 16, 600, 225, samples=500),
+        _emoji("emoji-4096", 64, 1, 8, 1800, 1250, samples=500),
     )
 }
 """By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them).
@@ -258,9 +266,9 @@ def _seconds(word: str) -> float:
     return seconds
 
 
-def refuse_other_scores(result: Path) -> None:
+def refuse_other_scores(result: Path, setting: dict[str, Any]) -> None:
     """Raise UserError if what lies in a cell's directory was scored otherwise."""
-    if result.exists() and json.loads(result.read_text(encoding="utf-8")).get("setting") != SETTING:
+    if result.exists() and json.loads(result.read_text(encoding="utf-8")).get("setting") != setting:
         raise UserError(f"{result.parent} was scored with other settings; delete it to score it anew")
 
 
@@ -307,14 +315,14 @@ def score_cell(directory: Path, data: DataSet) -> None:
 
     run = directory / "run"
     pipeline, seed = load(run), load_config(run / "config.yaml").seed
-    images, labels = draw(pipeline, SETTING["samples"], SETTING["steps"], SETTING["guidance_scale"], seed)
+    images, labels = draw(pipeline, data.samples, SETTING["steps"], SETTING["guidance_scale"], seed)
     save_samples(directory / SAMPLES, images)
     trained = training_seconds(run)
     figures = {
         **data.scores(images, labels, SETTING["reference"]),
         "training_seconds": trained["training_seconds"],
         "val_loss": trained["final_val_loss"],
-        "setting": SETTING,
+        "setting": data.setting,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
     }
     write_atomically(directory / "result.json", json.dumps(figures, indent=2).encode())

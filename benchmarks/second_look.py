@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "data": data.name,
         "tokens": data.tokens,
         "nets": [{"score": net.score_suffix, "sha256": net.sha256, "features": net.feature_dim} for net in nets],
-        "setting": scoring.SETTING,
+        "setting": data.setting,
         "comparisons": compared(rows),
         "cells": rows,
         "machine": CpuDevice().describe(),

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import one_rate
 from benchmarks.one_rate import VARIANTS, Cell, budgets_of, run_cell, train_arguments
-from benchmarks.scoring import SETTING
+from benchmarks.scoring import DATA_SETS
 from gspn_dit.config import parse_train_arguments
 from gspn_dit.errors import UserError
 from gspn_dit.models import create_model
@@ -35,6 +35,7 @@ def test_every_variant_is_a_model(variant: str) -> None:
 
 
 CELL = Cell("digits", "gspn", "N", 0, 40)
+SETTING = DATA_SETS["digits"].setting
 
 
 def make_cell(work: Path, **changes: Any) -> Path:

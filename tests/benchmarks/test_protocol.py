@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.protocol import MOST_RATES, Field, Part, Protocol, fit_into, next_rate, parts, rate_grid, rungs
+from benchmarks.protocol import MOST_RATES, STARTUP, Field, Part, Protocol, fit_into, next_rate, parts, rate_grid, rungs
 from benchmarks.scoring import DATA_SETS
 from benchmarks.study import holm, paired_p
 from gspn_dit.errors import UserError
@@ -109,7 +109,8 @@ def test_a_plan_by_hand() -> None:
     }
     assert not [name for data, name in found if data == "b" and name.startswith("16")]
     options = found["a", "options by halving, and their learning rates"]
-    assert options.seconds == pytest.approx(75 * 12 / 20 + 25)
+    assert options.seconds == pytest.approx(75 * 12 / 20 + STARTUP)
+    assert found["a", "4×, learning rates"].seconds == 4 * 75 + STARTUP
     assert found["a", "4×, equal time"].seconds == 4 * 75 + 25
     assert found["a", "1×, equal time"].hours == pytest.approx(15 * EACH / 3600)
     wide = Protocol(widest="b", search_seeds=2)
