@@ -37,17 +37,18 @@ demo: install
 	$(BIN)/python -m fid --samples $(DEMO)/samples.npz --reference digits --features digits \
 		--out $(DEMO)/report --overwrite
 
-have-emoji:
-	@test -d $(EMOJI) || { echo "$(EMOJI) is missing; get it by: mkdir -p packages && (cd packages && npm pack" \
+# What it says to do needs the environment, so that is made first.
+have-emoji: install
+	@test -d $(EMOJI) || { echo "$(EMOJI) is missing; get it, with npm, by: mkdir -p packages && (cd packages && npm pack" \
 		"@iconify-json/noto @iconify-json/twemoji @iconify-json/openmoji @iconify-json/fluent-emoji-flat" \
 		"@iconify-json/fluent-emoji @iconify-json/emojione emojibase-data) &&" \
 		"$(BIN)/python -m gspn_dit.prepare.emoji --packages packages --out $(EMOJI) --size 32"; exit 2; }
 
-demo-text: have-emoji install
+demo-text: have-emoji
 	$(BIN)/python train.py --config configs/demo_text.yaml --data.path $(EMOJI) --resume auto
 	$(BIN)/python -m benchmarks.demo_text --run runs/demo_text --data $(EMOJI) --out runs/demo_text/grid.png
 
-demo-colour: have-emoji install
+demo-colour: have-emoji
 	test -d $(EMOJI)_classes || $(BIN)/python -m gspn_dit.prepare.emoji_classes --data $(EMOJI) --out $(EMOJI)_classes
 	$(BIN)/python train.py --config configs/demo_colour.yaml --data.path $(EMOJI)_classes --resume auto
 	$(BIN)/python sample.py --checkpoint runs/demo_colour --per-class 8 --guidance-scale 2.5 \

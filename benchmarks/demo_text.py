@@ -3,7 +3,8 @@
     python -m benchmarks.demo_text --run runs/demo_text --data data/emoji --out runs/demo_text/grid.png
 
 A row for each design and a column for each emoji, all of them seen in training; then (caption, design) pairs that were
-held out, each seen in other company alone, and below them the real pictures of those pairs.
+held out, each seen in other company alone, and below them the real pictures of those pairs. The columns of these two
+rows have captions of their own, other than those of the rows above; all are printed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from benchmarks.output import publish
 from gspn_dit import GSPNAdapter, generate_highres
 from gspn_dit.errors import ArgumentParser, run_cli
 from gspn_dit.highres.memory import LiveMemory
-from gspn_dit.highres.stages import Stage, memory_bound
+from gspn_dit.highres.request import Stage
+from gspn_dit.highres.stages import memory_bound
 
 PROMPT, STEPS = "a cat", 5
 STAGES = ((512, 512), (2048, 2048, 0.4), (4096, 4096, 0.2))
@@ -56,13 +57,13 @@ class TinyPipeline:
         self.scheduler = scheduler or DDIMScheduler(clip_sample=False)
         self.adapter = GSPNAdapter.create(self.unet).mount(self.unet)
 
-    def encode_prompt(self, prompt: str, device: Any, count: int, guided: bool, negative_prompt: str) -> Any:
+    def encode_prompt(self, prompt: str, device: Any, count: int, guided: bool, negative_prompt: str | None) -> Any:
         """Return states [1, 4, 8] of the prompt, and of the negative one where there is guidance."""
 
         def states(text: str) -> Tensor:
             return torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(len(text)))
 
-        return states(prompt), states(negative_prompt) if guided else None
+        return states(prompt), states(negative_prompt or "") if guided else None
 
 
 def study(out: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from benchmarks.measure import CpuDevice, software
 from benchmarks.output import publish
 from benchmarks.study import ROOT, best_rate, interval, once, paired_ratio, train
 from benchmarks.text_judge import METRICS, SETS, Judge
+from gspn_dit.checkpoint import load_tensors, read_manifest, resolve_checkpoint
 from gspn_dit.diffusion import Guidance
 from gspn_dit.errors import ArgumentParser, run_cli
 from gspn_dit.grid import class_grid, save_png
@@ -93,9 +94,14 @@ def arguments(options: Any, steps: int, seed: int, rate: float, **unet: Any) -> 
 def trained(run: Path, words: list[str]) -> dict[str, Any]:
     """Train a run to its end, unless that is done, and return its facts."""
     found = train(words, run)
+    directory = resolve_checkpoint(run)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     facts = {key: found[key] for key in ("val_loss", "nonfinite_steps", "commit")}
     layers = {str(line["step"]): line["loss_layers"] for line in logged if "loss_layers" in line}
+    facts |= {
+        "pictures": read_manifest(directory)["data"]["images"],
+        "parameters": sum(weight.numel() for weight in load_tensors(directory, "model").values()),
+    }
     return {"steps": found["step"], **facts, **({"loss_layers": layers} if layers else {})}
 
 
@@ -328,6 +334,7 @@ def main() -> None:
     judge = Judge(options.data, load_encoder(max_tokens=MAX_TOKENS), options.images, options.runs / "real-train.npy")
     result = {
         "setting": {key: value for key, value in vars(options).items() if key not in PLACES},
+        "data": str(options.data),
         "images": {name: len(captions) for name, captions in judge.captions.items()},
         "real": {name: judge.scores(name) for name in SETS},
         **compare(options, judge),

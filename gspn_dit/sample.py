@@ -30,7 +30,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add_sampling_options(parser, guidance_scale=2.0, classes="all", weights="ema", steps=50)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
-                        help="draw this instead of classes; can be given several times")  # fmt: skip
+                        help="draw this instead of classes; can be given several times (images refined in stages: "
+                        "gspn_dit.generate_highres, in Python)")  # fmt: skip
     parser.add_argument("--prompts", type=path_argument, metavar="FILE",
                         help="prompts, one a line, or a metadata.jsonl whose texts are taken")  # fmt: skip
     parser.add_argument("--per-class", type=int, default=8, metavar="N",
@@ -56,8 +57,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         raise UserError("--prompt is empty; say what to draw")
     if options.prompt and (options.classes != "all" or options.guide_checkpoint):
         raise UserError("--prompt does not go with --classes or --guide-checkpoint; leave one of them out")
-    if options.prompt and options.size:
-        raise UserError("--prompt does not go with --size; leave one of them out")
     try:
         options.size = parse_size(options.size, "--size") if options.size else (None, None)
     except ValueError as error:
@@ -202,15 +201,20 @@ def _generate_by_prompt(options: argparse.Namespace, device: str) -> tuple[Any, 
     guidance = Guidance(options.guidance_scale, tuple(options.guidance_interval), options.guidance_channels)
     prompts = [options.prompt[number] for number in numbers]
     with tqdm(total=len(prompts), unit="image", disable=None) as bar:
-        images = drawer.draw(
-            prompts,
-            options.steps,
-            guidance,
-            options.sampler,
-            options.seed,
-            on_chunk=lambda done: bar.update(done - bar.n),
-            sampling_shift=options.sampling_shift,
-        )
+        try:
+            images = drawer.draw(
+                prompts,
+                options.steps,
+                guidance,
+                options.sampler,
+                options.seed,
+                on_chunk=lambda done: bar.update(done - bar.n),
+                sampling_shift=options.sampling_shift,
+                height=options.size[0],
+                width=options.size[1],
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
     return images, numbers, options.prompt
 
 

@@ -55,6 +55,18 @@ def test_the_command_writes_captions_beside_images(checkpoint: Path, tmp_path: P
     assert np.array_equal(np.load(tmp_path / "again.npz")["arr_0"], saved["arr_0"])
 
 
+def test_the_command_draws_other_sizes(checkpoint: Path, tmp_path: Path) -> None:
+    out = ["--checkpoint", str(checkpoint), "--prompt", "a cat", "--per-class", "1", "--steps", "2"]
+    out += ["--save-npz", str(tmp_path / "set.npz"), "--size"]
+    run(parse_arguments([*out, "4x12"]))
+    drawn = TextSampler.from_checkpoint(checkpoint).draw(["a cat"], 2, Guidance(2.0), height=4, width=12)
+    assert np.array_equal(np.load(tmp_path / "set.npz")["arr_0"], drawn) and drawn.shape == (1, 4, 12, 3)
+    (tmp_path / "set.npz").unlink()
+    with pytest.raises(UserError, match="width is 13 pixels, but must be a positive multiple of 2"):
+        run(parse_arguments([*out, "4x13"]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "grid.png")]
     with pytest.raises(UserError, match="--prompt is empty"):

@@ -1,5 +1,6 @@
 """Images of many megapixels from a diffusers pipeline: generated at its native size, then refined upwards in stages."""
 
-from gspn_dit.highres.stages import Stage, generate_highres
+from gspn_dit.highres.request import Stage
+from gspn_dit.highres.stages import generate_highres
 
 __all__ = ["Stage", "generate_highres"]

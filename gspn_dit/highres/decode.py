@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gspn_dit.files import write_atomically
 
@@ -35,12 +36,29 @@ def _blend(before: np.ndarray, after: np.ndarray, axis: int) -> np.ndarray:
     return before * (1 - ramp) + after * ramp
 
 
+@contextmanager
+def upcast(vae: Any) -> Iterator[None]:
+    """Let an autoencoder in float16 whose activations overflow there (`force_upcast`, SDXL's) compute in float32."""
+    dtype = vae.dtype
+    needed = dtype == torch.float16 and vae.config.get("force_upcast")
+    if needed:
+        nn.Module.to(vae, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if needed:
+            nn.Module.to(vae, dtype=dtype)
+
+
 @torch.no_grad()
 def _decode_tile(vae: Any, latents: Tensor) -> np.ndarray:
-    """Return pixels, float32 [H, W, C] in [-1, 1]."""
+    """Return pixels, float32 [H, W, C] in [-1, 1]; raises ValueError where any is not finite."""
     config = vae.config
     scaled = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-    return vae.decode(scaled.to(vae.device, vae.dtype)).sample[0].permute(1, 2, 0).float().cpu().numpy()
+    pixels = vae.decode(scaled.to(vae.device, vae.dtype)).sample[0].permute(1, 2, 0).float()
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"the autoencoder decodes to NaN or infinite values in {vae.dtype}; use it in float32")
+    return pixels.cpu().numpy()
 
 
 def _bands(vae: Any, latents: Tensor, factor: int) -> Iterator[np.ndarray]:
@@ -61,16 +79,17 @@ def _bands(vae: Any, latents: Tensor, factor: int) -> Iterator[np.ndarray]:
 def decode_rows(vae: Any, latents: Tensor, factor: int) -> Iterator[np.ndarray]:
     """Decode latents [1, C, h, w], scaled as the model has them, to rows of pixels, uint8 [rows, W, 3], from the top.
 
-    Raises ValueError where any latent is not finite.
+    Raises ValueError where any latent or pixel is not finite.
     """
     if not torch.isfinite(latents).all():
         raise ValueError("the latents hold NaN or infinite values: the model has diverged; try float32 or fewer stages")
     shared, kept = OVERLAP * factor, None
-    for band in _bands(vae, latents, factor):
-        if kept is not None:
-            band[:shared] = _blend(kept, band[:shared], axis=0)
-        kept = band[-shared:]
-        yield _to_uint8(band[:-shared])
+    with upcast(vae):
+        for band in _bands(vae, latents, factor):
+            if kept is not None:
+                band[:shared] = _blend(kept, band[:shared], axis=0)
+            kept = band[-shared:]
+            yield _to_uint8(band[:-shared])
     assert kept is not None
     yield _to_uint8(kept)
 

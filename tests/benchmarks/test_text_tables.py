@@ -56,7 +56,8 @@ def test_scores_of_both_mixers_stand_beside_their_ratio_or_difference() -> None:
     assert "| seen captions, FD | 15.0 ± 64 | 30.0 ± 127 | 0.500 [0.500, 0.500] |" in text
     assert "| held-out pairs, R@10 (chance 0.250, real 1.000) | 0.400" in text
     assert "| +0.100 [+0.100, +0.100] |" in text
-    assert "1,234 steps at 0.003 with gspn, at an end of those tried and 1,234 steps at 0.003 with attention," in text
+    assert "Of a planned 60.0 s of a processor a run: 1,234 steps in 60.0 s at 0.003 with gspn, at an end of" in text
+    assert "those tried and 1,234 steps in 60.0 s at 0.003 with attention, the best of" in text
     assert text.count("| seen captions, FD |") == 1 and "| equal time and equal steps |" in text
     assert "Trained at 1234567. a chip, 2 cores" in text
 
@@ -71,7 +72,9 @@ def test_a_student_stands_between_its_teacher_and_its_controls() -> None:
     text = text_quality_table(result())
     assert "| distilled scans | 400 | 21.0 | 21.0 | 21.0 | 1.050 |" in text
     assert "| control: the same, after two steps | 400 | 50.0 | 50.0 | 50.0 | 2.500 |" in text
-    assert "| FD ÷ teacher | 1.05 | 1.10 | yes |" in text and "| non-finite steps | 3.00 | 0.00 | no |" in text
+    assert (
+        "| FD ÷ teacher | 1.05 | 1.10 | yes |" in text and "| non-finite steps, in float32 | 3.00 | 0.00 | no |" in text
+    )
     assert "control" not in text_quality_table({**result(), "distillation": None})
 
 

@@ -31,7 +31,9 @@ from gspn_dit import generate_highres, rng
 from gspn_dit.highres import stages
 from gspn_dit.highres.decode import OVERLAP, TILE, decode_rows, spans, write_png
 from gspn_dit.highres.memory import LiveMemory, measure, on_meta
-from gspn_dit.highres.stages import Stage, chunked_feed_forward
+from gspn_dit.highres.request import Prompt, Stage, encode
+from gspn_dit.highres.stages import chunked_feed_forward, memory_bound
+from tests.captioned import write_pipeline
 
 FACTOR = 8
 
@@ -106,6 +108,57 @@ def test_a_second_call_goes_on_after_the_last_stage(tmp_path: Path) -> None:
     assert not np.array_equal(other, first)
 
 
+def test_latents_of_another_request_are_not_taken_for_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, scheduler, scans and LoRA count, not the texts alone."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    monkeypatch.setattr(stages, "memory_bound", lambda *_: 0)
+    one, two = torch.zeros(1, 4, 8), torch.ones(1, 4, 8)
+    found: list[set[str]] = [set()]
+
+    def request(pipe: Any, positive: Tensor = one, negative: Tensor | None = two, scale: float = 2.0) -> int:
+        """Draw, and return how many files of latents that added."""
+        embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        options = {"num_inference_steps": 1, "guidance_scale": scale, "work_dir": tmp_path / "stages"}
+        generate_highres(pipe, stages=[(64, 64)], out=tmp_path / "a.png", **embeds, **options)
+        found.append({path.name for path in (tmp_path / "stages").iterdir()})
+        return len(found[-1] - found[-2])
+
+    assert request(TinyPipeline()) == 1 and request(TinyPipeline()) == 0
+    assert request(TinyPipeline(), positive=two) == 1
+    assert request(TinyPipeline(), negative=one) == 1
+    assert request(TinyPipeline(EulerDiscreteScheduler())) == 1
+    assert request(TinyPipeline(DDIMScheduler(clip_sample=False, prediction_type="v_prediction"))) == 1
+    windowed, trained, tuned = TinyPipeline(), TinyPipeline(), TinyPipeline()
+    for layer in windowed.adapter.mixers:
+        layer.mixer.window = 2
+    assert request(windowed) == 1
+    with torch.no_grad():
+        trained.unet.conv_out.bias += 1e-3
+    assert request(trained) == 1
+    tuned.unet.add_adapter(peft.LoraConfig(target_modules=["attn2.to_q"], init_lora_weights=False), "a")
+    assert request(tuned) == 1
+    tuned.unet.set_adapters(["a"], [0.5])
+    assert request(tuned) == 1 and request(TinyPipeline()) == 0
+
+
+@pytest.mark.parametrize("negative", [None, "", "a dog"])
+def test_prompts_are_encoded_as_diffusers_does(tmp_path: Path, negative: str | None) -> None:
+    """SDXL without a negative prompt is guided by zeros, which are not the states of an empty one."""
+    pytest.importorskip("transformers", reason="needs transformers (pip install 'gspn-dit[text]')")
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(write_pipeline(tmp_path / "sdxl", xl=True))
+    encoded = encode(pipe, "a cat", negative, {"positive": None, "negative": None}, True)
+    expected = pipe.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=True, negative_prompt=negative)
+    assert encoded.negative is not None
+    for side, states, pooled in zip((encoded.positive, encoded.negative), expected[:2], expected[2:], strict=True):
+        assert torch.equal(side["encoder_hidden_states"], states) and torch.equal(side["pooled"], pooled)
+        assert not side["pooled"].requires_grad
+    assert bool(encoded.negative["pooled"].any()) == (negative is not None)
+    with pytest.raises(ValueError, match="prompt_embeds do not do for SDXL"):
+        encode(pipe, None, None, {"positive": torch.zeros(1, 12, 16), "negative": None}, False)
+
+
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_noise_of_the_steps_depends_on_seed_and_stage(kind: Any) -> None:
     """Both: stage 1 of seed 0 draws other noise than stage 0 of seed 1, whose sums are the same."""
@@ -116,7 +169,7 @@ def test_noise_of_the_steps_depends_on_seed_and_stage(kind: Any) -> None:
         scheduler=kind(**options),
     )
     pipe.unet.config, pipe.unet.device, pipe.unet.dtype = _Config(in_channels=4), "cpu", torch.float32
-    prompt = stages._Prompt({"encoder_hidden_states": torch.zeros(1, 1, 1), "pooled": None}, None)
+    prompt = Prompt({"encoder_hidden_states": torch.zeros(1, 1, 1), "pooled": None}, None)
 
     def latents(seed: int, number: int) -> Tensor:
         return stages._run_stage(pipe, Stage(16, 16), None, (seed, number), prompt, 3, 1.0)
@@ -150,6 +203,13 @@ def test_feed_forward_layers_take_some_tokens_at_a_time() -> None:
 # -- decoding --------------------------------------------------------------------------------------------------------
 
 
+def tiny_half(force_upcast: bool) -> TinyPipeline:
+    """A pipeline in float16 whose autoencoder, or not, decodes in float32."""
+    pipe = TinyPipeline()
+    pipe.vae.half().register_to_config(force_upcast=force_upcast)
+    return pipe
+
+
 @dataclass
 class Enlarging:
     """An autoencoder whose pixels depend on their own latent alone, so that tiles change nothing."""
@@ -172,6 +232,26 @@ def test_tiles_join_to_the_whole(height: int, width: int) -> None:
     rows = np.concatenate(list(decode_rows(Enlarging(), latents, 2)))
     expected = F.interpolate(latents[:, :3] / 0.5, scale_factor=2.0)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(rows, np.clip(127.5 * expected + 128, 0, 255).astype(np.uint8), atol=1)
+
+
+def test_an_autoencoder_that_overflows_in_float16(tmp_path: Path) -> None:
+    """It decodes in float32 where its config says so, is as it was afterwards, and else is an error, not a picture."""
+    pipe, upcasting = TinyPipeline(), TinyPipeline()
+    for each in (pipe, upcasting):
+        with torch.no_grad():
+            each.vae.decoder.conv_in.weight.mul_(3e5).clamp_(-6e4, 6e4)
+        each.vae.half()
+    pipe.vae.register_to_config(force_upcast=False)
+    latents = 3 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"decodes to NaN or infinite values in torch\.float16; use it in float32"):
+        write_png(tmp_path / "a.png", decode_rows(pipe.vae, latents, FACTOR), 64, 64)
+    assert not list(tmp_path.iterdir())
+    rows = np.concatenate(list(decode_rows(upcasting.vae, latents, FACTOR)))
+    assert upcasting.vae.dtype == torch.float16
+    assert np.array_equal(rows, np.concatenate(list(decode_rows(upcasting.vae.float(), latents, FACTOR))))
+    side = {"encoder_hidden_states": torch.zeros(1, 4, 8), "pooled": None}
+    more = [memory_bound(each, Stage(1024, 1024), side) for each in (tiny_half(True), tiny_half(False))]
+    assert more[0] > more[1]
 
 
 @pytest.mark.parametrize("extent", [1, OVERLAP, TILE - 1, TILE, TILE + 1, 100, 1024])
@@ -251,13 +331,32 @@ def test_4096_pixels_fit_the_memory_that_was_announced(tmp_path: Path) -> None:
         ([(0, 64)], {}, "stage 1 of 0x64 pixels is not divisible by 16"),
         ([(64, 64, 0.5)], {}, "has strength 0.5, but must have 1, since it starts from noise"),
         ([(64, 64), (128, 128)], {}, "stage 2 of 128x128 pixels has strength 1, but must have above 0 and below 1"),
+        ([(64,)], {}, r"stage 1 is \(64,\); give \(height, width\) or \(height, width, strength\)"),
+        ([64, 64], {}, "stage 1 is 64; give"),
+        ((64, 64), {}, "stage 1 is 64; give"),
+        (64, {}, "stages is 64; give a list"),
+        ([(64, 64, 1, 1)], {}, r"stage 1 is \(64, 64, 1, 1\); give"),
+        ([(64, 64), (64, 128, "x")], {}, "stage 2 has strength 'x', but must have a number"),
+        ([(64.5, 64)], {}, r"stage 1 is \(64\.5, 64\), but height and width must be whole numbers of pixels"),
+        ([Stage(64, "64")], {}, "stage 1 is Stage.*, but height and width must be whole numbers"),
+        ([(64, 64)], {"num_inference_steps": 0}, "num_inference_steps is 0, but must be a whole number of at least 1"),
+        ([(64, 64)], {"num_inference_steps": 2.5}, r"num_inference_steps is 2\.5"),
+        ([(64, 64)], {"guidance_scale": float("nan")}, "guidance_scale is nan, but must be a finite number"),
+        ([(64, 64)], {"seed": 1.5}, r"seed is 1\.5, but must be a whole number"),
+        ([(64, 64)], {"out": "{}"}, "out .* is a directory; give a file"),
+        ([(64, 64)], {"out": "{}/x.jpg"}, r"x\.jpg: the image is a PNG; give a name that ends in \.png"),
+        ([(64, 64)], {"out": "/dev/null/x.png"}, "cannot write the image: /dev/null/x.png cannot be created"),
+        ([(64, 64)], {"work_dir": "/dev/null"}, "work_dir /dev/null is a file; give a directory"),
         ([(64, 64)], {"prompt": " "}, "prompt is empty"),
         ([(64, 64)], {"prompt_embeds": torch.zeros(1, 4, 8)}, "guidance needs negative_prompt_embeds"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, wanted: Any, options: dict[str, Any], message: str) -> None:
+    options = {name: v.format(tmp_path) if isinstance(v, str) else v for name, v in options.items()}
+    pipe = TinyPipeline()
+    pipe.unet.forward = None  # nothing is drawn before it is refused
     with pytest.raises(ValueError, match=message):
-        generate_highres(TinyPipeline(), **{"prompt": "x", **options}, stages=wanted, out=tmp_path / "a.png")
+        generate_highres(pipe, **{"prompt": "x", "out": tmp_path / "a.png", **options}, stages=wanted)
     assert not list(tmp_path.iterdir())
 
 
