@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +201,40 @@ def test_distillation_resumes_bit_for_bit(tmp_path: Path, places: tuple[Path, st
     run_training(student(parted, places, teacher, validate_every=2), resume="auto")
     assert_same_tensors(tensors_of(whole, 4), tensors_of(parted, 4))
     assert metrics_of(whole) == metrics_of(parted)
+
+
+def train_until(config: Config, last: int) -> None:
+    """Train on, in a process of its own, which SIGKILL ends when so many steps are done."""
+    from gspn_dit.training import loop
+
+    original = loop.Trainer.train_step
+
+    def train_step(trainer: loop.Trainer) -> Any:
+        if trainer.state.step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(trainer)
+
+    loop.Trainer.train_step = train_step  # type: ignore[method-assign]
+    run_training(config, resume="auto")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_distillation_that_is_killed_twice_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, places: tuple[Path, str], teacher: Path
+) -> None:
+    whole, killed = (student(tmp_path / name, places, teacher, max_steps=6) for name in ("whole", "killed"))
+    run_training(whole)
+    context = multiprocessing.get_context("spawn")
+    for last in (3, 5):
+        process = context.Process(target=train_until, args=(killed, last))
+        process.start()
+        process.join(timeout=300)
+        assert process.exitcode == -signal.SIGKILL
+        assert max(find_checkpoints(tmp_path / "killed")) == last - 1
+    run_training(killed, resume="auto")
+    assert_same_tensors(tensors_of(tmp_path / "whole", 6), tensors_of(tmp_path / "killed", 6))
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "killed")
 
 
 def test_teacher_and_student_share_what_is_frozen(tmp_path: Path, places: tuple[Path, str], teacher: Path) -> None:
