@@ -440,7 +440,7 @@ def no_default() -> Config:
             ),
         ),
         data=DataConfig("hf", "some/path", 32, 0.25, True, True, 77, "caption"),
-        latent=LatentConfig("kl", "some/vae"),
+        latent=LatentConfig("kl", "some/vae", check=False),
         objective=ObjectiveConfig(
             "epsilon", "logit_normal", -0.3, 1.7, 3.0, 2.0, 1.5, 0.3, 0.5, "uniform", 0.01, "jvp"
         ),

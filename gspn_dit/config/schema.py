@@ -175,6 +175,8 @@ class LatentConfig(Section):
     With data.name latents it is that of the autoencoder that encoded them."""
     vae: str | None = None
     """Directory or hub name of an autoencoder; with data.name latents where it lies now, if it was moved."""
+    check: bool = True
+    """Refuse a run whose latents are far from mean 0 and deviation 1 though the autoencoder reconstructs them."""
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,17 @@ class BucketBatches:
         (bucket,) = np.unique(self.buckets[rows])
         height, width = (side // self.latent.factor for side in self.sizes[bucket])
         noise = draw_posterior(self.latent, self.seed, stream, numbers, (height, width))
-        latents = self.latent.encode(mirror(self._load(rows, bucket), flips), noise)
-        return latents, torch.from_numpy(self.images.labels[rows])
+        pixels, labels = self.load(rows)
+        return self.latent.encode(mirror(pixels, flips), noise), labels
 
     # -- pixels --------------------------------------------------------------------------------------------------
 
-    def _load(self, rows: np.ndarray, bucket: int) -> np.ndarray:
+    def load(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Return pixels uint8 [B, H, W, C] and labels int64 [B] of images of one size by index."""
+        (bucket,) = np.unique(self.buckets[rows])
         cached = self._cached_pixels
-        if cached is None:
-            return self.images.pixels(rows, self.sizes[bucket])
-        return cached[bucket][self._places[rows]]
+        pixels = self.images.pixels(rows, self.sizes[bucket]) if cached is None else cached[bucket][self._places[rows]]
+        return pixels, torch.from_numpy(self.images.labels[rows])
 
     @functools.cached_property
     def _cached_pixels(self) -> list[np.ndarray] | None:

@@ -58,6 +58,10 @@ class Task(ABC):
         """Move what `loss` uses beside the model and its companions, which the trainer moves itself."""
         self.device = device
 
+    def look(self) -> None:
+        """Look at the data, on the device and before anything is written; UserError for what no run should train on."""
+        return  # which most tasks have done when they opened them
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return the precision of `training.mixed_precision`, in which the trainer also runs the model it hands in."""
         bf16 = self.config.training.mixed_precision == "bf16"

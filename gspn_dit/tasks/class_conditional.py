@@ -61,7 +61,7 @@ class ClassConditional(GenerativeTask):
             self.model = _create_model(arguments)
         _check_buckets(config, self.latent.factor * self.model.patch_size)
         self.latents_found: tuple[str, ...] = ()
-        """What a look at a few of them said, once they are on the device."""
+        """What a look at a few of them said."""
         labels = np.array([]) if config.data.streaming else self.train_data.images.labels  # type: ignore[attr-defined]
         self.alignment = create_alignment(config, self.model, labels, self.latent.size)
         if self.alignment is not None:
@@ -121,8 +121,10 @@ class ClassConditional(GenerativeTask):
             )
         super().to(device)
         self.latent.to(device)
-        if self._reference is not None:
-            self.latents_found = check_latents(self.latent, self._reference)
+
+    def look(self) -> None:
+        batches = self.validation_data if self.config.data.streaming else self.train_data
+        self.latents_found = check_latents(self.latent, batches, self.config.latent.check)
 
     def multiply_adds(self) -> int:
         return forward_multiply_adds(self.model, self.latent.size, self.latent.size)

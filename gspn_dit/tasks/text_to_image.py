@@ -69,7 +69,7 @@ class TextToImage(GenerativeTask):
         self.objective.natural_shift = self.latent.natural_shift
         self.image_size, self.image_channels = self.latent.image_size, self.latent.image_channels
         self.latents_found: tuple[str, ...] = ()
-        """What a look at a few of them said, once they are on the device."""
+        """What a look at a few of them said."""
         self.distillation: Distillation | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -154,9 +154,11 @@ class TextToImage(GenerativeTask):
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.latent.to(device)
-        self.latents_found = check_latents(self.latent, self.train_data)
         if self.distillation is not None:
             self.distillation.teacher.to(device)  # type: ignore[arg-type]
+
+    def look(self) -> None:
+        self.latents_found = check_latents(self.latent, self.train_data, self.config.latent.check)
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         return [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]

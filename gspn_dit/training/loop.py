@@ -56,6 +56,8 @@ def _train_alone(arguments: TrainArguments, load_scorer: ScorerLoader | None, ac
         task.check_resumed(directory.checkpoint, read_manifest(directory.checkpoint))
     elif config.training.initialize_from is not None:
         task.start_from(config.training.initialize_from)
+    task.to(accelerator.device)
+    task.look()
     quick_fd = create_quick_fd(config, task, accelerator, load_scorer)
     accelerator.wait_for_everyone()  # all have read the directory before one of them changes it
     if accelerator.is_main_process:

@@ -30,14 +30,14 @@ WRITTEN = (
 
 _INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every", "ema_snapshot_every", "fd_every")
 MAY_DIFFER = (
-    *("output_dir", "data.path", "latent.vae", "training.repa_features"),
+    *("output_dir", "data.path", "latent.vae", "latent.check", "training.repa_features"),
     *("training.max_steps", *(f"training.{name}" for name in _INTERVALS)),
     *("training.keep_last", "training.keep_every", "training.trackers"),
     *("training.fd_samples", "training.fd_features"),
     *("training.num_processes", "training.cpu_threads", "training.sharding"),
 )
-"""Config keys that a resumed run may change: paths, length and intervals, what is kept and tracked, how a quick FD is
-measured, processes and sharding."""
+"""Config keys that a resumed run may change: paths, what is refused, length and intervals, what is kept and tracked,
+how a quick FD is measured, processes and sharding."""
 
 
 def newest_grid(run: Path) -> Path | None:
