@@ -20,7 +20,9 @@ from gspn_dit.errors import UserError
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.prepare import encode
 from gspn_dit.tasks import create_task
-from tests.data.tiny_vae import CHANNELS, SIZE, write_folder, write_vae
+from tests.data.test_autoencoders import SIZE as RAE_SIZE
+from tests.data.test_autoencoders import rae
+from tests.data.tiny_vae import CHANNELS, SIZE, image_of, write_folder, write_vae
 from tests.training.conftest import changed, run_training, tiny_config
 from tests.training.test_loop import assert_same_tensors, tensors_of
 
@@ -101,6 +103,50 @@ def test_run_is_resumed_bit_by_bit_and_sampled(place: Path, tmp_path: Path, make
     assert pipeline.latent.spec() == create_task(whole).latent.spec()
     images = pipeline(["ant", "bee"], num_inference_steps=1, output_type="np").images
     assert images.shape == (2, SIZE, SIZE, 1)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `place`, with a representation autoencoder: no posterior, images of one size, more channels than cells."""
+    directory = tmp_path_factory.mktemp("wide")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rae().save_pretrained(directory / "vae")
+    for number in range(10):
+        file = directory / "images" / ("ant" if number % 2 else "bee") / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image_of(number, RAE_SIZE, "RGB").save(file)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--source", f"imagefolder:{directory / 'images'}", "--vae", str(directory / "vae")]
+    words += ["--image-size", str(RAE_SIZE), "--out", str(directory / "latents"), "--shard-images", "6"]
+    encode.run(encode.parse_arguments(words))
+    return directory
+
+
+@pytest.mark.parametrize("from_shards", [True, False])
+def test_a_representation_autoencoder_all_the_way(wide: Path, tmp_path: Path, from_shards: bool) -> None:
+    """Encoded to shards or while training: the same latents but for float16, resumed bit by bit, sampled."""
+    images = {"name": "imagefolder", "path": str(wide / "images"), "validation_fraction": 0}
+    latents = {"name": "latents", "path": str(wide / "latents"), "validation_fraction": 0}
+    latent = {"name": "rae", "vae": str(wide / "vae")}
+
+    def configured(name: str, shards: bool) -> Config:
+        config = changed(tiny_config(tmp_path / name, max_steps=3), model={"name": "GSPN-N/1", "hidden_size": 64})
+        return changed(config, data=latents) if shards else changed(config, data=images, latent=latent)
+
+    stored, direct = (create_task(configured("run", shards)).train_data for shards in (True, False))
+    torch.testing.assert_close(stored.shuffled(range(12))[0], direct.shuffled(range(12))[0], rtol=5e-3, atol=5e-3)
+    assert stored.images.moments(np.arange(3), np.zeros(3, dtype=bool)).shape == (3, 64, 4, 4)  # no log-variances
+    run_training(configured("whole", from_shards))
+    run_training(changed(configured("halves", from_shards), training={"max_steps": 2}))
+    run_training(configured("halves", from_shards), resume="auto")
+    assert_same_tensors(tensors_of(tmp_path / "whole", 3), tensors_of(tmp_path / "halves", 3))
+    pipeline = GSPNPipeline.from_checkpoint(tmp_path / "whole")
+    assert pipeline.latent.spec()["name"] == "rae" and not pipeline.latent.has_posterior
+    drawn = pipeline(["ant", "bee"], num_inference_steps=1, output_type="np").images
+    assert isinstance(drawn, np.ndarray) and drawn.shape == (2, RAE_SIZE, RAE_SIZE, 3)
+    with pytest.raises(ValueError, match="height is 64 pixels, but the autoencoder draws 32x32 alone"):
+        pipeline("ant", num_inference_steps=1, height=64, callback_on_step_end=lambda *_: pytest.fail("a step"))
 
 
 def test_another_autoencoder_is_refused_by_name(place: Path, tmp_path: Path) -> None:
