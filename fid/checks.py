@@ -14,6 +14,14 @@ from fid.unverified import SUFFIX as UNVERIFIED
 from gspn_dit.errors import UserError, nearest
 from gspn_dit.protocols import Protocol
 
+CHOSEN = {
+    "guidance_scale": "guidance",
+    "guidance_interval": "its interval",
+    "ema": "the average of the weights",
+    "sampling_shift": "the sampling shift",
+}
+"""What a sweep can try several values of, in a sentence."""
+
 
 def check_samples(protocol: Protocol, samples: LabelledImages) -> None:
     """Refuse samples that the protocol's name would misdescribe; cheap, before anything is computed."""
@@ -145,8 +153,10 @@ def notes_on_choice(samples: LabelledImages) -> list[str]:
     if not isinstance(sweep, dict):
         return []
     reference = sweep.get("reference") or {}
+    names = [name for key, name in CHOSEN.items() if key in sweep.get("varied", CHOSEN)]
+    what = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
     text = (
-        f"Guidance, its interval, weights and sampling shift were chosen: of {sweep.get('settings_tried')} settings "
+        f"{what.capitalize()} {'were' if len(names) > 1 else 'was'} chosen: of {sweep.get('settings_tried')} settings "
         f"the one with the lowest {sweep.get('score_name')} of {sweep.get('num_images')} images against "
         f"{reference.get('source')}, by a sweep that drew {sweep.get('images_drawn')} images. A score on that "
         "reference is that much too good."

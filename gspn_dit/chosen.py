@@ -37,11 +37,13 @@ def chosen_options(sweep: dict[str, Any]) -> dict[str, Any]:
 
 
 def provenance(sweep: dict[str, Any], directory: str | Path) -> dict[str, Any]:
-    """Return what a set that is sampled as chosen says of the choice: among how many, by what, on which images."""
+    """Return what a set that is sampled as chosen says of the choice: among how many, of what, by which images."""
     keys = ("score_name", "num_images", "seed", "reference")
+    tried = sweep["tried"]
     return {
         "directory": str(directory),
-        "settings_tried": len(sweep["tried"]),
+        "settings_tried": len(tried),
+        "varied": [key for key in tried[0] if any(one[key] != tried[0][key] for one in tried)],
         "images_drawn": sweep["budget"]["images"],
         "score": sweep["chosen"]["score"],
         **{key: sweep[key] for key in keys},

@@ -60,7 +60,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Generate an evaluation set: a folder of PNG files, or an .npz file (arr_0 uint8 NHWC, arr_1).",
         formatter_class=argparse.HelpFormatter,
     )
-    add_sampling_options(parser, guidance_scale=1.0, otherwise="the protocol's, or ")
+    add_sampling_options(
+        parser, guidance_scale=1.0, otherwise="the protocol's, or ", checkpoint="the one that --sweep chose"
+    )
     parser.add_argument("--out", required=True, type=path_argument, metavar="DIR|FILE.npz",
                         help="a folder of PNGs, or an .npz file")  # fmt: skip
     parser.add_argument("--protocol", metavar="NAME", help=f"fixes what an evaluation asks for: {', '.join(PROTOCOLS)}")
@@ -75,6 +77,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.sweep is not None:
         options = _as_chosen(parser, arguments, options.sweep)
+    if options.checkpoint is None:
+        raise UserError("the following arguments are required: --checkpoint, or --sweep, which chose one")
     apply_protocol(options)
     _check(options)
     return options
@@ -84,7 +88,7 @@ def _as_chosen(parser: ArgumentParser, arguments: Sequence[str] | None, director
     """Return the options with what a sweep chose in place of defaults; raises UserError for what contradicts it."""
     sweep = read_sweep(directory)
     chosen = chosen_options(sweep)
-    parser.set_defaults(**chosen)
+    parser.set_defaults(checkpoint=sweep["chosen"]["checkpoint"], **chosen)
     options = parser.parse_args(arguments)
     for key, value in chosen.items():
         given = getattr(options, key)
@@ -191,8 +195,8 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
     weights_sha256 = sha256_of(checkpoint / f"{options.weights}.safetensors")
     if options.sweep is not None and weights_sha256 != options.chosen["weights_sha256"]:
         raise UserError(
-            f"--checkpoint {options.checkpoint} has other weights than the sweep {options.sweep} chose; give "
-            f"--checkpoint {options.chosen['checkpoint']}"
+            f"--checkpoint {options.checkpoint} has other weights than the sweep {options.sweep} chose; leave it out, "
+            f"which stands for {options.chosen['checkpoint']}"
         )
     environment = describe_run()
     return {
@@ -208,6 +212,7 @@ def _settings(options: argparse.Namespace, checkpoint: Path, pipeline: GSPNPipel
         "sampler": options.sampler,
         **({"step_noise": STEP_NOISE} if options.sampler in objective.stochastic_samplers else {}),
         "num_inference_steps": options.steps,
+        "training_shift": objective.training_shift,
         **({"sampling_shift": shift} if objective.flows else {}),
         "guidance_scale": options.guidance_scale,
         "guidance_interval": list(options.guidance_interval),

@@ -30,8 +30,9 @@ from gspn_dit.locks import is_filled
 
 FORMAT_VERSION = 1
 SETTINGS = "generation.json"
-MAY_DIFFER = ("checkpoint", "guide_checkpoint", "vae", "complete", "environment", "resumed")
-"""Settings that a resumed run may change: they name places and machines, not images (weights have hashes)."""
+MAY_DIFFER = ("checkpoint", "guide_checkpoint", "vae", "complete", "environment", "resumed", "training_shift")
+"""Settings that a resumed run may change: they name places and machines, not images (weights have hashes); and what
+follows from others, which older sets do not have."""
 _IMAGE = re.compile(r"\d{6,}-\d+\.png")
 
 

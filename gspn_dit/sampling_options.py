@@ -57,14 +57,16 @@ def add_sampling_options(
     weights: str | None = None,
     steps: int | None = None,
     otherwise: str = "",
+    checkpoint: str = "",
 ) -> None:
     """Add the options to a parser whose help shows defaults by their words alone.
 
-    A default of None is filled in later; `otherwise` says by what.
+    A default of None is filled in later; `otherwise` says by what, and `checkpoint` where one comes from if none is
+    given; empty: it must be given.
     """
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=path_argument, metavar="DIR",
-        help="run directory, one checkpoint, or builtin:digits")  # fmt: skip
+    add, default = parser.add_argument, f" (default: {checkpoint})" if checkpoint else ""
+    add("--checkpoint", required=not checkpoint, type=path_argument, metavar="DIR",
+        help=f"run directory, one checkpoint, or builtin:digits{default}")  # fmt: skip
     add("--classes", default=classes, help="ids, ranges and names: 0-9, or 3,7,cat (default: all)")
     add("--weights", choices=("ema", "model"), default=weights, help="(default: ema)")
     add("--vae", type=path_argument, metavar="NAME_OR_DIR",

@@ -89,8 +89,11 @@ def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_times_are_shifted_as_config_or_call_says(tmp_path: Path) -> None:
-    """The config's shift, the pipeline's and the command's are one value, and generation.json has it."""
-    shifted = Config(objective=ObjectiveConfig(sampling_shift=3.0)).to_dict()
+    """The config's shift, the pipeline's and the command's are one value, and generation.json has it.
+
+    And that of the times in training, beside it.
+    """
+    shifted = Config(objective=ObjectiveConfig(timestep_shift=2.0, sampling_shift=3.0)).to_dict()
     plain, run_of_three = write_run(tmp_path / "plain"), write_run(tmp_path / "three", config=shifted)
     sets = {
         "config": make(run_of_three, tmp_path / "config", count=5),
@@ -104,9 +107,10 @@ def test_times_are_shifted_as_config_or_call_says(tmp_path: Path) -> None:
         labels, num_inference_steps=2, output_type="np", sampling_shift=3.0
     ).images
     np.testing.assert_array_equal(same, expected)
-    for folder in sets.values():
+    for name, folder in sets.items():
         np.testing.assert_array_equal(read_folder(folder)[0][..., None], expected)
-        assert (read_settings(folder) or {})["sampling_shift"] == 3
+        stated = read_settings(folder) or {}
+        assert (stated["training_shift"], stated["sampling_shift"]) == (2 if name == "config" else 1, 3)
     unshifted = make(plain, tmp_path / "unshifted", count=5)
     assert not np.array_equal(read_folder(unshifted)[0][..., None], expected)
     assert (read_settings(unshifted) or {})["sampling_shift"] == 1

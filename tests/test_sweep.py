@@ -25,6 +25,7 @@ from gspn_dit import generate
 from gspn_dit.chosen import read_sweep
 from gspn_dit.config import TrainArguments, config_from_dict
 from gspn_dit.errors import UserError
+from gspn_dit.files import sha256_of
 from gspn_dit.pipeline import GSPNPipeline
 from gspn_dit.sample_sets import read_settings
 from gspn_dit.sweep.__main__ import parse_arguments
@@ -274,11 +275,30 @@ def test_a_set_is_sampled_as_chosen_and_says_so(trained: Path, swept: Path, tmp_
     assert settings["sweep"]["settings_tried"] == 5 and settings["sweep"]["score_name"] == "FD-digits"
     digits = read_reference("digits", 8).images.pixels[:70]
     (note,) = notes_on_choice(LabelledImages(digits, "set", generation=settings))
-    assert "of 5 settings the one with the lowest FD-digits of 256 images against digits, training split" in note
+    assert note.startswith("Guidance and its interval were chosen: of 5 settings the one with the lowest FD-digits of ")
+    assert "FD-digits of 256 images against digits, training split" in note
     assert "The seed is the sweep's" not in note
     (note,) = notes_on_choice(LabelledImages(digits, "set", generation={**settings, "seed": 0}))
     assert note.endswith("The seed is the sweep's, too, so that the first of these images are those it chose by.")
     assert notes_on_choice(LabelledImages(digits, "set", generation={"seed": 0})) == []
+
+
+@pytest.mark.parametrize(
+    ("varied", "said"),
+    [
+        (["guidance_scale"], "Guidance was chosen: of 9"),
+        (["sampling_shift"], "The sampling shift was chosen: of 9"),
+        (["guidance_scale", "ema"], "Guidance and the average of the weights were chosen: of 9"),
+        (["guidance_scale", "guidance_interval", "sampling_shift"], "Guidance, its interval and the sampling shift"),
+        (None, "Guidance, its interval, the average of the weights and the sampling shift were chosen: of 9"),
+    ],
+)  # fmt: skip
+def test_only_what_had_several_values_is_said_to_be_chosen(varied: list[str] | None, said: str) -> None:
+    """Sets from before it was recorded may have had several values of anything."""
+    digits = read_reference("digits", 8).images.pixels[:70]
+    sweep = {"settings_tried": 9, **({} if varied is None else {"varied": varied})}
+    (note,) = notes_on_choice(LabelledImages(digits, "set", generation={"sweep": sweep}))
+    assert note.startswith(said)
 
 
 def test_what_contradicts_the_choice_is_refused(trained: Path, swept: Path, tmp_path: Path) -> None:
@@ -287,8 +307,23 @@ def test_what_contradicts_the_choice_is_refused(trained: Path, swept: Path, tmp_
     with pytest.raises(UserError, match=r"no sweep at .*nowhere: there is no"):
         generate.parse_arguments(options(trained, tmp_path / "nowhere", tmp_path / "set"))
     other, _ = write_reconstruction(trained, 0.08, 4, tmp_path / "averaged")
-    with pytest.raises(UserError, match=r"has other weights than the sweep .* chose; give --checkpoint"):
+    with pytest.raises(UserError, match=r"has other weights than the sweep .* chose; leave it out"):
         generate.run(generate.parse_arguments(options(other, swept, tmp_path / "set")))
+    with pytest.raises(UserError, match="required: --checkpoint, or --sweep"):
+        generate.parse_arguments(["--out", str(tmp_path / "set"), "--num-samples", "1"])
+
+
+def test_without_a_checkpoint_the_chosen_weights_are_drawn_with(trained: Path, swept: Path, tmp_path: Path) -> None:
+    """An average that the sweep made, say, of which nobody has to know the place."""
+    averaged, _ = write_reconstruction(trained, 0.08, 4, tmp_path / "averaged")
+    sweep = shutil.copytree(swept, tmp_path / "sweep")
+    found = json.loads((sweep / "sweep.json").read_text())
+    found["chosen"] |= {"checkpoint": str(averaged), "weights_sha256": sha256_of(averaged / "ema.safetensors")}
+    (sweep / "sweep.json").write_text(json.dumps(found))
+    words = [word for word in options(trained, sweep, tmp_path / "set") if word not in ("--checkpoint", str(trained))]
+    generate.run(generate.parse_arguments(words))
+    settings = read_settings(tmp_path / "set")
+    assert settings is not None and settings["checkpoint"] == str(averaged)
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
@@ -301,6 +336,9 @@ def test_what_contradicts_the_choice_is_refused(trained: Path, swept: Path, tmp_
         (("--guidance-scales", "nan"), r"guidance scale is .*, but must be at least 0 and finite"),
         (("--guidance-intervals", "0.8,0.2"), r"guidance interval is \[0\.8, 0\.2\], but must be within"),
         (("--guidance-intervals", "0.8"), r"0\.8 is no interval; give it as LOW,HIGH"),
+        (("--guidance-intervals", "a,b"), "argument --guidance-intervals: a,b is no interval; give it as LOW,HIGH"),
+        (("--ema", "foo"), "argument --ema: foo is no number; give own, or a number such as 0.1"),
+        (("--sampling-shifts", "own", "foo"), "argument --sampling-shifts: foo is no number; give own, or a number"),
         (("--ema", 0.5), r"--ema is 0\.5, but must be own or lie in \(0, 0\.28\]"),
         (("--sampling-shifts", 0), r"--sampling-shifts is 0\.0, but must be finite and above 0"),
         (("--factor", 1), "--factor is 1, but must be at least 2"),

@@ -25,15 +25,19 @@ LONGEST = 0.28
 
 def parse_interval(text: str) -> tuple[float, float]:
     """Turn "LOW,HIGH" into two times."""
-    low, comma, high = text.partition(",")
-    if not comma:
-        raise argparse.ArgumentTypeError(f"{text} is no interval; give it as LOW,HIGH, such as 0,0.8")
-    return float(low), float(high)
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no interval; give it as LOW,HIGH, such as 0,0.8") from None
 
 
 def parse_own(text: str) -> float | None:
     """Turn "own" into None, anything else into a number."""
-    return None if text == OWN else float(text)
+    try:
+        return None if text == OWN else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no number; give own, or a number such as 0.1") from None
 
 
 def build_parser() -> ArgumentParser:

@@ -340,5 +340,5 @@ def summary(sweep: dict[str, Any] | None, out: Path) -> str:
         scores = f"{name} {_figure(found['score'])}, of fresh images {_figure(found['fresh_score'])}"
         rows.append((title, f"{candidate.describe()}: {scores}"))
     rows.append(("budget", f"{budget['images']:,} images, {budget['share']:.0%} of the full grid"))
-    rows.append(("use it", f"python -m gspn_dit.generate --checkpoint {chosen['checkpoint']} --sweep {out} …"))
+    rows.append(("use it", f"python -m gspn_dit.generate --sweep {out} … (weights: {chosen['checkpoint']})"))
     return "\n".join(f"{title:<9}{text}" for title, text in rows)
