@@ -165,7 +165,7 @@ def fingerprint(pipe: Any, given: Mapping[str, Any]) -> str:
 
 def _plain_config(part: Any) -> dict[str, Any]:
     """Return a config without what says where it is from."""
-    return {key: value for key, value in dict(part.config).items() if not key.startswith("_")}
+    return {key: value for key, value in dict(getattr(part, "config", {})).items() if not key.startswith("_")}
 
 
 def _lora_state(layer: Any) -> list[Any]:

@@ -132,10 +132,9 @@ class GSPNAdapter(ModelMixin, ConfigMixin):
         """
         directory = resolve_checkpoint(checkpoint)
         manifest = read_manifest(directory)
-        described = manifest["model"]
-        if not manifest.get("text") or described.get("name") != "UNet":
+        if not manifest.get("text"):
             raise UserError(f"{directory} is not of task text-to-image; give a run with unet.teacher")
-        teacher = manifest["config"]["unet"]["teacher"]
+        described, teacher = manifest["model"], manifest["config"]["unet"]["teacher"]
         if described["scans"] is None or teacher is None:
             found = (
                 "has no scans" if described["scans"] is None else "was trained from scratch, weights and scans alike"
