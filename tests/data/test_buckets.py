@@ -17,6 +17,7 @@ from gspn_dit.data import buckets as buckets_module
 from gspn_dit.data.buckets import BucketBatches, in_runs, nearest_buckets
 from gspn_dit.data.build import build_data
 from gspn_dit.data.decoding import center_crop
+from gspn_dit.data.images import load_images
 from gspn_dit.errors import UserError
 from gspn_dit.tasks import create_task
 from tests.training.conftest import changed, fresh_accelerator, run_training, tiny_config
@@ -39,6 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = root / ("cat" if number % 2 else "dog") / f"{name}{number}.png"
             file.parent.mkdir(exist_ok=True)
             Image.new("L", size, 20 + part * EACH + number).save(file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Handwritten digits, whole ones and their middles, wide and high."""
+    root, digits = tmp_path_factory.mktemp("crops"), load_images("digits", split="train")
+    for number, (pixels, label) in enumerate(zip(digits.pixels(range(60))[..., 0], digits.labels, strict=False)):
+        file = root / ("even" if label % 2 == 0 else "odd") / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray((pixels, pixels[3:5], pixels[:, 3:5])[number % 3]).save(file)
     return root
 
 
@@ -139,11 +151,15 @@ def test_a_batch_s_loss_is_the_mean_over_its_images(folder: Path, tmp_path: Path
     torch.testing.assert_close(total, torch.stack([pair[0] for pair in pairs]).sum(), rtol=1e-6, atol=0)
 
 
-def test_training_resumes_bit_for_bit_and_draws_any_size(folder: Path, tmp_path: Path) -> None:
+def test_training_resumes_bit_for_bit_and_draws_any_size(crops: Path, tmp_path: Path) -> None:
     options = {"max_steps": 6, "validate_every": 3}
-    run_training(config(tmp_path / "whole", folder, **options))
-    run_training(config(tmp_path / "halves", folder, **{**options, "max_steps": 2}))
-    run_training(config(tmp_path / "halves", folder, **options), resume="auto")
+    images = create_task(config(tmp_path / "whole", crops, **options)).train_data
+    assert isinstance(images, BucketBatches)
+    assert sorted(images.rows(range(len(images.buckets)))) == list(range(len(images.buckets)))  # each once an epoch
+    assert set(images.buckets) == {0, 1, 2}
+    run_training(config(tmp_path / "whole", crops, **options))
+    run_training(config(tmp_path / "halves", crops, **{**options, "max_steps": 2}))
+    run_training(config(tmp_path / "halves", crops, **options), resume="auto")
     assert_same_tensors(tensors_of(tmp_path / "whole", 6), tensors_of(tmp_path / "halves", 6))
     losses = [[line["loss"] for line in metrics_of(tmp_path / name) if "loss" in line] for name in ("whole", "halves")]
     assert losses[0] == losses[1]
@@ -156,7 +172,7 @@ def test_training_resumes_bit_for_bit_and_draws_any_size(folder: Path, tmp_path:
         words[3] = "10x8"
         sample_module.run(sample_module.parse_arguments([*words, "--out", str(tmp_path / "grid.png")]))
     with pytest.raises(UserError, match=r"data.buckets = .*, this run has"):
-        other = changed(config(tmp_path / "halves", folder, **options), data={"buckets": SIZES[:2]})
+        other = changed(config(tmp_path / "halves", crops, **options), data={"buckets": SIZES[:2]})
         run_training(other, resume="auto")
 
 
