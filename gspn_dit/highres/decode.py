@@ -76,13 +76,18 @@ def _bands(vae: Any, latents: Tensor, factor: int) -> Iterator[np.ndarray]:
         yield np.concatenate(band, axis=1)
 
 
+def refuse_diverged(latents: Tensor) -> None:
+    """Raise ValueError where any latent is not finite."""
+    if not torch.isfinite(latents).all():
+        raise ValueError("the latents hold NaN or infinite values: the model has diverged; try float32 or fewer stages")
+
+
 def decode_rows(vae: Any, latents: Tensor, factor: int) -> Iterator[np.ndarray]:
     """Decode latents [1, C, h, w], scaled as the model has them, to rows of pixels, uint8 [rows, W, 3], from the top.
 
     Raises ValueError where any latent or pixel is not finite.
     """
-    if not torch.isfinite(latents).all():
-        raise ValueError("the latents hold NaN or infinite values: the model has diverged; try float32 or fewer stages")
+    refuse_diverged(latents)
     shared, kept = OVERLAP * factor, None
     with upcast(vae):
         for band in _bands(vae, latents, factor):

@@ -128,6 +128,8 @@ def encode(
             )
         states = [given["positive"], given["negative"]]
         pooled: list[Any] = [None, None]
+    elif not isinstance(prompt, str | None):
+        raise ValueError(f"prompt is {prompt!r}, but must be one text")
     elif prompt is None or not prompt.strip():
         raise ValueError("prompt is empty; say what to draw, or give prompt_embeds")
     elif getattr(pipe, "text_encoder_2", None) is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gspn_dit.diffusion.sampling import draw_noise, draw_step_noise
 from gspn_dit.diffusion.schedulers import step_noise_options
 from gspn_dit.files import write_atomically
-from gspn_dit.highres.decode import TILE, decode_rows, upcast, write_png
+from gspn_dit.highres.decode import TILE, decode_rows, refuse_diverged, upcast, write_png
 from gspn_dit.highres.memory import measure, on_meta
 from gspn_dit.highres.request import (
     Prompt,
@@ -99,6 +99,7 @@ def generate_highres(
                 continue
             drawn = (seed, number)
             latents = _run_stage(pipe, stage, latents, drawn, encoded, num_inference_steps, guidance_scale)
+            refuse_diverged(latents)  # before they are kept: the next call would find them again
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, save({"latents": latents.contiguous().cpu()}))
     assert latents is not None

@@ -348,6 +348,7 @@ def test_4096_pixels_fit_the_memory_that_was_announced(tmp_path: Path) -> None:
         ([(64, 64)], {"out": "/dev/null/x.png"}, "cannot write the image: /dev/null/x.png cannot be created"),
         ([(64, 64)], {"work_dir": "/dev/null"}, "work_dir /dev/null is a file; give a directory"),
         ([(64, 64)], {"prompt": " "}, "prompt is empty"),
+        ([(64, 64)], {"prompt": ["a cat"]}, r"prompt is \['a cat'\], but must be one text"),
         ([(64, 64)], {"prompt_embeds": torch.zeros(1, 4, 8)}, "guidance needs negative_prompt_embeds"),
     ],
 )
@@ -367,4 +368,4 @@ def test_a_pipeline_without_a_unet_and_latents_that_diverged(tmp_path: Path) -> 
     nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     with pytest.raises(ValueError, match="the latents hold NaN"):
         draw(pipe, tmp_path / "a.png", [(64, 64)])
-    assert not (tmp_path / "a.png").exists()
+    assert not list(tmp_path.iterdir())  # nor are the latents kept
