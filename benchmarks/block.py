@@ -13,6 +13,7 @@ started again: what is done is kept.
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,11 @@ from benchmarks import calibration, scoring
 from benchmarks.contenders import CONTENDERS, Setting, describe, fitted
 from benchmarks.contest import SEARCH_ROUNDS, Cell, at_once, trained
 from benchmarks.output import publish
-from benchmarks.protocol import CENTRE, SEARCH_SEED, Protocol, next_rate, rate_grid
+from benchmarks.protocol import CENTRE, SEARCH_SEED, Protocol, rate_grid, tried_rates
 from benchmarks.quality import without_nan
 from benchmarks.scoring import DataSet, add_data_options, chosen
-from benchmarks.study import commit, once
-from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.files import cannot_hold
+from benchmarks.study import check_jobs_and_places, commit, once
+from gspn_dit.errors import ArgumentParser, run_cli
 
 BASE = "gspn-normed"
 """The contender that the parts change."""
@@ -106,7 +106,7 @@ Losses = Mapping[str, float]
 
 def over(losses: Losses, base: Losses) -> float:
     """Return the geometric mean of losses over the base's; infinite where a training diverged."""
-    return math.exp(sum(math.log(losses[name] / base[name]) for name in base) / len(base))
+    return statistics.geometric_mean(losses[name] / base[name] for name in base)
 
 
 def in_order(found: Mapping[str, Losses], base: Losses) -> list[str]:
@@ -134,7 +134,6 @@ class Search:
         """Return what every round found; the first candidate is the base."""
         base, *others = tried
         grids = {name: self.base_rates(base, name) for name in self.names}
-        self.rates = {name: min(grid, key=lambda rate, grid=grid: grid[rate]) for name, grid in grids.items()}
         alone = self.round(tried, SHARE, (1.0,))
         own = {name: grid[self.rates[name]] for name, grid in grids.items()}
         going = in_order({one.name: alone[one.name] for one in others}, alone[base.name])[:kept]
@@ -150,14 +149,11 @@ class Search:
 
     def base_rates(self, base: Candidate, name: str) -> dict[float, float]:
         """Return the loss of the base by learning rate, tried until the best lies inside."""
-        found: dict[float, float] = {}
-        missing: list[float] = rate_grid(CENTRE, 5)
-        while missing:
-            losses = at_once(lambda rate: self.loss(base, name, rate, 1.0, SEARCH_SEED), missing)
-            found.update(zip(missing, losses, strict=True))
-            rate = next_rate(found)
-            missing = [] if rate is None else [rate]
-        self.own_rates[base.name, name] = min(found, key=lambda rate: found[rate])
+        found = tried_rates(
+            rate_grid(CENTRE, 5),
+            lambda rates: at_once(lambda rate: self.loss(base, name, rate, 1.0, SEARCH_SEED), rates),
+        )
+        self.rates[name] = self.own_rates[base.name, name] = min(found, key=lambda rate: found[rate])
         return found
 
     def round(self, tried: Sequence[Candidate], share: float, factors: Sequence[float]) -> dict[str, dict[str, float]]:
@@ -196,7 +192,7 @@ class Search:
             {"data": name, "seed": seed, "base": of_base, "loss": loss, "over_base": loss / of_base}
             for (_, name, seed), of_base, loss in zip(cells[:half], losses[:half], losses[half:], strict=True)
         ]
-        return {"over_base": math.exp(sum(math.log(row["over_base"]) for row in rows) / half), "seeds": rows}
+        return {"over_base": statistics.geometric_mean(row["over_base"] for row in rows), "seeds": rows}
 
 
 def _told(found: Mapping[str, dict[str, float]], base: Losses) -> list[dict[str, Any]]:
@@ -210,7 +206,7 @@ def _told(found: Mapping[str, dict[str, float]], base: Losses) -> list[dict[str,
 
 
 class Trainings:
-    """Trainings on one seed for equal times of the processor, in processes of their own, some of them at once."""
+    """Trainings for equal times of the processor, in processes of their own, some of them at once."""
 
     def __init__(self, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> None:
         self.data, self.size, self.work = {one.name: one for one in data}, size, work
@@ -291,11 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/block"), help="where the trainings live")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
-    for flag, path in (("--work", options.work), ("--out", options.out)):
-        if path is not None and (problem := cannot_hold(path)):
-            raise UserError(f"{flag} {problem}")
+    check_jobs_and_places(options)
     data = scoring.with_seconds(chosen(options), options.seconds)
     for one in candidates():
         for each in data:

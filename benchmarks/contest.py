@@ -27,7 +27,7 @@ from benchmarks.contenders import (
     reference_parameters,
     train_words,
 )
-from benchmarks.protocol import CENTRE, SEARCH, SEARCH_SEED, Field, Protocol, next_rate, part_name, rate_grid, rungs
+from benchmarks.protocol import CENTRE, SEARCH, SEARCH_SEED, Field, Protocol, part_name, rate_grid, rungs, tried_rates
 from benchmarks.study import call, commit, once, train
 from gspn_dit.errors import UserError
 from gspn_dit.sweep.halving import survivors
@@ -197,9 +197,7 @@ class Study:
         self, contender: str, setting: Setting, grid: Sequence[float], steps: int, role: str
     ) -> dict[str, Any]:
         """Try a grid of learning rates, and what lies beyond its better end, until the best lies inside."""
-        found = dict(zip(grid, self.trial(contender, setting, grid, steps, role), strict=True))
-        while (rate := next_rate(found)) is not None:
-            found[rate] = self.trial(contender, setting, [rate], steps, role)[0]
+        found = tried_rates(grid, lambda rates: self.trial(contender, setting, rates, steps, role))
         best = min(found, key=lambda rate: found[rate])
         inside = min(found) < best < max(found)
         return {

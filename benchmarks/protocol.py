@@ -94,6 +94,19 @@ def next_rate(found: Mapping[float, float]) -> float | None:
     return best * FACTOR if best == max(found) else best / FACTOR
 
 
+def tried_rates(grid: Sequence[float], scores: Callable[[Sequence[float]], Sequence[float]]) -> dict[float, float]:
+    """Return the score of each learning rate of a grid, and of those beyond its better end until the best lies inside.
+
+    Args:
+        grid: tried at once.
+        scores: of learning rates, the lower the better; infinite where a training diverged.
+    """
+    found = dict(zip(grid, scores(grid), strict=True))
+    while (rate := next_rate(found)) is not None:
+        found[rate] = scores([rate])[0]
+    return found
+
+
 def rungs(trials: int, steps: int) -> list[Rung]:
     """Return the rounds of a successive halving: how many settings are trained, and for how many steps (`images`).
 

@@ -28,9 +28,9 @@ from benchmarks.contest import study_of
 from benchmarks.output import publish
 from benchmarks.presets import PRESETS
 from benchmarks.protocol import FACTOR, UNWANTED, Field, Part, Protocol, as_json, fit_into, parts
-from benchmarks.study import holm, interval, once, paired_p, paired_ratio
+from benchmarks.study import check_jobs_and_places, holm, interval, once, paired_p, paired_ratio
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
-from gspn_dit.files import cannot_hold, write_whole
+from gspn_dit.files import write_whole
 
 # -- what it shows ---------------------------------------------------------------------------------------------------
 
@@ -176,11 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fields = fields_of(options)
     if options.widest not in (None, *(field.data.name for field in fields)):
         raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(options.data)}")
-    if options.jobs < 1:
-        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
-    for flag, path in (("--work", options.work), ("--out", options.out)):  # not after twelve hours
-        if path is not None and (problem := cannot_hold(path)):
-            raise UserError(f"{flag} {problem}")
+    check_jobs_and_places(options)
     names = ("size", "seeds", "search_seeds", "rates", "trials", "widest", "finalists")
     protocol = Protocol(budgets=tuple(options.budgets), **{name: getattr(options, name) for name in names})
     for field in fields:  # a setting too few, or parameters that cannot be equal, is told before anything runs

@@ -6,6 +6,7 @@ kept, what was interrupted resumes, and a run that was trained with other settin
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -17,8 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from gspn_dit.errors import UserError
+from gspn_dit.files import cannot_hold
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def check_jobs_and_places(options: argparse.Namespace) -> None:
+    """Raise UserError for --jobs below 1, or a --work or --out that cannot be written to, before hours of trainings."""
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
+    for flag, path in (("--work", options.work), ("--out", options.out)):
+        if path is not None and (problem := cannot_hold(path)):
+            raise UserError(f"{flag} {problem}")
 
 
 def call(arguments: Sequence[str], log: Path) -> None:
