@@ -71,9 +71,19 @@ def open_page(browser: Any, address: str) -> Any:
 
 def fill(page: Any, **values: float) -> None:
     for label, value in values.items():
-        field = page.get_by_label(label).locator("visible=true").first
-        field.fill(str(value))
+        write(page, label, str(value))
+
+
+def write(page: Any, label: str, text: str) -> None:
+    """Write into a field until it keeps the text: one that has just appeared may still take its first value."""
+    field = page.get_by_label(label).locator("visible=true").first
+    for _ in range(20):
+        field.fill(text)
         field.press("Tab")
+        page.wait_for_timeout(300)
+        if field.input_value() == text:
+            return
+    raise AssertionError(f"{label} is {field.input_value()!r} after {text!r} was written 20 times")
 
 
 def expected(run: Path, seed: int, **options: Any) -> np.ndarray:
@@ -122,12 +132,12 @@ def test_a_grid_appears_and_can_be_taken_away(browser: Any, address: str, run_di
 def test_an_error_can_be_read_and_the_page_goes_on(browser: Any, address: str, run_directory: Path) -> None:
     page = open_page(browser, address)
     page.get_by_text("Size", exact=True).click()
-    page.get_by_label("Height (0: as trained)").fill("9")
+    write(page, "Height (0: as trained)", "9")
     page.click("#draw")
     message = page.get_by_text("height is 9 pixels, but must be a positive multiple of 2")
     playwright.expect(message).to_be_visible(timeout=SECONDS)
     playwright.expect(page.locator("#state")).to_contain_text("Nothing was drawn", timeout=SECONDS)
-    page.get_by_label("Height (0: as trained)").fill("8")
+    write(page, "Height (0: as trained)", "8")
     page.click("#draw")
     assert np.array_equal(shown(page), expected(run_directory, 0, height=8))
     page.close()
