@@ -149,6 +149,7 @@ class DataSet:
             reference: real images to compare with, evenly spaced, where the training split has more.
         """
         from benchmarks.judge import judge_agreement
+        from fid.cache import default_directory
         from fid.evaluation import score
         from fid.features import load_feature_net
         from fid.images import LabelledImages, Reference
@@ -158,7 +159,7 @@ class DataSet:
         rows = evenly_spaced(len(real), reference)
         # without their labels: the feature extractor may know other classes, and is not asked for them
         compared = Reference(LabelledImages(real.pixels(rows), "train"))
-        scores = score(LabelledImages(images, "samples"), compared, net)["scores"]
+        scores = score(LabelledImages(images, "samples"), compared, net, cache=default_directory())["scores"]
         return {
             "fd": scores[f"FD-{net.score_suffix}"],
             "is": scores[f"IS-{net.score_suffix}"]["mean"],
