@@ -152,8 +152,8 @@ def block_mixers(
         if attention_every is not None and number % attention_every == 0:
             return "attention", read_options("attention", attention)
         if scan_global_every is not None and number % scan_global_every == 0:
-            return mixer, dataclasses.replace(own, scan_window=None)
-        return mixer, own
+            return mixer, dataclasses.replace(own.in_block(number), scan_window=None)
+        return mixer, own.in_block(number) if isinstance(own, ScanOptions) else own
 
     return [of_block(number) for number in range(1, depth + 1)]
 

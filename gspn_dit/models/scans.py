@@ -17,6 +17,7 @@ from gspn_dit.ops.contract import direction_codes
 PROXY_RATIO = 16
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 NORM_PLACES = ("before", "after", "directions")
+OPPOSITES = {"right": "left", "left": "right", "down": "up", "up": "down"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class ScanOptions:
     scan_skip: bool = False
     """Add (a linear map of the proxy) ⊙ tokens to the merged scan."""
     scan_directions: Sequence[str] = dataclasses.field(default=DIRECTIONS, metadata=UNSEEN)
+    scan_alternate: bool = dataclasses.field(default=False, metadata=UNSEEN)
+    """Every other block of a model scans in the opposite directions: with two, as right and down, each token reaches
+    all others within two blocks, for half of the scans of four."""
     weight_groups: int | None = None
     """Groups of channels that share propagation weights (GSPN-2); None for one per channel."""
     scan_window: int | None = None
@@ -43,6 +47,17 @@ class ScanOptions:
     """Add d ⊙ tokens to the scan, behind its norm: one d for each channel, 1 at the start."""
     gate_scale: float = 1.0
     """By which the first weights of the gates are multiplied; see `GSPNMixer.initialise`."""
+
+    def in_block(self, number: int) -> ScanOptions:
+        """Return those of a model's block, numbered from 1; raises ValueError for directions that have no opposites."""
+        if not self.scan_alternate:
+            return self
+        direction_codes(self.scan_directions)
+        opposite = tuple(OPPOSITES[direction] for direction in self.scan_directions)
+        if set(opposite) == set(self.scan_directions):
+            directions = ", ".join(self.scan_directions)
+            raise ValueError(f"scan_alternate changes nothing for scan_directions {directions}; give right and down")
+        return self if number % 2 else dataclasses.replace(self, scan_directions=opposite)
 
     def width(self, channels: int) -> int:
         """Return the channels of the scan in a model of so many; raises ValueError for none."""

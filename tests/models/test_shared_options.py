@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gspn_dit.models.attention import AttentionMixer
 from gspn_dit.models.embeddings import sincos_positions
 from gspn_dit.models.flops import forward_multiply_adds
 from gspn_dit.models.gspn import GSPNBlock
-from gspn_dit.models.scans import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer, ScanOptions
 from gspn_dit.pipeline import GSPNPipeline
 from tests.models.conftest import lively
 from tests.models.test_dit import count, inputs
@@ -138,6 +139,33 @@ def test_which_blocks_have_attention_and_which_scans_no_window(build: Build, fam
     assert set(windows.values()) == {2, None}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_other_block_scans_in_the_opposite_directions(build: Build, family: str) -> None:
+    options = {"scan_directions": ["right", "down"], "scan_alternate": True, "mixer": "gspn"}
+    model = build(name=family, depth=2, **options)
+    scans = [module for module in model.modules() if isinstance(module, GSPNMixer)]
+    turns = [("right", "down"), ("left", "up"), ("right", "down")]
+    assert [scan.directions for scan in scans] == turns[: len(scans)] and len(scans) >= 2
+
+
+def test_a_token_reaches_every_other_in_two_blocks_that_alternate() -> None:
+    torch.manual_seed(0)
+    options = ScanOptions(scan_directions=("right", "down"), scan_alternate=True, proxy_channels=2)
+    mixers = [options.in_block(number).create(4) for number in (1, 2, 3)]
+    for mixer in mixers:
+        mixer.initialise()
+    tokens = torch.randn(1, 3, 3, 4, requires_grad=True)
+
+    def reached(depth: int) -> Tensor:
+        """The tokens that the one in the middle depends on, [3, 3]."""
+        mixed = functools.reduce(lambda value, mixer: value + mixer(value), mixers[:depth], tokens)
+        (gradient,) = torch.autograd.grad(mixed[0, 1, 1].sum(), tokens)
+        return gradient[0].abs().sum(-1) > 0
+
+    assert reached(1).tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    assert reached(2).all()
+
+
 def test_gspn_models_count_what_they_add() -> None:
     def cost(**options: Any) -> int:
         with torch.device("meta"):
@@ -160,6 +188,8 @@ def test_gspn_models_count_what_they_add() -> None:
             "options of scans; give mixer gspn or leave them",
         ),
         ({"rotary": True}, "num_heads and rotary are options of attention; give mixer attention"),
+        ({"scan_alternate": True}, "scan_alternate changes nothing for scan_directions right, left, down, up; give"),
+        ({"scan_alternate": True, "scan_directions": ["rigth"]}, "unknown direction 'rigth'"),
         ({"attention_every": 2, "num_heads": 5}, "num_heads 5 does not divide the 96 channels"),
         ({"mlp_ratio": 0.001}, "mlp_ratio 0.001 leaves an MLP of 96 channels no width"),
         ({"norm": "batch"}, "unknown norm 'batch'; allowed are layer, rms"),
