@@ -23,6 +23,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 RESULTS = Path(__file__).parent / "results"
 ONE_RATE = ["benchmarks.one_rate", "--jobs", "2"]
 ABLATIONS = [*ONE_RATE, "--data", "digits", "--steps", "288"]
+RIVALS_BLOCK = ["benchmarks.block", "--kept", "3", "--data", "fashion", "--seconds", "40"]
 COMMANDS: dict[str, list[str]] = {
     "ablations": [
         *(*ABLATIONS, "--baseline", "gspn", "--variants", "gspn", "no-positions", "own-weights", "window-2"),
@@ -37,6 +38,9 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks.block", "--data", "fashion", "fashion-256", "--seconds", "fashion=40", "fashion-256=50"),
         "--out",
     ],
+    "block_attention": [*RIVALS_BLOCK, "--base", "attention-lpu", "--out"],
+    "block_conv": [*RIVALS_BLOCK, "--base", "conv", "--out"],
+    "block_linear": [*RIVALS_BLOCK, "--base", "linear", "--out"],
     "classification_emoji": ["benchmarks.classification", "--data", "emoji", "--out"],
     "classification_long": ["benchmarks.learning_curve", "--run", "runs/fashion/long", "--out"],
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],

@@ -1,13 +1,15 @@
-"""What a block of scans is made of: each part alone beside the base, then the best parts together.
+"""What a block is made of: each part alone beside the base, then the best parts together.
 
     python -m benchmarks.block --data fashion fashion-256 --jobs 2 --out benchmarks/results/block.json
+    python -m benchmarks.block --base conv --kept 3 --data fashion --jobs 2 --out benchmarks/results/block_conv.json
 
-All have as many parameters as attention's defaults and as much of the processor's time, and are judged by the
-validation loss, on seeds that `benchmarks.quality` never scores: what is chosen here takes part there. First every
-part changes the base alone, at the base's best learning rate and for half of the time. The best go on, for the whole
-time and at the best of three rates of their own. Then they join the base one after the other, the best first, and stay
-where the loss falls; what is left is compared with the base once more, with other seeds. A study can be stopped and
-started again: what is done is kept.
+The base is a contender of `benchmarks.quality`: scans, or one of their rivals, whose parts are searched alike. All have
+as many parameters as attention's defaults and as much of the processor's time, and are judged by the validation loss,
+on seeds that `benchmarks.quality` never scores: what is chosen here takes part there. First every part changes the base
+alone, at the base's best learning rate and for half of the time. The best go on, for the whole time and at the best of
+three rates of their own. Then they join the base one after the other, the best first, and stay where the loss falls;
+what is left is compared with the base once more, with other seeds. A study can be stopped and started again: what is
+done is kept.
 """
 
 from __future__ import annotations
@@ -29,44 +31,62 @@ from benchmarks.protocol import CENTRE, SEARCH_SEED, Protocol, rate_grid, tried_
 from benchmarks.quality import without_nan
 from benchmarks.scoring import DataSet, add_data_options, chosen
 from benchmarks.study import check_jobs_and_places, commit, once
-from gspn_dit.errors import ArgumentParser, run_cli
+from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
-BASE = "gspn-normed"
-"""The contender that the parts change."""
+SCANS = "gspn-normed"
+"""The contender that is searched unless another is named."""
 U_SHAPED = "gspn-u"
-PARTS: dict[str, dict[str, Any]] = {
-    "no norm, no skip": {"scan_norm": None, "channel_skip": False},
-    "norm without skip": {"channel_skip": False},
-    "RMS norm of the scan": {"scan_norm": "rms"},
-    "norm before the scan": {"scan_norm": "layer", "scan_norm_place": "before"},
-    "norm of each direction": {"scan_norm": "layer", "scan_norm_place": "directions"},
-    "skip from the proxy": {"scan_skip": True},
-    "no lpu": {"lpu": False},
-    "stem convolution for lpu": {"lpu": False, "stem_conv": True},
-    "stem convolution": {"stem_conv": True},
-    "positions": {"positions": True},
-    "scan of ½ the channels": {"scan_expansion": 0.5},
-    "scan of 1.5 the channels": {"scan_expansion": 1.5},
-    "one weight for all channels": {"weight_groups": 1},
-    "a weight per channel": {"weight_groups": None},
-    "proxy of twice the channels": {"proxy_ratio": 8},
-    "proxy of four times the channels": {"proxy_ratio": 4},
-    "two directions": {"scan_directions": ("right", "down")},
-    "windows in every other block": {"scan_window": 4, "scan_global_every": 2},
-    "attention in every third block": {"attention_every": 3},
-    "gates of ½": {"gate_scale": 0.5},
-    "gates of 2": {"gate_scale": 2.0},
-    "SwiGLU": {"mlp": "swiglu"},
-    "RMS norms": {"norm": "rms"},
+_MLP_AND_NORMS: dict[str, dict[str, Any]] = {"SwiGLU": {"mlp": "swiglu"}, "RMS norms": {"norm": "rms"}}
+_HEADS: dict[str, dict[str, Any]] = {"twice the heads": {"num_heads": 4}}
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    SCANS: {
+        "no norm, no skip": {"scan_norm": None, "channel_skip": False},
+        "norm without skip": {"channel_skip": False},
+        "RMS norm of the scan": {"scan_norm": "rms"},
+        "norm before the scan": {"scan_norm": "layer", "scan_norm_place": "before"},
+        "norm of each direction": {"scan_norm": "layer", "scan_norm_place": "directions"},
+        "skip from the proxy": {"scan_skip": True},
+        "no lpu": {"lpu": False},
+        "stem convolution for lpu": {"lpu": False, "stem_conv": True},
+        "stem convolution": {"stem_conv": True},
+        "positions": {"positions": True},
+        "scan of ½ the channels": {"scan_expansion": 0.5},
+        "scan of 1.5 the channels": {"scan_expansion": 1.5},
+        "one weight for all channels": {"weight_groups": 1},
+        "a weight per channel": {"weight_groups": None},
+        "proxy of twice the channels": {"proxy_ratio": 8},
+        "proxy of four times the channels": {"proxy_ratio": 4},
+        "two directions": {"scan_directions": ("right", "down")},
+        "two directions by turns": {"scan_directions": ("right", "down"), "scan_alternate": True},
+        "windows in every other block": {"scan_window": 4, "scan_global_every": 2},
+        "attention in every third block": {"attention_every": 3},
+        "gates of ½": {"gate_scale": 0.5},
+        "gates of 2": {"gate_scale": 2.0},
+        **_MLP_AND_NORMS,
+    },
+    "attention-lpu": {
+        "rotary positions": {"rotary": True},
+        "no positions": {"positions": False},
+        "stem convolution for lpu": {"lpu": False, "stem_conv": True},
+        **_HEADS,
+        **_MLP_AND_NORMS,
+    },
+    "conv": {
+        "no positions": {"positions": False},
+        "lpu": {"lpu": True},
+        "stem convolution": {"stem_conv": True},
+        **_MLP_AND_NORMS,
+    },
+    "linear": {"no positions": {"positions": False}, "lpu": {"lpu": True}, **_HEADS, **_MLP_AND_NORMS},
 }
-"""What each changes in the base; two that name one option do not join."""
+"""What each changes in a contender, the base; two that name one option do not join."""
 BLOCKS: dict[str, dict[str, Any]] = {
     "U-shape": {},
     "U-shape without long skips": {"long_skips": False},
     "U-shape with lpu": {"lpu": True},
     "U-shape with adaLN": {"conditioning": "adaln-zero"},
 }
-"""What each changes in the U-shaped block; none joins a part of the base."""
+"""What each changes in the U-shaped block, beside scans; none joins a part of the base."""
 SHARE = 0.5
 """Of the time, in the first round."""
 KEPT = 8
@@ -93,11 +113,12 @@ class Candidate:
         return Candidate(name, self.contender, tuple(sorted({**dict(self.setting), **part}.items())))
 
 
-def candidates() -> list[Candidate]:
+def candidates(contender: str) -> list[Candidate]:
     """Return the base, then every part alone, then the other blocks, all else as those contenders have it."""
-    base, other = (Candidate(name, name, CONTENDERS[name].settings(1)[0]) for name in (BASE, U_SHAPED))
-    parts = [base.joined(name, part) for name, part in PARTS.items()]
-    return [base, *parts, *(other.joined(name, change) for name, change in BLOCKS.items())]
+    base, other = (Candidate(name, name, CONTENDERS[name].settings(1)[0]) for name in (contender, U_SHAPED))
+    parts = [base.joined(name, part) for name, part in PARTS[contender].items()]
+    others = BLOCKS if contender == SCANS else {}
+    return [base, *parts, *(other.joined(name, change) for name, change in others.items())]
 
 
 Losses = Mapping[str, float]
@@ -169,16 +190,16 @@ class Search:
 
     def join(self, base: Candidate, own: Losses, best: Mapping[str, Losses]) -> tuple[Candidate, list[dict[str, Any]]]:
         """Add parts that are better than the base alone, the best first; return what is left, and every step."""
-        steps, winner, least, changed = [], base, own, set[str]()
+        steps, winner, least, changed, parts = [], base, own, set[str](), PARTS[base.contender]
         for name in in_order(best, own):
-            if name not in PARTS or over(best[name], own) >= 1 or changed & set(PARTS[name]):
+            if name not in parts or over(best[name], own) >= 1 or changed & set(parts[name]):
                 continue
-            joined = winner.joined(name if winner is base else f"{winner.name} + {name}", PARTS[name])
+            joined = winner.joined(name if winner is base else f"{winner.name} + {name}", parts[name])
             losses = best[name] if winner is base else self.round([joined], 1.0, AROUND)[joined.name]
             stays = over(losses, least) < 1
             steps.append({"block": joined.name, "loss": losses, "over_base": over(losses, own), "stays": stays})
             if stays:
-                winner, least, changed = joined, losses, changed | set(PARTS[name])
+                winner, least, changed = joined, losses, changed | set(parts[name])
         return winner, steps
 
     def confirmed(self, base: Candidate, winner: Candidate) -> dict[str, Any]:
@@ -208,10 +229,10 @@ def _told(found: Mapping[str, dict[str, float]], base: Losses) -> list[dict[str,
 class Trainings:
     """Trainings for equal times of the processor, in processes of their own, some of them at once."""
 
-    def __init__(self, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> None:
+    def __init__(self, contender: str, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> None:
         self.data, self.size, self.work = {one.name: one for one in data}, size, work
         self.free = threading.Semaphore(jobs)
-        self.base, *others = candidates()
+        self.base, *others = candidates(contender)
         self.cells: dict[Path, dict[str, Any]] = {}
         """What was trained, by directory."""
         self.timing = threading.Lock()
@@ -221,7 +242,7 @@ class Trainings:
     def timed(self, name: str, others: Sequence[Candidate]) -> list[tuple[Candidate, float]]:
         """Return what a step of the base and of others takes, in turn."""
         words = {str(one): self.cell(one, name, CENTRE, 100).arguments(self.size) for one in (self.base, *others)}
-        label = str(others[0]) if len(others) == 1 else "parts"
+        label = str(others[0]) if len(others) == 1 else f"parts of {self.base.name}"
         file = self.work / name / f"calibration {label}-{self.size}.json"
         found = calibration.calibrated(file, words, SEARCH_ROUNDS, time.process_time)
         return [(one, found[str(one)]) for one in (self.base, *others)]
@@ -255,19 +276,20 @@ class Trainings:
         return {"val_loss": loss, "commit": commit(directory / "run")}
 
 
-def study(data: Sequence[DataSet], size: str, work: Path, jobs: int) -> dict[str, Any]:
+def study(contender: str, kept: int, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> dict[str, Any]:
     """Run every training that is not there yet, and return what was found."""
     from benchmarks.measure import CpuDevice, software
 
-    trainings = Trainings(data, size, work, jobs)
-    found = Search(list(trainings.data), trainings.loss).run(candidates(), KEPT)
+    trainings = Trainings(contender, data, size, work, jobs)
+    found = Search(list(trainings.data), trainings.loss).run(candidates(contender), kept)
     return without_nan(
         {
             "size": size,
             "seeds": [SEARCH_SEED, *CONFIRMING_SEEDS],
             "share_of_time_alone": SHARE,
             "data": {one.name: {"tokens": one.tokens, "seconds": one.seconds} for one in data},
-            "parts": {str(one): one.name for one in candidates()},
+            "parts": {str(one): one.name for one in candidates(contender)},
+            "kept": kept,
             "milliseconds_per_step": {f"{name}, {one}": ms for (name, one), ms in trainings.times.items()},
             **found,
             "cells": [trainings.cells[directory] for directory in sorted(trainings.cells)],
@@ -281,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a search."""
     parser = ArgumentParser(prog="benchmarks.block", description=(__doc__ or "").split("\n")[0])
     add_data_options(parser, tuple(scoring.DATA_SETS), several=True)
+    parser.add_argument("--base", choices=tuple(PARTS), default=SCANS, help="the contender whose parts are searched")
+    parser.add_argument("--kept", type=int, default=KEPT, help="parts that go on to the second round")
     parser.add_argument("--size", default=Protocol.size, help="preset of all models, such as N or T")
     parser.add_argument("--seconds", nargs="+", default=[], metavar="NAME=S", help="of the processor, for a training")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
@@ -289,10 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_jobs_and_places(options)
     data = scoring.with_seconds(chosen(options), options.seconds)
-    for one in candidates():
+    if options.kept < 1:
+        raise UserError(f"--kept is {options.kept}, but must be at least 1")
+    for one in candidates(options.base):
         for each in data:
             fitted(one.contender, one.setting, each, options.size)
-    publish(study(data, options.size, options.work, options.jobs), options.out, ("base", "winner"))
+    found = study(options.base, options.kept, data, options.size, options.work, options.jobs)
+    publish(found, options.out, ("base", "winner"))
 
 
 if __name__ == "__main__":

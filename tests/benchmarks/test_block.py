@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import block, calibration, contest
-from benchmarks.block import BASE, PARTS, Candidate, Search, Trainings, candidates, over
+from benchmarks.block import PARTS, SCANS, Candidate, Search, Trainings, candidates, over
 from benchmarks.block_tables import block_table
 from benchmarks.contenders import fitted, train_words
 from benchmarks.protocol import SEARCH_SEED
@@ -27,7 +27,7 @@ WORTH = {GOOD: 0.9, BETTER: 0.8, SPOILT: 0.95, BAD: 1.2}
 
 
 def find(name: str) -> Candidate:
-    return next(one for one in candidates() if one.name == name)
+    return next(one for one in candidates(SCANS) if one.name == name)
 
 
 class Losses:
@@ -48,7 +48,7 @@ class Losses:
 
 def searched(kept: int) -> tuple[dict[str, Any], Losses]:
     losses = Losses()
-    tried = [find(name) for name in (BASE, BAD, GOOD, BETTER, SPOILT)]
+    tried = [find(name) for name in (SCANS, BAD, GOOD, BETTER, SPOILT)]
     return Search(["near", "far"], losses).run(tried, kept), losses
 
 
@@ -59,7 +59,7 @@ def test_base_has_its_own_rate_and_parts_are_judged_beside_it() -> None:
         "far": 0.016,
     }
     alone = {row["block"]: row["over_base"] for row in found["alone"]}
-    assert alone == pytest.approx({BASE: 1, BETTER: 0.8, GOOD: 0.9 * 1.1, SPOILT: 0.95, BAD: 1.2})
+    assert alone == pytest.approx({SCANS: 1, BETTER: 0.8, GOOD: 0.9 * 1.1, SPOILT: 0.95, BAD: 1.2})
     assert losses.calls[BAD, 0.5, SEARCH_SEED] == 2  # one rate on each data set, and no second round
     assert losses.calls[BAD, 1.0, SEARCH_SEED] == 0
 
@@ -76,12 +76,12 @@ def test_parts_join_while_the_loss_falls() -> None:
     steps = {row["block"]: (round(row["over_base"], 6), row["stays"]) for row in found["together"]}
     both = f"{BETTER} + {GOOD}"
     assert steps == {BETTER: (0.8, True), both: (0.72, True), f"{both} + {SPOILT}": (round(0.72 * 1.14, 6), False)}
-    assert found["winner"]["options"] == {**dict(find(BASE).setting), **PARTS[GOOD], **PARTS[BETTER]}
+    assert found["winner"]["options"] == {**dict(find(SCANS).setting), **PARTS[SCANS][GOOD], **PARTS[SCANS][BETTER]}
 
 
 def test_two_parts_that_name_one_option_do_not_join() -> None:
     worth = {"gates of 2": 0.8, "gates of ½": 0.9}
-    tried = [find(name) for name in (BASE, *worth)]
+    tried = [find(name) for name in (SCANS, *worth)]
 
     def loss(one: Candidate, name: str, rate: float, share: float, seed: int) -> float:
         return worth.get(one.name, 1.0) * (1 + abs(math.log2(rate / 0.008)))
@@ -97,28 +97,30 @@ def test_winner_is_compared_with_seeds_that_chose_nothing() -> None:
     assert [(row["data"], row["seed"]) for row in winner["seeds"]] == [
         (name, SEARCH_SEED + number) for name in ("near", "far") for number in (1, 2)
     ]
-    assert losses.calls[BASE, 1.0, SEARCH_SEED + 1] == 2
+    assert losses.calls[SCANS, 1.0, SEARCH_SEED + 1] == 2
 
 
 def test_block_that_diverges_goes_no_further() -> None:
     def loss(one: Candidate, name: str, rate: float, share: float, seed: int) -> float:
         return math.inf if one.name == GOOD else Losses()(one, name, rate, share, seed)
 
-    found = Search(["near"], loss).run([find(BASE), find(GOOD), find(SPOILT)], kept=1)
+    found = Search(["near"], loss).run([find(SCANS), find(GOOD), find(SPOILT)], kept=1)
     assert [row["block"] for row in found["best"]] == [SPOILT]
     assert over({"near": math.inf}, {"near": 1.0}) == math.inf
 
 
-@pytest.mark.parametrize("one", candidates(), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [one for base in PARTS for one in candidates(base)], ids=str)
 def test_every_block_has_the_parameters_of_attention(one: Candidate) -> None:
     options = fitted(one.contender, one.setting, DIGITS, "N")  # raises where it has not
     parse_train_arguments(["--config", DIGITS.config, *train_words(options)])
 
 
-def test_parts_change_the_base() -> None:
-    base = fitted(BASE, find(BASE).setting, DIGITS, "N")
-    for name, part in PARTS.items():
-        changed = fitted(BASE, find(name).setting, DIGITS, "N")
+@pytest.mark.parametrize("contender", PARTS)
+def test_parts_change_the_base(contender: str) -> None:
+    tried = {one.name: one.setting for one in candidates(contender)}
+    base = fitted(contender, tried[contender], DIGITS, "N")
+    for name, part in PARTS[contender].items():
+        changed = fitted(contender, tried[name], DIGITS, "N")
         assert any(base.get(key) != changed.get(key) for key in part), name
 
 
@@ -147,15 +149,15 @@ class Trained:
 
 def test_trainings_have_equal_time_and_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = Trained(monkeypatch)
-    trainings = Trainings([DIGITS], "N", tmp_path, jobs=1)
-    base = len(candidates()) * 50.0
-    assert trainings.loss(find(BASE), "digits", 0.01, 1.0, 100) == 1 / int(1e3 * DIGITS.seconds / base)
+    trainings = Trainings(SCANS, [DIGITS], "N", tmp_path, jobs=1)
+    base = len(candidates(SCANS)) * 50.0
+    assert trainings.loss(find(SCANS), "digits", 0.01, 1.0, 100) == 1 / int(1e3 * DIGITS.seconds / base)
     assert trainings.loss(find(GOOD), "digits", 0.01, 0.5, 100) == 1 / int(0.5e3 * DIGITS.seconds / 100)
     assert trainings.loss(find(GOOD), "digits", 0.04, 0.5, 100) == math.inf
     # What joins parts is timed beside the base: as long as that, in its first time's unit.
-    joined = find(GOOD).joined("both", PARTS[BETTER])
+    joined = find(GOOD).joined("both", PARTS[SCANS][BETTER])
     assert trainings.milliseconds(joined, "digits") == base
-    again = Trainings([DIGITS], "N", tmp_path, jobs=1)
+    again = Trainings(SCANS, [DIGITS], "N", tmp_path, jobs=1)
     assert again.loss(find(GOOD), "digits", 0.04, 0.5, 100) == math.inf
     assert world.count == 3
 
@@ -167,7 +169,7 @@ def test_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.Monke
     block.main(words)
     found = json.loads(out.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
     assert found["data"] == {"digits": {"tokens": 16, "seconds": 10}}
-    assert {row["block"] for row in found["alone"]} == {one.name for one in candidates()}
+    assert {row["block"] for row in found["alone"]} == {one.name for one in candidates(SCANS)}
     assert {cell["commit"] for cell in found["cells"]} == {"abcdef0"}
     text = block_table({**found, "machine": MACHINE})
     assert text.count("\n| ") == 1 + len(found["alone"]) + 2 + len(found["together"]) and "Trained at abcdef0." in text
@@ -177,6 +179,7 @@ def test_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.Monke
     ("words", "problem"),
     [
         (["--jobs", "0"], "--jobs is 0, but must be at least 1"),
+        (["--kept", "0"], "--kept is 0, but must be at least 1"),
         (["--seconds", "-1"], "--seconds is -1, but must be a number above 0"),
         (["--size", "XS"], "--size is XS, but must be one of"),
     ],
