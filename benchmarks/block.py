@@ -236,23 +236,23 @@ class Trainings:
         self.cells: dict[Path, dict[str, Any]] = {}
         """What was trained, by directory."""
         self.timing = threading.Lock()
-        self.times = {(name, str(one)): ms for name in self.data for one, ms in self.timed(name, others)}
-        """Milliseconds of the processor for a training step."""
+        self.times: dict[tuple[str, str], float] = {}
+        """Milliseconds of the processor for a training step, by data set and block."""
+        for name in self.data:
+            self.calibrate(name, others)
 
-    def timed(self, name: str, others: Sequence[Candidate]) -> list[tuple[Candidate, float]]:
-        """Return what a step of the base and of others takes, in turn."""
+    def calibrate(self, name: str, others: Sequence[Candidate]) -> None:
+        """Find what a step of the base and of others takes, in turn; of those that are known already, nothing."""
         words = {str(one): self.cell(one, name, CENTRE, 100).arguments(self.size) for one in (self.base, *others)}
-        label = str(others[0]) if len(others) == 1 else f"parts of {self.base.name}"
-        file = self.work / name / f"calibration {label}-{self.size}.json"
+        file = self.work / name / f"calibration of {self.base.name}-{self.size}.json"
         found = calibration.calibrated(file, words, SEARCH_ROUNDS, time.process_time)
-        return [(one, found[str(one)]) for one in (self.base, *others)]
+        self.times.update({(name, one): ms for one, ms in found.items()})
 
     def milliseconds(self, one: Candidate, name: str) -> float:
-        """Return what a step takes; one that joins parts is timed in turn with the base, whose first time counts."""
+        """Return what a step takes."""
         with self.timing:
             if (name, str(one)) not in self.times:
-                (_, base), (_, own) = self.timed(name, [one])
-                self.times[name, str(one)] = own / base * self.times[name, str(self.base)]
+                self.calibrate(name, [one])
             return self.times[name, str(one)]
 
     def cell(self, one: Candidate, name: str, rate: float, steps: int, seed: int = SEARCH_SEED) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,11 +59,16 @@ def calibrated(
 ) -> dict[str, float]:
     """Return milliseconds per step, kept in a JSON file so that resumed studies keep their budgets.
 
-    Only variants that the file lacks are timed; the runs that it takes are written beside it.
+    Only variants that the file lacks are timed, in turn with the first that it has: their times are in the unit of that
+    one's, whatever the machine does beside. The runs that it takes are written beside the file.
     """
     known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if missing := {variant: words for variant, words in arguments.items() if variant not in known}:
-        known |= milliseconds_per_step(missing, file.with_suffix(""), rounds, clock)
+        anchor = {variant: words for variant, words in arguments.items() if variant in known}
+        anchor = dict(list(anchor.items())[:1])
+        found = milliseconds_per_step({**anchor, **missing}, file.with_suffix(""), rounds, clock)
+        unit = math.prod(known[variant] / found[variant] for variant in anchor)
+        known |= {variant: unit * found[variant] for variant in missing}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=2), encoding="utf-8")
     return {variant: known[variant] for variant in arguments}

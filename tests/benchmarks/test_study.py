@@ -63,15 +63,16 @@ def test_a_calibration_is_kept_when_variants_are_added(monkeypatch: pytest.Monke
 
     def measure(words: dict[str, list[str]], *_: object) -> dict[str, float]:
         asked.append(list(words))
-        return {name: 10.0 * len(asked) for name in words}
+        return {name: 10.0 * len(asked) + 5.0 * (name == "c") for name in words}
 
     monkeypatch.setattr(calibration, "milliseconds_per_step", measure)
     variants: dict[str, list[str]] = {"a": [], "b": [], "c": []}
     file = tmp_path / "some" / "calibration.json"
     assert calibration.calibrated(file, {name: variants[name] for name in "ab"}) == {"a": 10.0, "b": 10.0}
     assert calibration.calibrated(file, {"b": []}) == {"b": 10.0}
-    assert calibration.calibrated(file, variants) == {"a": 10.0, "b": 10.0, "c": 20.0}
-    assert asked == [["a", "b"], ["c"]]
+    # "c" took 25 where "a" took 20, so that it takes 12.5 where "a" took 10
+    assert calibration.calibrated(file, variants) == {"a": 10.0, "b": 10.0, "c": 12.5}
+    assert asked == [["a", "b"], ["a", "c"]]
 
 
 def test_the_best_rate_and_whether_a_better_one_may_lie_beyond() -> None:
