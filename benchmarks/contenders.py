@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.scoring import DataSet
 from gspn_dit.errors import UserError
+from gspn_dit.models.presets import GSPN2_BLOCK
 
 REFERENCE = "attention"
 """Whose parameters, and steps where those are equal, all others have."""
@@ -58,6 +59,7 @@ NARROWER = "5/6 of the preset"
 _U_SHAPED = {"hidden_size": NARROWER, "gate_norm": True}
 _U_OPTIONS = {"positions": _FLAG, "lpu": _FLAG, "long_skips": _UNSET, "norm": ("layer", "rms")}
 _GATES = {"gate_scale": (1.0, 0.5, 2.0)}
+_GSPN2_OPTIONS = {"weight_groups": (4, None, 1), **_GATES, "norm": ("layer", "rms")}
 _NORMED = {"scan_norm": "layer", "channel_skip": True}
 
 CONTENDERS: dict[str, Contender] = {
@@ -88,6 +90,8 @@ CONTENDERS: dict[str, Contender] = {
         {"weight_groups": (4, None, 1), **_GATES, "positions": _FLAG, "norm": ("layer", "rms")},
         ours=True,
     ),
+    "gspn2": Contender("GSPN2", GSPN2_BLOCK, _GSPN2_OPTIONS, ours=True),
+    "gspn2-free": Contender("GSPN2", {**GSPN2_BLOCK, "positions": False}, _GSPN2_OPTIONS, ours=True),
     # In the U-shaped block.
     "attention-u": Contender("GSPN", {"mixer": "attention", "num_heads": 2, **_U_SHAPED}, _U_OPTIONS),
     "conv-u": Contender("GSPN", {"mixer": "conv", **_U_SHAPED}, _U_OPTIONS),

@@ -38,7 +38,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 """What differs from the baseline: AdamW, predicted velocities, times as they are drawn."""
 MODELS: dict[str, dict[str, Any]] = {
     "digits": {"config": "demo", "model.name": "DiT-N/2", "model.mixer": "gspn", "model.lpu": True},
-    "emoji": {"config": "demo_colour", "model.name": "GSPN2-N/4", "model.hidden_size": 64, "model.positions": False},
+    "emoji": {
+        **{"config": "demo_colour", "model.name": "DiT-N/4", "model.hidden_size": 64, "model.positions": False},
+        **{
+            "model.weight_groups": 4,
+            "model.mixer_options.scan_norm": "layer",
+            "model.mixer_options.channel_skip": True,
+        },
+    },
 }
 """By data set, the config that all recipes share, and what they change in it."""
 EMOJI_SETTING: dict[str, Any] = {"samples": 540, "steps": 20, "guidance_scale": 2.0, "sampling_seed": "the cell's"}

@@ -59,6 +59,11 @@ GSPN2_BLOCK: dict[str, Any] = {
     "lpu": True,
     "scan_norm": "layer",
     "channel_skip": True,
+    "mlp": "swiglu",
+    "proxy_ratio": 8,
+    "scan_directions": ("right", "down"),
+    "scan_alternate": True,
+    "positions": True,
 }
 """What the blocks of these models have unless they are told otherwise; docs/quality.md says what each is worth."""
 

@@ -31,10 +31,11 @@ def test_sizes_are_those_of_gspn(size: str) -> None:
 
 def test_blocks_are_what_was_chosen() -> None:
     model = on_meta("GSPN2-N/2")
-    assert isinstance(model, DiT) and not model.has_positions
-    assert all(block.lpu is not None for block in model.blocks)
+    assert isinstance(model, DiT) and model.has_positions
+    assert all(block.lpu is not None and block.gated for block in model.blocks)
     scans = [module for module in model.modules() if isinstance(module, GSPNMixer)]
-    assert len(scans) == GSPN2_PRESETS["N"].depth
+    assert [scan.directions for scan in scans] == 3 * [("right", "down"), ("left", "up")]
+    assert {scan.to_proxy.out_features for scan in scans} == {64 // 8}
     spelled = on_meta("DiT-N/2", **GSPN2_BLOCK)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in spelled.named_parameters()}
 
