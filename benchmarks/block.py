@@ -60,6 +60,8 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "two directions by turns": {"scan_directions": ("right", "down"), "scan_alternate": True},
         "windows in every other block": {"scan_window": 4, "scan_global_every": 2},
         "attention in every third block": {"attention_every": 3},
+        "convolution in every other block": {"conv_every": 2},
+        "gate of the channels": {"channel_gate": True},
         "gates of ½": {"gate_scale": 0.5},
         "gates of 2": {"gate_scale": 2.0},
         **_MLP_AND_NORMS,

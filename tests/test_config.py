@@ -436,6 +436,7 @@ def no_default() -> Config:
                 stem_conv=True,
                 mlp_ratio=1.5,
                 attention_every=2,
+                conv_every=4,
                 scan_global_every=3,
             ),
         ),

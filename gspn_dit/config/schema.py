@@ -76,6 +76,8 @@ class ModelConfig(Section):
     """Null: 16."""
     attention_every: int | None = None
     """Every so many blocks one, the last, has attention in the mixer's place; null: none has."""
+    conv_every: int | None = None
+    """Every so many blocks one, the last, has a convolution in the mixer's place; null: none has."""
     scan_global_every: int | None = None
     """With `scan_window`: every so many blocks the scan of one, the last, is global; null: none is."""
 
@@ -86,7 +88,7 @@ class ModelConfig(Section):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name} is {value}, but must be at least 1")
         require_line_count("model.scan_window", self.scan_window)
-        for name in ("attention_every", "scan_global_every"):
+        for name in ("attention_every", "conv_every", "scan_global_every"):
             value = getattr(self, name)
             require(value is None or value >= 2, f"model.{name} is {value}, but must be at least 2")
         ratio = self.mlp_ratio

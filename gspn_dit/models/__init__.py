@@ -36,6 +36,7 @@ _OF_BOTH = (
     "positions",
     "interpolate_positions",
     "attention_every",
+    "conv_every",
     "scan_global_every",
 )
 _OF_DIT = (*_OF_BOTH, "mlp", "mlp_norm_epsilon", "timestep_endpoint")

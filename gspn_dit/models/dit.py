@@ -93,7 +93,7 @@ class DiT(DiffusionModel):
         depth: number of blocks.
         num_heads: heads of attention; not used by mixers without.
         mixer: one of `MIXERS`.
-        attention_every, scan_global_every: see `block_mixers`.
+        attention_every, conv_every, scan_global_every: see `block_mixers`.
         grid, interpolate_positions, stem_conv, second_time: as in `DiffusionModel`.
         positions: add positions to the patches; None for where the mixer needs them, which attention alone does.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
@@ -129,6 +129,7 @@ class DiT(DiffusionModel):
         second_time: bool = False,
         stem_conv: bool = False,
         attention_every: int | None = None,
+        conv_every: int | None = None,
         scan_global_every: int | None = None,
         **mixer_options: Any,
     ) -> None:
@@ -152,7 +153,9 @@ class DiT(DiffusionModel):
         self.mixer = mixer
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, MIXERS[name][0](hidden_size, options), mlp_norm_epsilon, lpu, norm, mlp, mlp_ratio)
-            for name, options in block_mixers(mixer, depth, mixer_options, attention_every, scan_global_every)
+            for name, options in block_mixers(
+                mixer, depth, mixer_options, attention_every, conv_every, scan_global_every
+            )
         )
         self._finish(drop_path_rate)
 

@@ -111,7 +111,7 @@ class GSPNTransformer(DiffusionModel):
         mixer: of `MIXERS`; "gspn" is the scan itself, between the maps that the block has.
         num_heads: of a mixer that has heads.
         lpu, norm, mlp_ratio, gate_norm: see `GSPNBlock`.
-        attention_every, scan_global_every: see `block_mixers`.
+        attention_every, conv_every, scan_global_every: see `block_mixers`.
         mixer_options: the mixer's own, by name.
 
     Raises:
@@ -141,6 +141,7 @@ class GSPNTransformer(DiffusionModel):
         interpolate_positions: bool = False,
         stem_conv: bool = False,
         attention_every: int | None = None,
+        conv_every: int | None = None,
         scan_global_every: int | None = None,
         **mixer_options: Any,
     ) -> None:
@@ -172,7 +173,9 @@ class GSPNTransformer(DiffusionModel):
         self.mixer = mixer
         self.blocks = nn.ModuleList(
             GSPNBlock(hidden_size, new_mixer(*of_block), self.modulated, lpu, norm, mlp_ratio, gate_norm)
-            for of_block in block_mixers(mixer, depth + 1, mixer_options, attention_every, scan_global_every)
+            for of_block in block_mixers(
+                mixer, depth + 1, mixer_options, attention_every, conv_every, scan_global_every
+            )
         )
         skips = depth // 2 if long_skips else 0
         self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in range(skips))

@@ -121,6 +121,7 @@ def block_mixers(
     depth: int,
     given: Mapping[str, Any],
     attention_every: int | None = None,
+    conv_every: int | None = None,
     scan_global_every: int | None = None,
 ) -> list[tuple[str, Any]]:
     """Return the mixer's name and options of each of `depth` blocks, from the first.
@@ -130,32 +131,44 @@ def block_mixers(
         depth: number of blocks.
         given: options by name; of attention as well, where some blocks have it.
         attention_every: every so many blocks one has attention in the mixer's place, the last of them; None: none has.
+        conv_every: the same of convolutions; where both would stand, attention does.
         scan_global_every: every so many blocks the scan of one knows no window, the last of them; None: all have it.
 
     Raises:
         ValueError: as `read_options`, or a value that no block or every block would follow.
     """
-    for name, every in (("attention_every", attention_every), ("scan_global_every", scan_global_every)):
-        if every is not None and not 2 <= every <= depth:
-            raise ValueError(f"{name} is {every}, but must be at least 2 and at most the {depth} blocks of the model")
-    attention: dict[str, Any] = {}
-    if attention_every is not None:
-        if mixer == "attention":
-            raise ValueError("attention_every is for other mixers than attention; leave it out")
-        attention = {name: given[name] for name in option_names("attention") if name in given}
-        given = {name: value for name, value in given.items() if name not in attention or name in option_names(mixer)}
+    _check_every(
+        mixer, depth, attention_every=attention_every, conv_every=conv_every, scan_global_every=scan_global_every
+    )
     if scan_global_every is not None and given.get("scan_window") is None:
         raise ValueError("scan_global_every needs the windows of the other blocks; give scan_window or leave it out")
-    own = read_options(mixer, given)
+    others: dict[str, tuple[int, Any]] = {}
+    if attention_every is not None:
+        attention = {name: given[name] for name in option_names("attention") if name in given}
+        given = {name: value for name, value in given.items() if name not in attention or name in option_names(mixer)}
+        others["attention"] = attention_every, read_options("attention", attention)
+    if conv_every is not None:
+        others["conv"] = conv_every, ConvOptions()
+    own, scans, found = read_options(mixer, given), 0, list[tuple[str, Any]]()
+    for number in range(1, depth + 1):
+        other = next((name for name, (every, _) in others.items() if number % every == 0), None)
+        options = own if other is None else others[other][1]
+        if isinstance(options, ScanOptions):
+            scans += 1
+            options = options.of_scan(scans)
+            if scan_global_every is not None and number % scan_global_every == 0:
+                options = dataclasses.replace(options, scan_window=None)
+        found.append((other or mixer, options))
+    return found
 
-    def of_block(number: int) -> tuple[str, Any]:
-        if attention_every is not None and number % attention_every == 0:
-            return "attention", read_options("attention", attention)
-        if scan_global_every is not None and number % scan_global_every == 0:
-            return mixer, dataclasses.replace(own.in_block(number), scan_window=None)
-        return mixer, own.in_block(number) if isinstance(own, ScanOptions) else own
 
-    return [of_block(number) for number in range(1, depth + 1)]
+def _check_every(mixer: str, depth: int, **every: int | None) -> None:
+    """Raise ValueError for a number that no block or every block would follow, or of the mixer that all have."""
+    for name, number in every.items():
+        if number is not None and not 2 <= number <= depth:
+            raise ValueError(f"{name} is {number}, but must be at least 2 and at most the {depth} blocks of the model")
+        if number is not None and name == f"{mixer}_every":
+            raise ValueError(f"{name} is for other mixers than {mixer}; leave it out")
 
 
 def unseen_options() -> dict[str, Any]:

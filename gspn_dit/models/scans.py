@@ -31,8 +31,8 @@ class ScanOptions:
     """Add (a linear map of the proxy) ⊙ tokens to the merged scan."""
     scan_directions: Sequence[str] = dataclasses.field(default=DIRECTIONS, metadata=UNSEEN)
     scan_alternate: bool = dataclasses.field(default=False, metadata=UNSEEN)
-    """Every other block of a model scans in the opposite directions: with two, as right and down, each token reaches
-    all others within two blocks, for half of the scans of four."""
+    """Every other scan of a model goes in the opposite directions: with two, as right and down, each token reaches all
+    others within two blocks, for half of the cost of four."""
     weight_groups: int | None = None
     """Groups of channels that share propagation weights (GSPN-2); None for one per channel."""
     scan_window: int | None = None
@@ -43,13 +43,16 @@ class ScanOptions:
     """A norm with learned scale at the scan, "layer" or "rms"; None for none."""
     scan_norm_place: str = dataclasses.field(default="after", metadata=UNSEEN)
     """Of its input ("before"), its result ("after"), or each direction's result before they merge ("directions")."""
+    channel_gate: bool = False
+    """Scale each channel of the result by the sigmoid of a linear map of the channels' means over the image, as
+    `ConvMixer` does (DiCo, arXiv 2505.11196)."""
     channel_skip: bool = False
     """Add d ⊙ tokens to the scan, behind its norm: one d for each channel, 1 at the start."""
     gate_scale: float = 1.0
     """By which the first weights of the gates are multiplied; see `GSPNMixer.initialise`."""
 
-    def in_block(self, number: int) -> ScanOptions:
-        """Return those of a model's block, numbered from 1; raises ValueError for directions that have no opposites."""
+    def of_scan(self, number: int) -> ScanOptions:
+        """Return those of a model's scan, numbered from 1; raises ValueError for directions that have no opposites."""
         if not self.scan_alternate:
             return self
         direction_codes(self.scan_directions)
@@ -79,6 +82,7 @@ class ScanOptions:
             norm=self.scan_norm,
             norm_place=self.scan_norm_place,
             channel_skip=self.channel_skip,
+            channel_gate=self.channel_gate,
             gate_scale=self.gate_scale,
         )
 
@@ -97,7 +101,7 @@ class GSPNMixer(Mixer):
         proxy_channels: width of the proxy; None for channels // proxy_ratio.
         proxy_ratio: see `proxy_channels`.
         skip: add (a linear map of the proxy) ⊙ tokens to the result; it passes a norm after the scan, too.
-        norm, norm_place, channel_skip, gate_scale: see `ScanOptions`.
+        norm, norm_place, channel_skip, channel_gate, gate_scale: see `ScanOptions`.
 
     Raises:
         ValueError: a value out of range.
@@ -116,6 +120,7 @@ class GSPNMixer(Mixer):
         norm: str | None = None,
         norm_place: str = "after",
         channel_skip: bool = False,
+        channel_gate: bool = False,
         gate_scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -138,6 +143,7 @@ class GSPNMixer(Mixer):
         self.norm_place = None if norm is None else norm_place
         self.norms = nn.ModuleList(NORMS[norm or "layer"](channels, eps=1e-6) for _ in range(norms))
         self.channel_skip = nn.Parameter(torch.ones(channels)) if channel_skip else None
+        self.channel_gate = nn.Linear(channels, channels) if channel_gate else None
 
     def initialise(self) -> None:
         """Draw gates that keep the tokens' scale: with deviation σ, a sum of u·λ·x over D directions has D·σ⁴ of x's.
@@ -159,6 +165,8 @@ class GSPNMixer(Mixer):
             mixed = self.norms[0](mixed)
         if self.channel_skip is not None:
             mixed = mixed + self.channel_skip * tokens
+        if self.channel_gate is not None:
+            mixed = mixed * torch.sigmoid(self.channel_gate(mixed.mean((1, 2), keepdim=True)))
         return mixed.to(scanned.dtype)  # autocast's, which norms and parameters need not have
 
     def _scan(self, tokens: Tensor) -> Tensor:
@@ -195,7 +203,9 @@ class GSPNMixer(Mixer):
     def multiply_adds(self, height: int, width: int) -> int:
         tokens = height * width
         skips = tokens * self.channels * ((self.to_skip is not None) + (self.channel_skip is not None))
-        return maps_multiply_adds(self, tokens) + self.scan_multiply_adds(height, width) + skips
+        # on the image's means, not on every token
+        means = 0 if self.channel_gate is None else (tokens - 1) * self.channel_gate.weight.numel()
+        return maps_multiply_adds(self, tokens) - means + self.scan_multiply_adds(height, width) + skips
 
     def working_elements(self, height: int, width: int) -> int:
         maps = (self.to_logits, self.to_input_gate, self.to_output_gate)

@@ -18,6 +18,7 @@ from gspn_dit.models.attention import AttentionMixer
 from gspn_dit.models.embeddings import sincos_positions
 from gspn_dit.models.flops import forward_multiply_adds
 from gspn_dit.models.gspn import GSPNBlock
+from gspn_dit.models.mixers import ConvMixer
 from gspn_dit.models.scans import GSPNMixer, ScanOptions
 from gspn_dit.pipeline import GSPNPipeline
 from tests.models.conftest import lively
@@ -35,6 +36,7 @@ OF_BOTH: list[dict[str, Any]] = [
     {"norm": "rms", "mlp_ratio": 1.5},
     {"attention_every": 2, "num_heads": 2, "scan_norm": "rms", "rotary": True},
     {"scan_global_every": 3, "scan_window": 2, "channel_skip": True},
+    {"conv_every": 2, "scan_norm": "layer", "channel_gate": True},
 ]
 OF_GSPN: list[dict[str, Any]] = [
     {"gate_norm": True},
@@ -139,19 +141,39 @@ def test_which_blocks_have_attention_and_which_scans_no_window(build: Build, fam
     assert set(windows.values()) == {2, None}
 
 
+@pytest.mark.parametrize("options", [{}, {"conv_every": 2}, {"attention_every": 2, "num_heads": 2}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_other_block_scans_in_the_opposite_directions(build: Build, family: str) -> None:
-    options = {"scan_directions": ["right", "down"], "scan_alternate": True, "mixer": "gspn"}
-    model = build(name=family, depth=2, **options)
+def test_every_other_scan_goes_in_the_opposite_directions(build: Build, family: str, options: dict[str, Any]) -> None:
+    options |= {"scan_directions": ["right", "down"], "scan_alternate": True, "mixer": "gspn"}
+    model = build(name=family, depth=4, **options)
     scans = [module for module in model.modules() if isinstance(module, GSPNMixer)]
-    turns = [("right", "down"), ("left", "up"), ("right", "down")]
+    turns = [("right", "down"), ("left", "up"), ("right", "down"), ("left", "up"), ("right", "down")]
     assert [scan.directions for scan in scans] == turns[: len(scans)] and len(scans) >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_blocks_have_convolutions(build: Build, family: str) -> None:
+    model = build(name=family, depth=6, mixer="gspn", conv_every=2, attention_every=3, num_heads=2)
+    kinds = [type(getattr(block.mixer, "scan", block.mixer)) for block in model.blocks]
+    assert kinds[:6] == [GSPNMixer, ConvMixer, AttentionMixer, ConvMixer, GSPNMixer, AttentionMixer]
+
+
+def test_gate_of_channels_by_the_formula() -> None:
+    torch.manual_seed(0)
+    mixer = GSPNMixer(4, proxy_channels=2, channel_gate=True).double()
+    mixer.initialise()
+    tokens, gate = torch.randn(2, 3, 5, 4).double(), mixer.channel_gate
+    scanned = mixer._scan(tokens)
+    expected = scanned / (1 + torch.exp(-(scanned.mean((1, 2)) @ gate.weight.T + gate.bias)))[:, None, None]
+    torch.testing.assert_close(mixer(tokens), expected, **EXACT)
+    plain = GSPNMixer(4, proxy_channels=2)
+    assert mixer.multiply_adds(3, 5) - plain.multiply_adds(3, 5) == 4 * 4  # once for an image
 
 
 def test_a_token_reaches_every_other_in_two_blocks_that_alternate() -> None:
     torch.manual_seed(0)
     options = ScanOptions(scan_directions=("right", "down"), scan_alternate=True, proxy_channels=2)
-    mixers = [options.in_block(number).create(4) for number in (1, 2, 3)]
+    mixers = [options.of_scan(number).create(4) for number in (1, 2, 3)]
     for mixer in mixers:
         mixer.initialise()
     tokens = torch.randn(1, 3, 3, 4, requires_grad=True)
@@ -182,6 +204,8 @@ def test_gspn_models_count_what_they_add() -> None:
         ({"attention_every": 1}, "attention_every is 1, but must be at least 2 and at most the 7 blocks of the model"),
         ({"attention_every": 8}, "attention_every is 8, but must be at least 2 and at most the 7 blocks of the model"),
         ({"attention_every": 2, "mixer": "attention"}, "attention_every is for other mixers than attention"),
+        ({"conv_every": 8}, "conv_every is 8, but must be at least 2 and at most the 7 blocks of the model"),
+        ({"conv_every": 2, "mixer": "conv"}, "conv_every is for other mixers than conv"),
         ({"scan_global_every": 2}, "scan_global_every needs the windows of the other blocks; give scan_window"),
         (
             {"scan_global_every": 2, "scan_window": 2, "mixer": "conv"},
