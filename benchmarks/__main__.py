@@ -36,7 +36,7 @@ COMMANDS: dict[str, list[str]] = {
     "backbones": ["benchmarks.backbones", "--out"],
     "block": [
         *("benchmarks.block", "--data", "fashion", "fashion-256", "--seconds", "fashion=40", "fashion-256=50"),
-        "--out",
+        *("--kept", "10", "--out"),
     ],
     "block_attention": [*RIVALS_BLOCK, "--base", "attention-lpu", "--out"],
     "block_conv": [*RIVALS_BLOCK, "--base", "conv", "--out"],
