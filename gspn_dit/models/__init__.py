@@ -100,6 +100,8 @@ def create_model(
             raise ValueError(f"{unknown[0]} is an option of {other} models, but the model is {name}; leave it out")
         raise ValueError(f"unknown model option '{unknown[0]}'; allowed are {', '.join(allowed[family])}")
     options: dict[str, Any] = {**preset_options(family, size), **given, "patch_size": patch_size}
+    if "proxy_ratio" in given and "proxy_channels" not in given:
+        options.pop("proxy_channels", None)  # a preset's own
     options["grid"] = (height // patch_size, width // patch_size)
     if family == "GSPN":
         from gspn_dit.models.gspn import GSPNTransformer

@@ -9,8 +9,9 @@ import torch
 
 from gspn_dit.config import parse_train_arguments
 from gspn_dit.models import GSPN2_PRESETS, DiT, create_model
+from gspn_dit.models.mixers import ConvMixer
 from gspn_dit.models.presets import GSPN2_BLOCK
-from gspn_dit.models.scans import GSPNMixer
+from gspn_dit.models.scans import GSPNMixer, ScanMixer
 from tests.models.conftest import lively
 
 
@@ -26,7 +27,7 @@ def count(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("size", GSPN2_PRESETS)
 def test_sizes_are_those_of_gspn(size: str) -> None:
     ours, published = (count(on_meta(f"{family}-{size}/2")) for family in ("GSPN2", "GSPN"))
-    assert ours / published == pytest.approx(1, abs=0.03 if size == "N" else 0.02)
+    assert ours / published == pytest.approx(1, abs=0.02)
 
 
 def test_blocks_are_what_was_chosen() -> None:
@@ -34,9 +35,10 @@ def test_blocks_are_what_was_chosen() -> None:
     assert isinstance(model, DiT) and model.has_positions
     assert all(block.lpu is not None and block.gated for block in model.blocks)
     scans = [module for module in model.modules() if isinstance(module, GSPNMixer)]
-    assert [scan.directions for scan in scans] == 3 * [("right", "down"), ("left", "up")]
-    assert {scan.to_proxy.out_features for scan in scans} == {64 // 8}
-    spelled = on_meta("DiT-N/2", **GSPN2_BLOCK)
+    assert [scan.directions for scan in scans] == [("right", "down"), ("left", "up"), ("right", "down")]
+    assert [type(block.mixer) for block in model.blocks] == 3 * [ScanMixer, ConvMixer]
+    assert {scan.to_proxy.out_features for scan in scans} == {16}
+    spelled = on_meta("DiT-N/2", **GSPN2_BLOCK, proxy_channels=16)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in spelled.named_parameters()}
 
 
@@ -44,6 +46,11 @@ def test_options_go_before_the_block() -> None:
     model = on_meta("GSPN2-N/2", lpu=False, scan_norm="rms", depth=2)
     assert len(model.blocks) == 2 and model.blocks[0].lpu is None
     assert {type(norm) for m in model.modules() if isinstance(m, GSPNMixer) for norm in m.norms} == {torch.nn.RMSNorm}
+
+
+def test_proxy_follows_a_ratio_that_is_given() -> None:
+    model = on_meta("GSPN2-N/2", proxy_ratio=8)
+    assert {m.to_proxy.out_features for m in model.modules() if isinstance(m, GSPNMixer)} == {64 // 8}
 
 
 def test_any_grid_is_drawn_and_its_gradients_are_finite() -> None:
