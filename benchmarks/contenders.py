@@ -59,7 +59,7 @@ NARROWER = "5/6 of the preset"
 _U_SHAPED = {"hidden_size": NARROWER, "gate_norm": True}
 _U_OPTIONS = {"positions": _FLAG, "lpu": _FLAG, "long_skips": _UNSET, "norm": ("layer", "rms")}
 _GATES = {"gate_scale": (1.0, 0.5, 2.0)}
-_GSPN2_OPTIONS = {"weight_groups": (4, None, 1), **_GATES, "norm": ("layer", "rms")}
+_GSPN2_OPTIONS = {"weight_groups": (4, None, 1), "gate_scale": (0.5, 1.0, 2.0), "norm": ("layer", "rms")}
 _NORMED = {"scan_norm": "layer", "channel_skip": True}
 
 CONTENDERS: dict[str, Contender] = {

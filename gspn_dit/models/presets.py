@@ -67,6 +67,7 @@ GSPN2_BLOCK: dict[str, Any] = {
     "lpu": True,
     "scan_norm": "layer",
     "channel_skip": True,
+    "gate_scale": 0.5,
     "mlp": "swiglu",
     "scan_directions": ("right", "down"),
     "scan_alternate": True,
