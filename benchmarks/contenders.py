@@ -52,6 +52,8 @@ class Contender:
 
 _FLAG, _UNSET = (False, True), (True, False)
 _MLP = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu")}
+_TUNED = {"norm": ("layer", "rms"), "mlp": ("swiglu", "gelu")}
+"""Of rivals with the parts that `benchmarks.block` found best for them."""
 _HEADS = {"num_heads": (2, 4)}
 """At size N; at others so many times as the published models have more."""
 NARROWER = "5/6 of the preset"
@@ -71,10 +73,15 @@ CONTENDERS: dict[str, Contender] = {
     "attention-interpolated": Contender(
         "DiT",
         {"mixer": "attention", "positions": True, "interpolate_positions": True, "lpu": True},
-        {**_MLP, **_HEADS, "rotary": _FLAG},
+        {**_TUNED, **_HEADS, "rotary": _FLAG},
+    ),
+    "attention-tuned": Contender(
+        "DiT", {"mixer": "attention", "positions": True, "lpu": True}, {**_TUNED, **_HEADS, "rotary": _FLAG}
     ),
     "conv": Contender("DiT", {"mixer": "conv"}, {**_MLP, "positions": _UNSET, "lpu": _FLAG}),
+    "conv-tuned": Contender("DiT", {"mixer": "conv"}, {**_TUNED, "positions": _UNSET, "lpu": _FLAG}),
     "linear": Contender("DiT", {"mixer": "linear"}, {**_MLP, **_HEADS, "positions": _UNSET}),
+    "linear-tuned": Contender("DiT", {"mixer": "linear"}, {**_TUNED, **_HEADS, "positions": _UNSET}),
     "neighbourhood": Contender(
         "DiT", {"mixer": "neighbourhood", "positions": True}, {**_MLP, **_HEADS, "neighbourhood": (7, 5, 3)}
     ),

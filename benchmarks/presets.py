@@ -24,23 +24,23 @@ class Preset:
 _DEFAULTS = "--trials 2 --drop options equal-steps"
 PRESETS = {
     "small": Preset(
-        "--data digits fashion fashion-256 --contenders attention attention-lpu conv linear gspn2 "
-        "--only digits=attention,attention-lpu,gspn2 fashion-256=attention,attention-lpu,gspn2 "
+        "--data digits fashion fashion-256 --contenders attention attention-tuned conv-tuned linear-tuned gspn2 "
+        "--only digits=attention,attention-tuned,gspn2 fashion-256=attention,attention-tuned,gspn2 "
         f"--seconds digits=20 fashion=40 fashion-256=50 --budgets 1 4 --hours 5 --jobs 2 {_DEFAULTS}",
-        "small: 16, 64 and 256 tokens, two budgets, defaults of all options; without equal steps, the U-shaped block, "
-        "scans without a norm, neighbourhood attention, and without convolution and linear attention at 16 and 256 "
-        "tokens",
+        "small: 16, 64 and 256 tokens, two budgets, options as benchmarks.block found them; without equal steps, the "
+        "U-shaped block, scans without a norm, neighbourhood attention, and without convolution and linear attention "
+        "at 16 and 256 tokens",
     ),
     "long": Preset(
-        "--data emoji-1024 --contenders attention attention-lpu conv linear gspn2 --seconds 240 "
+        "--data emoji-1024 --contenders attention attention-tuned conv-tuned linear-tuned gspn2 --seconds 240 "
         f"--budgets 1 --hours 5 --jobs 2 {_DEFAULTS}",
-        "long: 1,024 tokens, one budget, defaults of all options; without equal steps, the U-shaped block, scans "
-        "without a norm and neighbourhood attention",
+        "long: 1,024 tokens, one budget, options as benchmarks.block found them; without equal steps, the U-shaped "
+        "block, scans without a norm and neighbourhood attention",
     ),
     "sizes": Preset(
         "--data emoji-sizes --contenders attention attention-interpolated gspn2 gspn2-free --seconds 150 "
         f"--budgets 1 --hours 3 --jobs 2 {_DEFAULTS}",
-        "sizes: trained at two sizes, for benchmarks.resolution; one budget, defaults of all options; without equal "
-        "steps, and with attention alone of the rivals",
+        "sizes: trained at two sizes, for benchmarks.resolution; one budget, options as benchmarks.block found them; "
+        "without equal steps, and with attention alone of the rivals",
     ),
 }
