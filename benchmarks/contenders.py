@@ -81,7 +81,7 @@ CONTENDERS: dict[str, Contender] = {
     "conv": Contender("DiT", {"mixer": "conv"}, {**_MLP, "positions": _UNSET, "lpu": _FLAG}),
     "conv-tuned": Contender("DiT", {"mixer": "conv"}, {**_TUNED, "positions": _UNSET, "lpu": _FLAG}),
     "linear": Contender("DiT", {"mixer": "linear"}, {**_MLP, **_HEADS, "positions": _UNSET}),
-    "linear-tuned": Contender("DiT", {"mixer": "linear"}, {**_TUNED, **_HEADS, "positions": _UNSET}),
+    "linear-tuned": Contender("DiT", {"mixer": "linear", "lpu": True}, {**_TUNED, **_HEADS, "positions": _UNSET}),
     "neighbourhood": Contender(
         "DiT", {"mixer": "neighbourhood", "positions": True}, {**_MLP, **_HEADS, "neighbourhood": (7, 5, 3)}
     ),
