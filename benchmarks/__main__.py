@@ -44,7 +44,10 @@ COMMANDS: dict[str, list[str]] = {
     "classification_emoji": ["benchmarks.classification", "--data", "emoji", "--out"],
     "classification_long": ["benchmarks.learning_curve", "--run", "runs/fashion/long", "--out"],
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],
-    "cost": ["benchmarks.cost", "--out"],
+    "cost": [
+        *("benchmarks.cost", "--size", "T", "--contenders", "attention", "attention-tuned", "conv-tuned"),
+        *("linear-tuned", "neighbourhood", "gspn2", "gspn-u", "gspn-published", "--seconds", "1300", "--out"),
+    ],
     "cuda_traffic": ["benchmarks.cuda_traffic", "--out"],
     "demo": ["benchmarks.demo_quality", "--out"],
     "digits_one_step": [
