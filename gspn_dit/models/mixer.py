@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 UNSEEN = {"unseen": True}
 """Metadata of an option that weights of the same shapes depend on, so that fine-tuning must compare it."""
@@ -28,7 +29,21 @@ class Mixer(nn.Module):
         """Draw what shall not start by Xavier's rule, which the model applies to all linear maps before."""
 
 
+class ChannelGate(nn.Linear):
+    """Scales each channel of tokens [B, H, W, C] by the sigmoid of a linear map of the channels' means over the image
+    (compact channel attention of DiCo, arXiv 2505.11196).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scale tokens [B, H, W, C]."""
+        return tokens * torch.sigmoid(super().forward(tokens.mean((1, 2), keepdim=True)))
+
+
 def maps_multiply_adds(module: nn.Module, tokens: int) -> int:
     """Return the multiply-adds of a mixer's own linear maps and convolutions, not of modules within its modules."""
     maps = [part for part in module.children() if isinstance(part, (nn.Linear, nn.Conv2d))]
-    return tokens * sum(part.weight.numel() for part in maps)
+    # a gate's map is of the image's means, not of every token
+    return sum((1 if isinstance(part, ChannelGate) else tokens) * part.weight.numel() for part in maps)

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from gspn_dit.models.attention import (
     NeighbourhoodOptions,
 )
 from gspn_dit.models.convolution import DepthwiseConv
-from gspn_dit.models.mixer import Mixer, maps_multiply_adds
+from gspn_dit.models.mixer import ChannelGate, Mixer, maps_multiply_adds
 from gspn_dit.models.scans import ScanMixer, ScanOptions
 
 # -- convolution -----------------------------------------------------------------------------------------------------
@@ -42,9 +41,7 @@ class ConvOptions:
 
 
 class ConvMixer(Mixer):
-    """A depthwise 3×3 convolution between linear maps, and compact channel attention (DiCo, arXiv 2505.11196): each
-    channel is scaled by the sigmoid of a linear map of the channels' means over the image.
-    """
+    """A depthwise 3×3 convolution between linear maps, and a `ChannelGate` (DiCo, arXiv 2505.11196)."""
 
     kind = "convolutions"
 
@@ -52,18 +49,16 @@ class ConvMixer(Mixer):
         super().__init__()
         self.in_proj = nn.Linear(channels, channels)
         self.local_conv = DepthwiseConv(channels, 3, bias=True)
-        self.channel_gate = nn.Linear(channels, channels)
+        self.channel_gate = ChannelGate(channels)
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix tokens [B, H, W, C] to [B, H, W, C]."""
         local = F.gelu(self.local_conv(self.in_proj(tokens)), approximate="tanh")
-        gate = torch.sigmoid(self.channel_gate(local.mean((1, 2), keepdim=True)))  # [B, 1, 1, C]
-        return self.out_proj(local * gate)
+        return self.out_proj(self.channel_gate(local))
 
     def multiply_adds(self, height: int, width: int) -> int:
-        once = self.channel_gate.weight.numel()  # on the image's means, not on every token
-        return maps_multiply_adds(self, height * width) - (height * width - 1) * once
+        return maps_multiply_adds(self, height * width)
 
 
 # -- the registry ----------------------------------------------------------------------------------------------------

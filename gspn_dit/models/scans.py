@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gspn_dit.models.flops import scan_multiply_adds
-from gspn_dit.models.mixer import UNSEEN, Mixer, maps_multiply_adds
+from gspn_dit.models.mixer import UNSEEN, ChannelGate, Mixer, maps_multiply_adds
 from gspn_dit.ops import DIRECTIONS, gspn_scan_from_proxy
 from gspn_dit.ops.contract import direction_codes
 
@@ -44,8 +44,7 @@ class ScanOptions:
     scan_norm_place: str = dataclasses.field(default="after", metadata=UNSEEN)
     """Of its input ("before"), its result ("after"), or each direction's result before they merge ("directions")."""
     channel_gate: bool = False
-    """Scale each channel of the result by the sigmoid of a linear map of the channels' means over the image, as
-    `ConvMixer` does (DiCo, arXiv 2505.11196)."""
+    """Scale the channels of the result by a `ChannelGate`, as `ConvMixer` does."""
     channel_skip: bool = False
     """Add d ⊙ tokens to the scan, behind its norm: one d for each channel, 1 at the start."""
     gate_scale: float = 1.0
@@ -143,7 +142,7 @@ class GSPNMixer(Mixer):
         self.norm_place = None if norm is None else norm_place
         self.norms = nn.ModuleList(NORMS[norm or "layer"](channels, eps=1e-6) for _ in range(norms))
         self.channel_skip = nn.Parameter(torch.ones(channels)) if channel_skip else None
-        self.channel_gate = nn.Linear(channels, channels) if channel_gate else None
+        self.channel_gate = ChannelGate(channels) if channel_gate else None
 
     def initialise(self) -> None:
         """Draw gates that keep the tokens' scale: with deviation σ, a sum of u·λ·x over D directions has D·σ⁴ of x's.
@@ -166,7 +165,7 @@ class GSPNMixer(Mixer):
         if self.channel_skip is not None:
             mixed = mixed + self.channel_skip * tokens
         if self.channel_gate is not None:
-            mixed = mixed * torch.sigmoid(self.channel_gate(mixed.mean((1, 2), keepdim=True)))
+            mixed = self.channel_gate(mixed)
         return mixed.to(scanned.dtype)  # autocast's, which norms and parameters need not have
 
     def _scan(self, tokens: Tensor) -> Tensor:
@@ -203,9 +202,7 @@ class GSPNMixer(Mixer):
     def multiply_adds(self, height: int, width: int) -> int:
         tokens = height * width
         skips = tokens * self.channels * ((self.to_skip is not None) + (self.channel_skip is not None))
-        # on the image's means, not on every token
-        means = 0 if self.channel_gate is None else (tokens - 1) * self.channel_gate.weight.numel()
-        return maps_multiply_adds(self, tokens) - means + self.scan_multiply_adds(height, width) + skips
+        return maps_multiply_adds(self, tokens) + self.scan_multiply_adds(height, width) + skips
 
     def working_elements(self, height: int, width: int) -> int:
         maps = (self.to_logits, self.to_input_gate, self.to_output_gate)
