@@ -1,6 +1,6 @@
 """What a block is made of: each part alone beside the base, then the best parts together.
 
-    python -m benchmarks.block --data fashion fashion-256 --jobs 2 --out benchmarks/results/block.json
+    python -m benchmarks.block --kept 10 --data fashion fashion-256 --jobs 2 --out benchmarks/results/block.json
     python -m benchmarks.block --base conv --kept 3 --data fashion --jobs 2 --out benchmarks/results/block_conv.json
 
 The base is a contender of `benchmarks.quality`: scans, or one of their rivals, whose parts are searched alike. All have

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,10 +63,10 @@ def calibrated(
     """
     known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if missing := {variant: words for variant, words in arguments.items() if variant not in known}:
-        anchor = {variant: words for variant, words in arguments.items() if variant in known}
-        anchor = dict(list(anchor.items())[:1])
-        found = milliseconds_per_step({**anchor, **missing}, file.with_suffix(""), rounds, clock)
-        unit = math.prod(known[variant] / found[variant] for variant in anchor)
+        first = next((variant for variant in arguments if variant in known), None)
+        timed = missing if first is None else {first: arguments[first], **missing}
+        found = milliseconds_per_step(timed, file.with_suffix(""), rounds, clock)
+        unit = 1.0 if first is None else known[first] / found[first]
         known |= {variant: unit * found[variant] for variant in missing}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=2), encoding="utf-8")
