@@ -20,7 +20,7 @@ from gspn_dit.errors import UserError
 from gspn_dit.models.presets import GSPN2_BLOCK
 
 REFERENCE = "attention"
-"""Whose parameters, and steps where those are equal, all others have."""
+"""Whose parameters all others have."""
 TOLERANCE = 0.02
 """By which parameters may differ from the reference's."""
 

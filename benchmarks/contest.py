@@ -135,7 +135,8 @@ class Study:
     """The cells of one data set, and what was found on it."""
 
     def __init__(self, field: Field, protocol: Protocol, work: Path, jobs: int) -> None:
-        self.data, self.contenders, self.protocol, self.work = field.data, field.contenders, protocol, work
+        self.data, self.contenders, self.reference = field.data, field.contenders, field.reference
+        self.protocol, self.work = protocol, work
         self.free = threading.Semaphore(jobs)
         """Processes that may be begun."""
         self.failure: BaseException | None = None
@@ -259,8 +260,9 @@ class Study:
             for contender in models:
                 chosen, rates = found[contender]["chosen"], found[contender]["rates"]
                 rate = rates[max(known for known in rates if known <= budget)]["best"]
-                timed = (REFERENCE, found[REFERENCE]["chosen"]) if kind == "equal steps" else (contender, chosen)
-                cells.append(Cell(self.data, contender, chosen, rate, self.steps(*timed, budget), seed))
+                timed = self.reference if kind == "equal steps" else contender
+                steps = self.steps(timed, found[timed]["chosen"], budget)
+                cells.append(Cell(self.data, contender, chosen, rate, steps, seed))
         return cells
 
     def finalists(self, found: dict[str, Any]) -> list[str]:
@@ -270,8 +272,8 @@ class Study:
             last = found[contender]["rates"][max(found[contender]["rates"])]
             return last["loss"][f"{last['best']:g}"]
 
-        others = sorted((name for name in self.contenders if name != REFERENCE), key=last_score)
-        return [REFERENCE, *others[: self.protocol.finalists]]
+        others = sorted((name for name in self.contenders if name != self.reference), key=last_score)
+        return [self.reference, *others[: self.protocol.finalists]]
 
 
 def _plain(score: float) -> float | None:
@@ -322,7 +324,7 @@ def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs:
     rows = study.score(found, kept)
     refuse_unequal(rows, data, protocol.size)
     before, after = (study.calibrate(chosen, name, calibration.ROUNDS) for name in ("calibration", "recheck"))
-    moved = drift(before, after, f"{REFERENCE} {describe(found[REFERENCE]['chosen'])}")
+    moved = drift(before, after, f"{field.reference} {describe(found[field.reference]['chosen'])}")
     for name in contenders:
         found[name]["model"] = fitted(name, found[name]["chosen"], data, protocol.size)
         found[name]["chosen"] = dict(found[name]["chosen"])

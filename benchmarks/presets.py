@@ -32,10 +32,10 @@ PRESETS = {
         "at 16 and 256 tokens",
     ),
     "long": Preset(
-        "--data emoji-1024 --contenders attention attention-tuned conv-tuned linear-tuned gspn2 --seconds 240 "
-        f"--budgets 1 --hours 5 --jobs 2 {_DEFAULTS}",
-        "long: 1,024 tokens, one budget, options as benchmarks.block found them; without equal steps, the U-shaped "
-        "block, scans without a norm and neighbourhood attention",
+        "--data emoji-1024 --contenders attention-tuned conv-tuned linear-tuned gspn2 --seconds 45 "
+        f"--budgets 1 4 --hours 5 --jobs 2 {_DEFAULTS} early-scores",
+        "long: 1,024 tokens, scored at four times the budget alone, options as benchmarks.block found them; without "
+        "equal steps, DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
     ),
     "sizes": Preset(
         "--data emoji-sizes --contenders attention attention-interpolated gspn2 gspn2-free --seconds 150 "

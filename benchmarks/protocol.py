@@ -125,6 +125,11 @@ class Field:
     data: DataSet
     contenders: tuple[str, ...]
 
+    @property
+    def reference(self) -> str:
+        """A rival, by whose steps and times the others' are told."""
+        return self.contenders[0]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -156,6 +161,7 @@ RANKS = {"learning rates": (0, 5, 0), "equal time": (0, 4, 7), "equal steps": (6
 RANK_OF_OPTIONS = 3
 UNWANTED: dict[str, Callable[[str], bool]] = {
     "options": lambda name: name == SEARCH[1],
+    "early-scores": lambda name: name == part_name(1, "equal time"),
     "equal-steps": lambda name: name.endswith("equal steps"),
 }
 """Kinds of parts that a study can do without, by what `--drop` calls them; told by a part's name."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scoring
-from benchmarks.contenders import CONTENDERS, REFERENCE, fitted
+from benchmarks.contenders import CONTENDERS, fitted
 from benchmarks.contest import study_of
 from benchmarks.output import publish
 from benchmarks.presets import PRESETS
@@ -163,9 +163,9 @@ def fields_of(options: Any) -> list[Field]:
         given = only[one.name].split(",") if one.name in only else options.contenders
         if unknown := [name for name in given if name not in CONTENDERS]:
             raise UserError(f"--only names {unknown[0]}, but contenders are {', '.join(CONTENDERS)}")
-        if REFERENCE not in given:
+        if CONTENDERS[given[0]].ours:
             flag = "--only" if one.name in only else "--contenders"
-            raise UserError(f"{flag} lacks {REFERENCE}, which the others are measured by; add it")
+            raise UserError(f"{flag} begins with {given[0]}, but the first is what others are measured by; put a rival")
         fields.append(Field(one, tuple(dict.fromkeys(given))))
     return fields
 

@@ -199,7 +199,7 @@ DATA_SETS = {
             **{"features": "runs/emoji_judge", "latent": (3, 32), "image_size": 32, "buckets": (32, 64)},
         ),
         _emoji("emoji-256", 32, 2, 32, 240, 115),
-        _emoji("emoji-1024", 64, 2, 16, 600, 225, samples=500),
+        _emoji("emoji-1024", 64, 2, 8, 600, 150, samples=300),
         _emoji("emoji-4096", 64, 1, 8, 1800, 1250, samples=500),
     )
 }

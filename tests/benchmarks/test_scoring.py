@@ -53,7 +53,7 @@ def test_a_cells_scores_are_of_the_places_that_the_study_was_told(tmp_path: Path
     assert chosen(options(*DATA_SETS["digits"].scoring_arguments())) == [DATA_SETS["digits"]]
 
 
-@pytest.mark.parametrize(("name", "images"), [("fashion", 64), ("fashion-256", 32), ("emoji-1024", 16)])
+@pytest.mark.parametrize(("name", "images"), [("fashion", 64), ("fashion-256", 32), ("emoji-1024", 8)])
 def test_trainings_of_many_tokens_have_small_batches(name: str, images: int) -> None:
     assert parse_train_arguments(DATA_SETS[name].arguments()).config.training.batch_size == images
 
