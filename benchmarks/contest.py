@@ -27,7 +27,18 @@ from benchmarks.contenders import (
     reference_parameters,
     train_words,
 )
-from benchmarks.protocol import CENTRE, SEARCH, SEARCH_SEED, Field, Protocol, part_name, rate_grid, rungs, tried_rates
+from benchmarks.protocol import (
+    CENTRE,
+    KINDS,
+    SEARCH,
+    SEARCH_SEED,
+    Field,
+    Protocol,
+    part_name,
+    rate_grid,
+    rungs,
+    tried_rates,
+)
 from benchmarks.study import call, commit, once, train
 from gspn_dit.errors import UserError
 from gspn_dit.sweep.halving import survivors
@@ -240,17 +251,13 @@ class Study:
     # -- scores ------------------------------------------------------------------------------------------------------
 
     def score(self, found: dict[str, Any], kept: set[str]) -> list[dict[str, Any]]:
-        """Train and score every contender at every budget; return the rows, each with its budget and kind."""
+        """Train and score every contender at every budget; return the rows."""
         rows = []
         for number, budget in enumerate(self.protocol.budgets):
             models = self.finalists(found) if number >= 2 else list(self.contenders)
-            for kind in ("equal time", "equal steps"):
-                if part_name(budget, kind) not in kept:
-                    continue
-                rows += [
-                    {**row, "data": self.data.name, "budget": budget, "kind": kind}
-                    for row in self.run(self.scored_cells(models, found, budget, kind), part_name(budget, kind))
-                ]
+            for kind in KINDS:
+                if (name := part_name(budget, kind)) in kept:
+                    rows += self.run(self.scored_cells(models, found, budget, kind), name)
         return rows
 
     def scored_cells(self, models: Sequence[str], found: dict[str, Any], budget: int, kind: str) -> list[Cell]:
@@ -309,8 +316,8 @@ def at_once(do: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         return list(pool.map(do, items))
 
 
-def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs: int) -> Any:
-    """Search and score on one data set; return what was found, and the scored rows.
+def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs: int) -> dict[str, Any]:
+    """Search and score on one data set; return what was found.
 
     Contenders search beside each other, so that no process is idle while one of them extends its grid.
     """
@@ -321,8 +328,7 @@ def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs:
     found = dict(zip(contenders, at_once(lambda name: study.search(name, kept), contenders), strict=True))
     chosen = [(name, found[name]["chosen"]) for name in contenders]
     study.time_steps(chosen, "calibration", calibration.ROUNDS)
-    rows = study.score(found, kept)
-    refuse_unequal(rows, data, protocol.size)
+    refuse_unequal(study.score(found, kept), data, protocol.size)
     before, after = (study.calibrate(chosen, name, calibration.ROUNDS) for name in ("calibration", "recheck"))
     moved = drift(before, after, f"{field.reference} {describe(found[field.reference]['chosen'])}")
     for name in contenders:
@@ -340,4 +346,4 @@ def study_of(field: Field, protocol: Protocol, kept: set[str], work: Path, jobs:
         "time_held": all(abs(share) <= DRIFT for share in moved.values()),
         "search": found,
         "cells": trials,
-    }, rows
+    }

@@ -149,8 +149,12 @@ class Part:
         return self.cells * self.seconds / 3600
 
 
+KINDS = ("equal time", "equal steps")
+"""Of scored cells."""
+
+
 def part_name(budget: int, kind: str) -> str:
-    """Return the name of a part; `kind` is "equal time", "equal steps" or "learning rates"."""
+    """Return the name of a part; `kind` is one of `KINDS` or "learning rates"."""
     return f"{budget}×, {kind}"
 
 

@@ -9,15 +9,17 @@ rates around the best at the next budget. Scored are paired seeds at three budge
 Time is the processor's, on one thread, of steps that all contenders take in turn; steps are fixed from it before the
 first scored cell, and it is measured again after the last. Ratios of ours to each rival are paired by seed, their
 p-values corrected for the whole table (Holm). What does not fit into --hours is dropped by parts, never by seeds, and
-said. A study can be stopped and started again: what is done is kept, what was interrupted resumes.
+said. A study can be stopped and started again: what is done is kept, what was interrupted resumes. Data sets that were
+studied before, on another machine perhaps, are put into the same table by --beside.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from benchmarks.contenders import CONTENDERS, fitted
 from benchmarks.contest import study_of
 from benchmarks.output import publish
 from benchmarks.presets import PRESETS
-from benchmarks.protocol import FACTOR, UNWANTED, Field, Part, Protocol, as_json, fit_into, parts
+from benchmarks.protocol import FACTOR, KINDS, UNWANTED, Field, Part, Protocol, as_json, fit_into, part_name, parts
+from benchmarks.second_look import read_study
 from benchmarks.study import check_jobs_and_places, holm, interval, once, paired_p, paired_ratio
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import write_whole
@@ -72,33 +75,75 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def study(fields: Sequence[Field], protocol: Protocol, kept: Sequence[Part], work: Path, jobs: int) -> dict[str, Any]:
-    """Run every cell that is not there yet, and return all figures."""
+def scored_rows(results: Mapping[str, Any], budgets: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the scored cells of data sets in the order of a table, each with every budget and kind it was for."""
+    rows = []
+    for data, found in results.items():
+        order = list(found["search"])
+        cells = sorted(found["cells"], key=lambda cell: (cell["seed"], order.index(cell["variant"])))
+        for budget, kind in itertools.product(budgets, KINDS):
+            of = {"data": data, "budget": budget, "kind": kind}
+            rows += [{**cell, **of} for cell in cells if part_name(budget, kind) in cell["for"]]
+    return rows
+
+
+def settings_of(protocol: Protocol) -> dict[str, Any]:
+    """Return what all data sets of a study share, as JSON has it."""
+    settings = {"protocol": asdict(protocol), "setting": scoring.SETTING}
+    return dict(json.loads(json.dumps(settings)))
+
+
+def study(
+    fields: Sequence[Field], protocol: Protocol, kept: Sequence[Part], dropped: Sequence[Part], work: Path, jobs: int
+) -> dict[str, Any]:
+    """Run every cell that is not there yet, and return what was found by data set."""
     from benchmarks.measure import CpuDevice, software
 
-    settings = {"protocol": asdict(protocol), "setting": scoring.SETTING}
-    if json.loads(json.dumps(settings)) != once(work / "protocol.json", lambda: settings):
+    if settings_of(protocol) != once(work / "protocol.json", lambda: settings_of(protocol)):
         raise UserError(f"{work} holds a study of another protocol; give another --work, or delete it")
-    results, rows = {}, []
     for field in fields:
         field.data.check()  # the last one's images and features, too, before hours of the first one's trainings
+    results = {}
     for field in fields:
-        names = {part.name for part in kept if part.data == field.data.name}
-        results[field.data.name], own = study_of(field, protocol, names, work, jobs)
-        rows += own
-    contenders = dict.fromkeys(name for field in fields for name in field.contenders)
-    return without_nan(
-        {
-            **settings,
-            "factor_of_rates": FACTOR,
-            "contenders": {name: asdict(CONTENDERS[name]) for name in contenders},
-            "data": results,
-            "comparisons": comparisons(rows),
-            "curves": curves(rows),
+        own = {
+            name: [part for part in parts if part.data == field.data.name]
+            for name, parts in (("kept", kept), ("dropped", dropped))
+        }
+        results[field.data.name] = {
+            **study_of(field, protocol, {part.name for part in own["kept"]}, work, jobs),
+            "plan": {name: [as_json(part) for part in parts] for name, parts in own.items()},
             "machine": CpuDevice().describe(),
             "software": software(),
         }
+    return results
+
+
+def tabulated(protocol: Protocol, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a study: what was found by data set, compared over all of them."""
+    rows = scored_rows(results, protocol.budgets)
+    contenders = dict.fromkeys(name for found in results.values() for name in found["search"])
+    return dict(
+        without_nan(
+            {
+                **settings_of(protocol),
+                "factor_of_rates": FACTOR,
+                "contenders": {name: asdict(CONTENDERS[name]) for name in contenders},
+                "data": results,
+                "comparisons": comparisons(rows),
+                "curves": curves(rows),
+            }
+        )
     )
+
+
+def beside(file: Path | None, protocol: Protocol) -> dict[str, Any]:
+    """Return what an earlier study by the same protocol found, by data set; nothing without one; raises UserError."""
+    if file is None:
+        return {}
+    found = read_study(file, "--beside")
+    if {key: found.get(key) for key in settings_of(protocol)} != settings_of(protocol):
+        raise UserError(f"--beside {file} is a study by another protocol; its figures cannot share a table with these")
+    return dict(found["data"])
 
 
 def without_nan(tree: Any) -> Any:
@@ -144,6 +189,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="say what would run and how long, and run nothing")
     parser.add_argument("--work", type=Path, default=Path("runs/fair"), help="where the cells live")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="an earlier study by the same protocol, of which "
+                        "other data sets stay in the result")  # fmt: skip
     return parser
 
 
@@ -183,15 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in field.contenders:
             for setting in CONTENDERS[name].settings(protocol.trials):
                 fitted(name, setting, field.data, protocol.size)
+    earlier = beside(options.beside, protocol)
     kept, dropped = fit_into(parts(protocol, fields), options.hours, options.jobs, options.drop)
     if options.preset is not None:
         print(PRESETS[options.preset].reason)
     show_plan(kept, dropped, options.jobs)
     if options.plan:
         return
-    found = study(fields, protocol, kept, options.work, options.jobs)
-    found["plan"] = {"kept": [as_json(part) for part in kept], "dropped": [as_json(part) for part in dropped]}
-    publish(found, options.work / "study.json", ("comparisons",))
+    found = study(fields, protocol, kept, dropped, options.work, options.jobs)
+    publish(tabulated(protocol, {**earlier, **found}), options.work / "study.json", ("comparisons",))
     if options.out:
         write_whole(options.out, (options.work / "study.json").read_bytes())
 

@@ -31,7 +31,7 @@ def fair_table(result: Result) -> str:
     head = ["data", "budget", "ours", "rival", "FD ÷ rival's", "loss ÷ rival's", "p (Holm)", "diverged"]
     points = [_point(result, tokens, point) for point in result["curves"]]
     return (
-        f"{table(head, ratios)}\n{table(_POINT_HEAD, points)}\n{_conditions(result)}{provenance(result)}\n\n"
+        f"{table(head, ratios)}\n{table(_POINT_HEAD, points)}\n{_conditions(result)}\n\n"
         "![FD by budget, each model at its own best](evidence_quality.png)\n"
     )
 
@@ -40,7 +40,7 @@ def _conditions(result: Result) -> str:
     setting, protocol, of = result["setting"], result["protocol"], result["data"]
     moved = ", ".join(name for name, found in of.items() if not found["time_held"])
     commits = ", ".join(sorted({cell["commit"] for found in of.values() for cell in found["cells"]}))
-    dropped = ", ".join(f"{part['part']} ({part['data']})" for part in result["plan"]["dropped"])
+    dropped = ", ".join(f"{part['part']} ({name})" for name, found in of.items() for part in found["plan"]["dropped"])
     seconds = ", ".join(f"{found['seconds']:g} s ({name})" for name, found in of.items())
     samples = ", ".join(f"{found['samples']:,} samples ({name})" for name, found in of.items())
     return (
@@ -49,8 +49,18 @@ def _conditions(result: Result) -> str:
         f"guidance {setting['guidance_scale']}. A budget of 1× is, of the processor's time, {seconds}. "
         + (f"A step's time moved by more than 5 % on {moved}. " if moved else "")
         + (f"Dropped: {dropped}. " if dropped else "")
-        + f"Trained at {commits}. "
+        + f"Trained at {commits}. {_machines(of)}"
     )
+
+
+def _machines(of: dict[str, Result]) -> str:
+    """Say where the figures come from: once where it is the same for all data sets, or for each."""
+    by_place: dict[str, list[str]] = {}
+    for name, found in of.items():
+        by_place.setdefault(provenance(found), []).append(name)
+    if len(by_place) == 1:
+        return next(iter(by_place))
+    return " ".join(f"{', '.join(names)}: {place}" for place, names in by_place.items())
 
 
 _POINT_METRICS = {name: title for name, title in METRICS.items() if name != "val_loss"}
@@ -86,8 +96,12 @@ def _mean(found: Result | None) -> str:
 
 
 def plot_fair(result: Result, figure: Any) -> None:
-    """Draw each contender's FD against the budget, a plot for each data set, at equal time; ratios against tokens."""
-    names = list(result["data"])
+    """Draw ratios against tokens, and each contender's FD against the budget where there are several, at equal time."""
+    budgets: dict[str, set[int]] = {name: set() for name in result["data"]}
+    for point in result["curves"]:
+        if point["kind"] == "equal time":
+            budgets[point["data"]].add(point["budget"])
+    names = [name for name, found in budgets.items() if len(found) > 1]
     *axes, last = figure.subplots(1, len(names) + 1, squeeze=False)[0]
     for name, axis in zip(names, axes, strict=True):
         own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
@@ -102,7 +116,8 @@ def plot_fair(result: Result, figure: Any) -> None:
     for axis in (*axes, last):
         axis.grid(True, alpha=0.3)
         axis.legend(fontsize="small")
-    figure.axes[0].set(ylabel="FD, mean and 95%")
+    for axis in axes[:1]:
+        axis.set(ylabel="FD, mean and 95%")
 
 
 def _bars(axis: Any, places: list[float], found: list[Result], label: str) -> None:

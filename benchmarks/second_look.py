@@ -152,14 +152,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish(found, options.out, ("comparisons",))
 
 
-def read_study(file: Path) -> dict[str, Any]:
-    """Return a study; raises UserError for a file that is none."""
+def read_study(file: Path, flag: str = "--study") -> dict[str, Any]:
+    """Return a study that an option names; raises UserError for a file that is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--study {file} cannot be read: {error}") from error
+        raise UserError(f"{flag} {file} cannot be read: {error}") from error
     if not isinstance(found, dict) or not {"data", "protocol"} <= set(found):
-        raise UserError(f"--study {file} is no study of benchmarks.quality; give its --out")
+        raise UserError(f"{flag} {file} is no study of benchmarks.quality; give its --out")
     return found
 
 

@@ -101,8 +101,10 @@ def formula(cell: Cell) -> float:
 
 
 def found(work: Path) -> dict[str, Any]:
-    result = json.loads((work / "study.json").read_text())
-    return {key: value for key, value in result.items() if key not in ("machine", "software")}
+    result: dict[str, Any] = json.loads((work / "study.json").read_text())
+    for of in result["data"].values():
+        assert of.pop("machine")["cores"] and of.pop("software")["torch"]
+    return result
 
 
 def ratio(result: Mapping[str, Any], budget: int, kind: str, rival: str) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_pat
     plain = json.loads(
         (tmp_path / "out.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
-    assert plain["plan"]["dropped"] == []
+    assert plain["data"]["digits"]["plan"]["dropped"] == []
     text = fair_table(plain)
     entry = f"{steps_alike['fd']['mean']:.3f} [{steps_alike['fd']['low']:.3f}, {steps_alike['fd']['high']:.3f}]"
     assert f"| digits, 16 tokens | 1×, equal steps | gspn-normed | attention | {entry} |" in text
@@ -211,6 +213,30 @@ def test_a_study_whose_trainings_all_diverge_is_tabulated(monkeypatch: pytest.Mo
     assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
 
 
+def test_data_sets_that_were_studied_apart_share_one_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Columns of p-values are corrected for both; an earlier study's own figures stay as they are."""
+    World(monkeypatch)
+    words = [*COMMAND[2:], "--budgets", "1", "4", "--drop", "options", "equal-steps", "early-scores", "--hours", "99"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    quality.main([*words, "--data", "digits", "--work", str(first)])
+    apart = json.loads((first / "study.json").read_text())
+    assert [(row["data"], row["budget"]) for row in apart["comparisons"]] == 2 * [("digits", 4)]
+    (first / "study.json").write_text(json.dumps(apart).replace('"cores": ', '"cores": 9'))  # another machine's
+    both = [*words, "--data", "fashion", "--work", str(second), "--beside", str(first / "study.json")]
+    quality.main(both)
+    joined = json.loads((second / "study.json").read_text())
+    assert [row["data"] for row in joined["comparisons"]] == 2 * ["digits"] + 2 * ["fashion"]
+    assert joined["comparisons"][0] | {"p_holm": 0} == apart["comparisons"][0] | {"p_holm": 0}
+    smallest = min(joined["comparisons"], key=lambda row: row["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 4 * smallest["p"]))
+    text = fair_table(joined)
+    assert re.search(r"Trained at .*\. digits: [^:]*, 9\d+ cores.* fashion: [^:]*cores", text)
+    evidence.draw({"quality": joined}, tmp_path)  # no data set has two budgets
+    assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
+    with pytest.raises(UserError, match=r"study\.json is a study by another protocol; its figures cannot share"):
+        quality.main([*both, "--seeds", "6"])
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_into_their_hours_and_say_what_they_do_without(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -240,7 +266,7 @@ def test_what_is_dropped_is_not_run_and_written_down(
     hours = next(tenths / 10 for tenths in range(1, 1000) if "4×, equal steps" in kept_names(tenths / 10))
     quality.main([*COMMAND, "--work", str(tmp_path), "--hours", str(hours), "--jobs", "1"])
     result = found(tmp_path)
-    dropped = [part["part"] for part in result["plan"]["dropped"]]
+    dropped = [part["part"] for part in result["data"]["digits"]["plan"]["dropped"]]
     assert dropped == ["16×, equal steps"]
     assert not [cell for cell in result["data"]["digits"]["cells"] if "16×, equal steps" in cell["for"]]
     assert "16×, equal steps" in capsys.readouterr().out
@@ -405,5 +431,8 @@ def test_real_trainings_killed_and_resumed(tmp_path: Path) -> None:
     assert len(trained) == len(set(trained)) == len(cells) == 2 * (5 + 5)
     assert all(math.isfinite(cell["val_loss"]) for cell in cells)
     assert {row["kind"] for row in result["comparisons"]} == {"equal time"}
-    assert [part["part"].split(",")[0] for part in result["plan"]["dropped"]] == ["1×", "options by halving"]
+    assert [part["part"].split(",")[0] for part in result["data"]["digits"]["plan"]["dropped"]] == [
+        "1×",
+        "options by halving",
+    ]
     assert {search["rates"]["1"]["best"] for search in result["data"]["digits"]["search"].values()} == {0.008}
