@@ -69,7 +69,7 @@ COMMANDS: dict[str, list[str]] = {
     "mixers_wide": [
         *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "300", "--out"),
     ],
-    "quality": ["benchmarks.quality", "--preset", "small", "--out"],
+    "quality": ["benchmarks.quality", "--preset", "small", "--beside", "benchmarks/results/quality.json", "--out"],
     "quality_digits": [*ONE_RATE, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*ONE_RATE, "--data", "fashion", "--seconds", "120", "--out"],
     "quality_fashion_latents": [*ONE_RATE, "--data", "fashion-latents", "--seconds", "120", "--out"],
