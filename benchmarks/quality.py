@@ -119,7 +119,8 @@ def study(
 
 
 def tabulated(protocol: Protocol, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a study: what was found by data set, compared over all of them."""
+    """Return a study: what was found by data set, from the fewest tokens on, compared over all of them."""
+    results = dict(sorted(results.items(), key=lambda item: item[1]["tokens"]))
     rows = scored_rows(results, protocol.budgets)
     contenders = dict.fromkeys(name for found in results.values() for name in found["search"])
     return dict(
