@@ -4,9 +4,9 @@
         --nets inception runs/fashion/features.safetensors --weights default_1.pt \\
         --out benchmarks/results/second_look.json
 
-Every cell that the study scored at its largest budget common to all is compared with as many real images as before:
-by the Fréchet distance where there are more samples than features, by the kernel distance of Inception's 2,048. Ratios
-of ours to each rival are paired by seed.
+Every cell that the study scored at its largest budget common to all is compared with as many real images as before, or
+as --reference says: by the Fréchet distance where there are more samples than features, by the kernel distance of
+Inception's 2,048. Ratios of ours to each rival are paired by seed.
 """
 
 from __future__ import annotations
@@ -80,12 +80,14 @@ def scored_cells(study: Mapping[str, Any], data: DataSet) -> dict[str, list[Cell
     raise UserError(f"--study has no budget on {data.name} that all contenders were scored at")
 
 
-def look(study: Mapping[str, Any], data: DataSet, nets: Sequence[FeatureNet], work: Path) -> list[dict[str, Any]]:
-    """Return every cell's distances by every net; raises UserError where samples are missing."""
+def look(
+    study: Mapping[str, Any], data: DataSet, nets: Sequence[FeatureNet], work: Path, reference: int
+) -> list[dict[str, Any]]:
+    """Return every cell's distances to so many real images by every net; raises UserError where samples are missing."""
     from gspn_dit.data.images import evenly_spaced
 
     real = data.load("train")
-    pixels = real.pixels(evenly_spaced(len(real), scoring.SETTING["reference"]))
+    pixels = real.pixels(evenly_spaced(len(real), reference))
     by_kind = scored_cells(study, data)
     files = {
         cell: cell.directory(work, study["protocol"]["size"]) / scoring.SAMPLES
@@ -135,15 +137,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", help="file of inception, if not at torch-fidelity's usual place")
     parser.add_argument("--root", help="where the images lie, if not where docs/quality.md makes them")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument(
+        "--reference", type=int, default=scoring.SETTING["reference"], help="real images, evenly spaced"
+    )
     options = parser.parse_args(arguments)
+    if options.reference < 2:
+        raise UserError(f"--reference is {options.reference}, but must be at least 2")
     data = DATA_SETS[options.data].at(options.root, None)
     nets = [load_net(source, options.weights) for source in options.nets]
-    rows = look(read_study(options.study), data, nets, options.work)
+    rows = look(read_study(options.study), data, nets, options.work, options.reference)
     found = {
         "data": data.name,
         "tokens": data.tokens,
         "nets": [{"score": net.score_suffix, "sha256": net.sha256, "features": net.feature_dim} for net in nets],
-        "setting": data.setting,
+        "setting": {**data.setting, "reference": options.reference},
         "comparisons": compared(rows),
         "cells": rows,
         "machine": CpuDevice().describe(),

@@ -78,7 +78,14 @@ def test_command(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["comparisons"][0]["ratio"]["high"] < 1 and len(found["cells"]) == 4
     assert found["nets"][0]["score"] == "digits" and found["tokens"] == 16
-    assert "| 1×, equal time | gspn-normed | attention | 0." in second_look_table(found)
+    text = second_look_table(found)
+    assert "| 1×, equal time | gspn-normed | attention | 0." in text and " and 5,000 real images." in text
+
+    second_look.main([*words, "--reference", "300", "--out", str(tmp_path / "few.json")])
+    few = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
+    assert " and 300 real images." in second_look_table(few) and few["cells"][0]["value"] != found["cells"][0]["value"]
+    with pytest.raises(UserError, match="--reference is 1, but must be at least 2"):
+        second_look.main([*words, "--reference", "1"])
 
     (directory / scoring.SAMPLES).unlink()
     with pytest.raises(UserError, match=r"samples\.npz is missing; --work must be the directory"):
