@@ -63,6 +63,8 @@ _U_OPTIONS = {"positions": _FLAG, "lpu": _FLAG, "long_skips": _UNSET, "norm": ("
 _GATES = {"gate_scale": (1.0, 0.5, 2.0)}
 _GSPN2_OPTIONS = {"weight_groups": (4, None, 1), "gate_scale": (0.5, 1.0, 2.0), "norm": ("layer", "rms")}
 _NORMED = {"scan_norm": "layer", "channel_skip": True}
+_MIXED = {"lpu": True, "conv_every": GSPN2_BLOCK["conv_every"]}
+"""Of rivals with as many convolutions in place of their own mixer as GSPN2 has."""
 
 CONTENDERS: dict[str, Contender] = {
     # In DiT's block.
@@ -78,10 +80,14 @@ CONTENDERS: dict[str, Contender] = {
     "attention-tuned": Contender(
         "DiT", {"mixer": "attention", "positions": True, "lpu": True}, {**_TUNED, **_HEADS, "rotary": _FLAG}
     ),
+    "attention-mixed": Contender(
+        "DiT", {"mixer": "attention", "positions": True, **_MIXED}, {**_TUNED, **_HEADS, "rotary": _FLAG}
+    ),
     "conv": Contender("DiT", {"mixer": "conv"}, {**_MLP, "positions": _UNSET, "lpu": _FLAG}),
     "conv-tuned": Contender("DiT", {"mixer": "conv"}, {**_TUNED, "positions": _UNSET, "lpu": _FLAG}),
     "linear": Contender("DiT", {"mixer": "linear"}, {**_MLP, **_HEADS, "positions": _UNSET}),
     "linear-tuned": Contender("DiT", {"mixer": "linear", "lpu": True}, {**_TUNED, **_HEADS, "positions": _UNSET}),
+    "linear-mixed": Contender("DiT", {"mixer": "linear", **_MIXED}, {**_TUNED, **_HEADS, "positions": _UNSET}),
     "neighbourhood": Contender(
         "DiT", {"mixer": "neighbourhood", "positions": True}, {**_MLP, **_HEADS, "neighbourhood": (7, 5, 3)}
     ),

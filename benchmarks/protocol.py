@@ -44,7 +44,7 @@ class Protocol:
     budgets: tuple[int, ...] = (1, 4, 16)
     """Multiples of a data set's seconds; beyond the first two, on `widest` alone, for the best and the reference."""
     widest: str | None = None
-    """The data set of the largest budgets; None: the first."""
+    """The data set of the largest budgets, where there are more than two; None: the first."""
     finalists: int = 2
     """Contenders that the largest budgets are for, beside the reference."""
 
@@ -165,7 +165,7 @@ RANKS = {"learning rates": (0, 5, 0), "equal time": (0, 4, 7), "equal steps": (6
 RANK_OF_OPTIONS = 3
 UNWANTED: dict[str, Callable[[str], bool]] = {
     "options": lambda name: name == SEARCH[1],
-    "early-scores": lambda name: name == part_name(1, "equal time"),
+    "early-scores": lambda name: name in [part_name(1, kind) for kind in KINDS],
     "equal-steps": lambda name: name.endswith("equal steps"),
 }
 """Kinds of parts that a study can do without, by what `--drop` calls them; told by a part's name."""

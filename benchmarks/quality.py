@@ -137,14 +137,23 @@ def tabulated(protocol: Protocol, results: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def beside(file: Path | None, protocol: Protocol) -> dict[str, Any]:
-    """Return what an earlier study by the same protocol found, by data set; nothing without one; raises UserError."""
+def beside(file: Path | None, protocol: Protocol) -> tuple[Protocol, dict[str, Any]]:
+    """Return the protocol of both an earlier study and this one, and what the earlier one found, by data set.
+
+    One may have larger budgets than the other, which are then for its data sets alone.
+
+    Raises:
+        UserError: the earlier study is by another protocol.
+    """
     if file is None:
-        return {}
+        return protocol, {}
     found = read_study(file, "--beside")
-    if {key: found.get(key) for key in settings_of(protocol)} != settings_of(protocol):
+    own = settings_of(protocol)
+    shorter, longer = sorted((found["protocol"], own["protocol"]), key=lambda settings: len(settings["budgets"]))
+    of_both = {"budgets": longer["budgets"][: len(shorter["budgets"])], "widest": None}
+    if {**shorter, "widest": None} != {**longer, **of_both} or found["setting"] != own["setting"]:
         raise UserError(f"--beside {file} is a study by another protocol; its figures cannot share a table with these")
-    return dict(found["data"])
+    return Protocol(**{**longer, "budgets": tuple(longer["budgets"])}), dict(found["data"])
 
 
 def without_nan(tree: Any) -> Any:
@@ -225,13 +234,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.widest not in (None, *(field.data.name for field in fields)):
         raise UserError(f"--widest is {options.widest}, but must be one of --data: {', '.join(options.data)}")
     check_jobs_and_places(options)
-    names = ("size", "seeds", "search_seeds", "rates", "trials", "widest", "finalists")
-    protocol = Protocol(budgets=tuple(options.budgets), **{name: getattr(options, name) for name in names})
+    names = ("size", "seeds", "search_seeds", "rates", "trials", "finalists")
+    widest = (options.widest or fields[0].data.name) if len(options.budgets) > 2 else None
+    given = {name: getattr(options, name) for name in names}
+    protocol = Protocol(budgets=tuple(options.budgets), widest=widest, **given)
     for field in fields:  # a setting too few, or parameters that cannot be equal, is told before anything runs
         for name in field.contenders:
             for setting in CONTENDERS[name].settings(protocol.trials):
                 fitted(name, setting, field.data, protocol.size)
-    earlier = beside(options.beside, protocol)
+    of_both, earlier = beside(options.beside, protocol)
     kept, dropped = fit_into(parts(protocol, fields), options.hours, options.jobs, options.drop)
     if options.preset is not None:
         print(PRESETS[options.preset].reason)
@@ -239,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plan:
         return
     found = study(fields, protocol, kept, dropped, options.work, options.jobs)
-    publish(tabulated(protocol, {**earlier, **found}), options.work / "study.json", ("comparisons",))
+    publish(tabulated(of_both, {**earlier, **found}), options.work / "study.json", ("comparisons",))
     if options.out:
         write_whole(options.out, (options.work / "study.json").read_bytes())
 

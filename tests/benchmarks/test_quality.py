@@ -233,8 +233,21 @@ def test_data_sets_that_were_studied_apart_share_one_table(monkeypatch: pytest.M
     assert re.search(r"Trained at .*\. digits: [^:]*, 9\d+ cores.* fashion: [^:]*cores", text)
     evidence.draw({"quality": joined}, tmp_path)  # no data set has two budgets
     assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
-    with pytest.raises(UserError, match=r"study\.json is a study by another protocol; its figures cannot share"):
-        quality.main([*both, "--seeds", "6"])
+    for other in (["--seeds", "6"], ["--budgets", "1", "8"]):
+        with pytest.raises(UserError, match=r"study\.json is a study by another protocol; its figures cannot share"):
+            quality.main([*both, *other])
+    larger = [*both, "--budgets", "1", "4", "16", "--work", str(tmp_path / "larger"), "--out", str(tmp_path / "out")]
+    quality.main(larger)  # for fashion alone
+    joined = json.loads((tmp_path / "out").read_text())
+    assert (joined["protocol"]["budgets"], joined["protocol"]["widest"]) == ([1, 4, 16], "fashion")
+    assert {(row["data"], row["budget"]) for row in joined["comparisons"]} == {
+        ("digits", 4),
+        ("fashion", 4),
+        ("fashion", 16),
+    }
+    quality.main([*words, "--data", "digits", "--work", str(first), "--beside", str(tmp_path / "out")])  # the other way
+    again = json.loads((first / "study.json").read_text())
+    assert again["comparisons"] == joined["comparisons"] and again["protocol"] == joined["protocol"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
