@@ -91,6 +91,12 @@ CONTENDERS: dict[str, Contender] = {
     "neighbourhood": Contender(
         "DiT", {"mixer": "neighbourhood", "positions": True}, {**_MLP, **_HEADS, "neighbourhood": (7, 5, 3)}
     ),
+    "gspn-plain": Contender(
+        "DiT",
+        {"mixer": "gspn", "positions": True},
+        {"weight_groups": (4, None, 1), **_GATES, "norm": ("layer", "rms")},
+        ours=True,
+    ),
     "gspn": Contender(
         "DiT",
         {"mixer": "gspn", "lpu": True},
@@ -119,6 +125,13 @@ CONTENDERS: dict[str, Contender] = {
     "gspn-published": Contender(
         "GSPN",
         {"mixer": "gspn"},
+        {"weight_groups": (None, 1), **_GATES, "long_skips": _UNSET},
+        ours=True,
+        fit="hidden_size",
+    ),
+    "gspn-published-normed": Contender(
+        "GSPN",
+        {"mixer": "gspn", **_NORMED},
         {"weight_groups": (None, 1), **_GATES, "long_skips": _UNSET},
         ours=True,
         fit="hidden_size",

@@ -135,6 +135,7 @@ STUDIES = {
     "cost": Study(QUALITY, cost_table),
     "mixers": Study(EVIDENCE, mixers_table, plot_mixers),
     "mixers_wide": Study(EVIDENCE, mixers_table, plot_mixers),
+    "quality_claims": Study(EVIDENCE, fair_table),
     "quality_digits": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion": Study(EVIDENCE, quality_table, plot_quality),
     "quality_fashion_latents": Study(EVIDENCE, quality_table, plot_quality),

@@ -23,6 +23,13 @@ class Preset:
 
 _DEFAULTS = "--trials 2 --drop options equal-steps"
 PRESETS = {
+    "claims": Preset(
+        "--data digits fashion --contenders attention attention-lpu gspn-plain gspn gspn-published "
+        "gspn-published-normed --only fashion=attention,gspn-plain --seconds digits=15 fashion=60 "
+        f"--budgets 1 --hours 2 --jobs 2 {_DEFAULTS}",
+        "claims: what was said of scans before there were GSPN2's parts, at 16 and 64 tokens; one budget, defaults of "
+        "all options, attention as the only rival; without equal steps",
+    ),
     "small": Preset(
         "--data digits fashion fashion-256 --contenders attention attention-tuned conv-tuned linear-tuned gspn2 "
         "--only digits=attention,attention-tuned,gspn2 fashion-256=attention,attention-tuned,gspn2 "

@@ -30,10 +30,7 @@ def fair_table(result: Result) -> str:
     ]
     head = ["data", "budget", "ours", "rival", "FD ÷ rival's", "loss ÷ rival's", "p (Holm)", "diverged"]
     points = [_point(result, tokens, point) for point in result["curves"]]
-    return (
-        f"{table(head, ratios)}\n{table(_POINT_HEAD, points)}\n{_conditions(result)}\n\n"
-        "![FD by budget, each model at its own best](evidence_quality.png)\n"
-    )
+    return f"{table(head, ratios)}\n{table(_POINT_HEAD, points)}\n{_conditions(result)}\n"
 
 
 def _conditions(result: Result) -> str:
@@ -115,7 +112,8 @@ def plot_fair(result: Result, figure: Any) -> None:
     _plot_ratios(result, last)
     for axis in (*axes, last):
         axis.grid(True, alpha=0.3)
-        axis.legend(fontsize="small")
+        if axis.get_legend_handles_labels()[0]:  # none where no pair is finite
+            axis.legend(fontsize="small")
     for axis in axes[:1]:
         axis.set(ylabel="FD, mean and 95%")
 

@@ -261,7 +261,7 @@ def test_presets_fit_into_their_hours_and_say_what_they_do_without(
     assert reason.startswith(f"{name}: ")
     assert [line for line in parts if "dropped" in line] == [line for line in parts if any(p in line for p in left_out)]
     assert float(re.findall(r"cells, ([\d.]+) hours of 2 cores", out)[0]) <= 5
-    assert not re.search(r"\b5 cells", out)  # five seeds of each, never fewer
+    assert not re.search(r"\b5 cells of", out)  # five seeds of each, never fewer
 
 
 def test_options_change_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
