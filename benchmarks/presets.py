@@ -21,32 +21,30 @@ class Preset:
         return self.command.split()
 
 
-_DEFAULTS = "--trials 2 --drop options equal-steps"
+_RIVALS = "attention-tuned conv-tuned linear-tuned gspn2"
 PRESETS = {
     "claims": Preset(
         "--data digits fashion --contenders attention attention-lpu gspn-plain gspn gspn-published "
         "gspn-published-normed --only fashion=attention,gspn-plain --seconds digits=15 fashion=60 "
-        f"--budgets 1 --hours 2 --jobs 2 {_DEFAULTS}",
+        "--budgets 1 --hours 2 --jobs 2 --trials 2 --drop options equal-steps",
         "claims: what was said of scans before there were GSPN2's parts, at 16 and 64 tokens; one budget, defaults of "
         "all options, attention as the only rival; without equal steps",
     ),
     "small": Preset(
-        "--data digits fashion fashion-256 --contenders attention attention-tuned conv-tuned linear-tuned gspn2 "
-        "--only digits=attention,attention-tuned,gspn2 fashion-256=attention,attention-tuned,gspn2 "
-        f"--seconds digits=20 fashion=40 fashion-256=50 --budgets 1 4 --hours 5 --jobs 2 {_DEFAULTS}",
-        "small: 16, 64 and 256 tokens, two budgets, options as benchmarks.block found them; without equal steps, the "
-        "U-shaped block, scans without a norm, neighbourhood attention, and without convolution and linear attention "
-        "at 16 and 256 tokens",
+        f"--data digits fashion fashion-256 --contenders {_RIVALS} --seconds digits=8 fashion=20 fashion-256=30 "
+        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores",
+        "small: 16, 64 and 256 tokens, scored at four times the budget alone, options as benchmarks.block found them; "
+        "without equal steps, DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
     ),
     "long": Preset(
-        "--data emoji-1024 --contenders attention-tuned conv-tuned linear-tuned gspn2 --seconds 45 "
-        f"--budgets 1 4 --hours 5 --jobs 2 {_DEFAULTS} early-scores",
+        f"--data emoji-1024 --contenders {_RIVALS} --seconds 45 "
+        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options early-scores",
         "long: 1,024 tokens, scored at four times the budget alone, options as benchmarks.block found them; without "
-        "equal steps, DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
+        "DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
     ),
     "sizes": Preset(
         "--data emoji-sizes --contenders attention attention-interpolated gspn2 gspn2-free --seconds 150 "
-        f"--budgets 1 --hours 3 --jobs 2 {_DEFAULTS}",
+        "--budgets 1 --hours 3 --jobs 2 --trials 2 --drop options equal-steps",
         "sizes: trained at two sizes, for benchmarks.resolution; one budget, options as benchmarks.block found them; "
         "without equal steps, and with attention alone of the rivals",
     ),
