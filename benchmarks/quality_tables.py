@@ -138,17 +138,21 @@ def _plot_ratios(result: Result, axis: Any) -> None:
 
 
 def second_look_table(result: Result) -> str:
-    """Tabulate `benchmarks.second_look`: the same ratios by other feature extractors."""
-    scores = list(dict.fromkeys(row["score"] for row in result["comparisons"]))
+    """Tabulate `benchmarks.second_look`: the same ratios by other feature extractors, a table for each data set."""
+    return "\n".join(_look_table(name, found) for name, found in result["data"].items())
+
+
+def _look_table(name: str, found: Result) -> str:
+    scores = list(dict.fromkeys(row["score"] for row in found["comparisons"]))
     pairs: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in result["comparisons"]:
+    for row in found["comparisons"]:
         pairs.setdefault((row["kind"], row["ours"], row["rival"]), {})[row["score"]] = _ratio(row["ratio"])
-    rows = [[*names, *(found[score] for score in scores)] for names, found in pairs.items()]
-    setting = result["setting"]
+    rows = [[*names, *(ratios[score] for score in scores)] for names, ratios in pairs.items()]
+    setting = found["setting"]
     return (
-        table(["budget", "ours", "rival", *(f"{score} ÷ rival's" for score in scores)], rows)
-        + f"\n{result['data']}, {result['tokens']:,} tokens, the same {setting['samples']:,} samples of every seed "
-        + f"and {setting['reference']:,} real images. {provenance(result)}\n"
+        table([name, "ours", "rival", *(f"{score} ÷ rival's" for score in scores)], rows)
+        + f"\n{found['tokens']:,} tokens, the same {setting['samples']:,} samples of every seed "
+        + f"and {setting['reference']:,} real images. {provenance(found)}\n"
     )
 
 

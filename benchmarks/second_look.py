@@ -2,11 +2,12 @@
 
     python -m benchmarks.second_look --study benchmarks/results/quality.json --work runs/fair --data fashion \\
         --nets inception runs/fashion/features.safetensors --weights default_1.pt \\
-        --out benchmarks/results/second_look.json
+        --beside benchmarks/results/second_look.json --out benchmarks/results/second_look.json
 
 Every cell that the study scored at its largest budget common to all is compared with as many real images as before, or
 as --reference says: by the Fréchet distance where there are more samples than features, by the kernel distance of
-Inception's 2,048. Ratios of ours to each rival are paired by seed.
+Inception's 2,048. Ratios of ours to each rival are paired by seed. What was found of other data sets is
+kept by --beside.
 """
 
 from __future__ import annotations
@@ -104,24 +105,35 @@ def look(
         for kind, cells in by_kind.items():
             for cell in cells:
                 name, value = found[cell]
-                place = {"data": data.name, "kind": kind, "variant": cell.contender, "seed": cell.seed}
+                place = {"kind": kind, "variant": cell.contender, "seed": cell.seed}
                 rows.append({**place, "score": name, "value": value})
                 print(f"{place} {name}: {value:.4f}", flush=True)
     return rows
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the ratio of ours to each rival by data set, kind and score, None where a distance is not positive."""
+    """Return the ratio of ours to each rival by kind and score, None where a distance is not positive."""
     table = []
-    for data, kind, score in dict.fromkeys((row["data"], row["kind"], row["score"]) for row in rows):
-        own = [row for row in rows if (row["data"], row["kind"], row["score"]) == (data, kind, score)]
+    for kind, score in dict.fromkeys((row["kind"], row["score"]) for row in rows):
+        own = [row for row in rows if (row["kind"], row["score"]) == (kind, score)]
         there = list(dict.fromkeys(row["variant"] for row in own))
         positive = all(row["value"] > 0 for row in own)
         for ours in (name for name in there if CONTENDERS[name].ours):
             for rival in (name for name in there if not CONTENDERS[name].ours):
                 ratio = paired_ratio(own, "value", ours, rival) if positive else None
-                table.append({"data": data, "kind": kind, "score": score, "ours": ours, "rival": rival, "ratio": ratio})
+                table.append({"kind": kind, "score": score, "ours": ours, "rival": rival, "ratio": ratio})
     return table
+
+
+def beside(file: Path | None) -> dict[str, Any]:
+    """Return what an earlier look found, by data set; nothing without one; raises UserError for a file that is none."""
+    if file is None:
+        return {}
+    found = read_json(file, "--beside")
+    looks = found.get("data") if isinstance(found, dict) else None
+    if not isinstance(looks, dict) or not all("nets" in of for of in looks.values()):
+        raise UserError(f"--beside {file} is not what benchmarks.second_look found; give its --out")
+    return looks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,17 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", help="file of inception, if not at torch-fidelity's usual place")
     parser.add_argument("--root", help="where the images lie, if not where docs/quality.md makes them")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="an earlier look, of which other data sets stay")
     parser.add_argument(
         "--reference", type=int, default=scoring.SETTING["reference"], help="real images, evenly spaced"
     )
     options = parser.parse_args(arguments)
     if options.reference < 2:
         raise UserError(f"--reference is {options.reference}, but must be at least 2")
-    data = DATA_SETS[options.data].at(options.root, None)
+    data, earlier = DATA_SETS[options.data].at(options.root, None), beside(options.beside)
     nets = [load_net(source, options.weights) for source in options.nets]
     rows = look(read_study(options.study), data, nets, options.work, options.reference)
     found = {
-        "data": data.name,
         "tokens": data.tokens,
         "nets": [{"score": net.score_suffix, "sha256": net.sha256, "features": net.feature_dim} for net in nets],
         "setting": {**data.setting, "reference": options.reference},
@@ -156,15 +168,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": CpuDevice().describe(),
         "software": software(),
     }
-    publish(found, options.out, ("comparisons",))
+    every = sorted({**earlier, data.name: found}.items(), key=lambda item: item[1]["tokens"])
+    publish({"data": dict(every)}, options.out)
+
+
+def read_json(file: Path, flag: str) -> Any:
+    """Return what a file that an option names has; raises UserError where it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file} cannot be read: {error}") from error
 
 
 def read_study(file: Path, flag: str = "--study") -> dict[str, Any]:
     """Return a study that an option names; raises UserError for a file that is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {file} cannot be read: {error}") from error
+    found = read_json(file, flag)
     if not isinstance(found, dict) or not {"data", "protocol"} <= set(found):
         raise UserError(f"{flag} {file} is no study of benchmarks.quality; give its --out")
     return found

@@ -52,7 +52,7 @@ def test_few_samples_have_a_kernel_distance() -> None:
 def test_ratios_are_paired_by_seed() -> None:
     values = {"attention": [2.0, 4.0], "gspn-normed": [1.0, 2.0]}
     rows = [
-        {"data": "digits", "kind": "1×, equal time", "variant": name, "seed": seed, "score": "FD-x", "value": value}
+        {"kind": "1×, equal time", "variant": name, "seed": seed, "score": "FD-x", "value": value}
         for name, both in values.items()
         for seed, value in enumerate(both)
     ]
@@ -76,16 +76,29 @@ def test_command(tmp_path: Path) -> None:
     words = ["--study", str(tmp_path / "study.json"), "--work", str(tmp_path), "--nets", "digits"]
     second_look.main([*words, "--out", str(tmp_path / "out.json")])
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert found["comparisons"][0]["ratio"]["high"] < 1 and len(found["cells"]) == 4
-    assert found["nets"][0]["score"] == "digits" and found["tokens"] == 16
+    digits = found["data"]["digits"]
+    assert digits["comparisons"][0]["ratio"]["high"] < 1 and len(digits["cells"]) == 4
+    assert digits["nets"][0]["score"] == "digits" and digits["tokens"] == 16
     text = second_look_table(found)
     assert "| 1×, equal time | gspn-normed | attention | 0." in text and " and 5,000 real images." in text
 
     second_look.main([*words, "--reference", "300", "--out", str(tmp_path / "few.json")])
     few = json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))
-    assert " and 300 real images." in second_look_table(few) and few["cells"][0]["value"] != found["cells"][0]["value"]
+    assert " and 300 real images." in second_look_table(few)
+    assert few["data"]["digits"]["cells"][0]["value"] != digits["cells"][0]["value"]
     with pytest.raises(UserError, match="--reference is 1, but must be at least 2"):
         second_look.main([*words, "--reference", "1"])
+
+    (tmp_path / "other.json").write_text(json.dumps({"data": {"larger": {**digits, "tokens": 64}}}), encoding="utf-8")
+    both = ["--beside", str(tmp_path / "other.json"), "--out", str(tmp_path / "both.json")]
+    second_look.main([*words, *both])
+    joined = json.loads((tmp_path / "both.json").read_text(encoding="utf-8"))
+    assert list(joined["data"]) == ["digits", "larger"] and joined["data"]["digits"] == digits
+    assert "\n64 tokens, the same 1,000 samples" in second_look_table(joined)
+    for content in ("[]", "{}", '{"data": []}', '{"data": {"digits": {}}}'):
+        (tmp_path / "other.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"other\.json is not what benchmarks\.second_look found; give its --out"):
+            second_look.main([*words, *both])
 
     (directory / scoring.SAMPLES).unlink()
     with pytest.raises(UserError, match=r"samples\.npz is missing; --work must be the directory"):
