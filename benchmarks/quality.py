@@ -149,9 +149,10 @@ def beside(file: Path | None, protocol: Protocol) -> tuple[Protocol, dict[str, A
         return protocol, {}
     found = read_study(file, "--beside")
     own = settings_of(protocol)
-    shorter, longer = sorted((found["protocol"], own["protocol"]), key=lambda settings: len(settings["budgets"]))
+    earlier = {"budgets": [], **found["protocol"]}
+    shorter, longer = sorted((earlier, own["protocol"]), key=lambda settings: len(settings["budgets"]))
     of_both = {"budgets": longer["budgets"][: len(shorter["budgets"])], "widest": None}
-    if {**shorter, "widest": None} != {**longer, **of_both} or found["setting"] != own["setting"]:
+    if {**shorter, "widest": None} != {**longer, **of_both} or found.get("setting") != own["setting"]:
         raise UserError(f"--beside {file} is a study by another protocol; its figures cannot share a table with these")
     return Protocol(**{**longer, "budgets": tuple(longer["budgets"])}), dict(found["data"])
 

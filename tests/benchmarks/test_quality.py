@@ -237,6 +237,9 @@ def test_data_sets_that_were_studied_apart_share_one_table(monkeypatch: pytest.M
     for other in (["--seeds", "6"], ["--budgets", "1", "8"]):
         with pytest.raises(UserError, match=r"study\.json is a study by another protocol; its figures cannot share"):
             quality.main([*both, *other])
+    (tmp_path / "bare.json").write_text('{"protocol": {}, "data": {}}')
+    with pytest.raises(UserError, match=r"bare\.json is a study by another protocol"):
+        quality.main([*both, "--beside", str(tmp_path / "bare.json")])
     larger = [*both, "--budgets", "1", "4", "16", "--work", str(tmp_path / "larger"), "--out", str(tmp_path / "out")]
     quality.main(larger)  # for fashion alone
     joined = json.loads((tmp_path / "out").read_text())
