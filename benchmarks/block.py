@@ -36,8 +36,12 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 SCANS = "gspn-normed"
 """The contender that is searched unless another is named."""
 U_SHAPED = "gspn-u"
-_MLP_AND_NORMS: dict[str, dict[str, Any]] = {"SwiGLU": {"mlp": "swiglu"}, "RMS norms": {"norm": "rms"}}
 _HEADS: dict[str, dict[str, Any]] = {"twice the heads": {"num_heads": 4}}
+_RMS: dict[str, dict[str, Any]] = {"RMS norms": {"norm": "rms"}}
+_MLP_AND_NORMS: dict[str, dict[str, Any]] = {"SwiGLU": {"mlp": "swiglu"}, **_RMS}
+_NO_POSITIONS: dict[str, dict[str, Any]] = {"no positions": {"positions": False}}
+_HYBRID: dict[str, dict[str, Any]] = {"attention in every third block": {"attention_every": 3}}
+_MIXTURE: dict[str, dict[str, Any]] = {"convolution in every other block": {"conv_every": 2}}
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     SCANS: {
         "no norm, no skip": {"scan_norm": None, "channel_skip": False},
@@ -59,8 +63,8 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "two directions": {"scan_directions": ("right", "down")},
         "two directions by turns": {"scan_directions": ("right", "down"), "scan_alternate": True},
         "windows in every other block": {"scan_window": 4, "scan_global_every": 2},
-        "attention in every third block": {"attention_every": 3},
-        "convolution in every other block": {"conv_every": 2},
+        **_HYBRID,
+        **_MIXTURE,
         "gate of the channels": {"channel_gate": True},
         "gates of ½": {"gate_scale": 0.5},
         "gates of 2": {"gate_scale": 2.0},
@@ -68,18 +72,51 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "attention-lpu": {
         "rotary positions": {"rotary": True},
-        "no positions": {"positions": False},
+        **_NO_POSITIONS,
         "stem convolution for lpu": {"lpu": False, "stem_conv": True},
         **_HEADS,
         **_MLP_AND_NORMS,
     },
     "conv": {
-        "no positions": {"positions": False},
+        **_NO_POSITIONS,
         "lpu": {"lpu": True},
         "stem convolution": {"stem_conv": True},
         **_MLP_AND_NORMS,
     },
-    "linear": {"no positions": {"positions": False}, "lpu": {"lpu": True}, **_HEADS, **_MLP_AND_NORMS},
+    "linear": {**_NO_POSITIONS, "lpu": {"lpu": True}, **_HEADS, **_MLP_AND_NORMS},
+    # What was found for these blocks at 64 and 256 tokens, searched again for more.
+    "gspn2": {
+        "four directions": {"scan_directions": ("right", "left", "down", "up"), "scan_alternate": False},
+        "convolution in every third block": {"conv_every": 3},
+        "proxy of twice the channels": {"proxy_channels": 32},
+        "gate of the channels": {"channel_gate": True},
+        **_HYBRID,
+        **_RMS,
+    },
+    "attention-tuned": {
+        "rotary positions": {"rotary": True},
+        "stem convolution": {"stem_conv": True},
+        **_MIXTURE,
+        **_HEADS,
+        **_NO_POSITIONS,
+        **_RMS,
+    },
+    "conv-tuned": {
+        "lpu": {"lpu": True},
+        "stem convolution": {"stem_conv": True},
+        "GELU": {"mlp": "gelu"},
+        **_HYBRID,
+        **_NO_POSITIONS,
+        **_RMS,
+    },
+    "linear-tuned": {
+        "stem convolution": {"stem_conv": True},
+        **_MIXTURE,
+        **_HYBRID,
+        **_HEADS,
+        **_NO_POSITIONS,
+        **_RMS,
+    },
 }
 """What each changes in a contender, the base; two that name one option do not join."""
 BLOCKS: dict[str, dict[str, Any]] = {

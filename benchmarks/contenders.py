@@ -61,8 +61,9 @@ NARROWER = "5/6 of the preset"
 _U_SHAPED = {"hidden_size": NARROWER, "gate_norm": True}
 _U_OPTIONS = {"positions": _FLAG, "lpu": _FLAG, "long_skips": _UNSET, "norm": ("layer", "rms")}
 _GATES = {"gate_scale": (1.0, 0.5, 2.0)}
-_GSPN2_OPTIONS = {"weight_groups": (4, None, 1), "gate_scale": (0.5, 1.0, 2.0), "norm": ("layer", "rms")}
+_GSPN2_OPTIONS = {"weight_groups": (4, 16, 1), "gate_scale": (0.5, 1.0, 2.0), "norm": ("layer", "rms")}
 _NORMED = {"scan_norm": "layer", "channel_skip": True}
+_ATTENTION = {**_TUNED, **_HEADS, "rotary": _FLAG}
 _MIXED = {"lpu": True, "conv_every": GSPN2_BLOCK["conv_every"]}
 """Of rivals with as many convolutions in place of their own mixer as GSPN2 has."""
 
@@ -75,14 +76,10 @@ CONTENDERS: dict[str, Contender] = {
     "attention-interpolated": Contender(
         "DiT",
         {"mixer": "attention", "positions": True, "interpolate_positions": True, "lpu": True},
-        {**_TUNED, **_HEADS, "rotary": _FLAG},
+        _ATTENTION,
     ),
-    "attention-tuned": Contender(
-        "DiT", {"mixer": "attention", "positions": True, "lpu": True}, {**_TUNED, **_HEADS, "rotary": _FLAG}
-    ),
-    "attention-mixed": Contender(
-        "DiT", {"mixer": "attention", "positions": True, **_MIXED}, {**_TUNED, **_HEADS, "rotary": _FLAG}
-    ),
+    "attention-tuned": Contender("DiT", {"mixer": "attention", "positions": True, "lpu": True}, _ATTENTION),
+    "attention-mixed": Contender("DiT", {"mixer": "attention", "positions": True, **_MIXED}, _ATTENTION),
     "conv": Contender("DiT", {"mixer": "conv"}, {**_MLP, "positions": _UNSET, "lpu": _FLAG}),
     "conv-tuned": Contender("DiT", {"mixer": "conv"}, {**_TUNED, "positions": _UNSET, "lpu": _FLAG}),
     "linear": Contender("DiT", {"mixer": "linear"}, {**_MLP, **_HEADS, "positions": _UNSET}),

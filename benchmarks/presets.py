@@ -31,10 +31,12 @@ PRESETS = {
         "all options, attention as the only rival; without equal steps",
     ),
     "small": Preset(
-        f"--data digits fashion fashion-256 --contenders {_RIVALS} --seconds digits=8 fashion=20 fashion-256=30 "
+        f"--data digits fashion fashion-latents fashion-256 --contenders {_RIVALS} "
+        "--seconds digits=8 fashion=20 fashion-latents=20 fashion-256=30 "
         "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores",
-        "small: 16, 64 and 256 tokens, scored at four times the budget alone, options as benchmarks.block found them; "
-        "without equal steps, DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
+        "small: 16, 64 (pixels and latents) and 256 tokens, scored at four times the budget alone, options as "
+        "benchmarks.block found them; without equal steps, DiT as published, the U-shaped block, scans without a norm "
+        "and neighbourhood attention",
     ),
     "long": Preset(
         f"--data emoji-1024 --contenders {_RIVALS} --seconds 45 "

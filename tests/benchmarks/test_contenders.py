@@ -47,6 +47,12 @@ def test_settings_begin_with_the_defaults_and_are_the_same_every_time(name: str)
         contender.settings(1000)
 
 
+def test_no_option_of_gspn2_keeps_the_preset_s_value_by_another_name() -> None:
+    """None does, so that a search would train one model twice."""
+    gspn2 = [contender for contender in CONTENDERS.values() if contender.family == "GSPN2"]
+    assert gspn2 and not any(None in values for contender in gspn2 for values in contender.options.values())
+
+
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_parameters_are_equal_and_the_command_line_makes_that_model(name: str) -> None:
     """Of the last setting, which is no default."""
