@@ -93,48 +93,60 @@ def _mean(found: Result | None) -> str:
 
 
 def plot_fair(result: Result, figure: Any) -> None:
-    """Draw ratios against tokens, and each contender's FD against the budget where there are several, at equal time."""
+    """Draw ratios of FD and of loss by data set, and each contender's FD against the budget where there are several."""
     budgets: dict[str, set[int]] = {name: set() for name in result["data"]}
     for point in result["curves"]:
         if point["kind"] == "equal time":
             budgets[point["data"]].add(point["budget"])
-    names = [name for name, found in budgets.items() if len(found) > 1]
-    *axes, last = figure.subplots(1, len(names) + 1, squeeze=False)[0]
-    for name, axis in zip(names, axes, strict=True):
-        own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
-        for variant in dict.fromkeys(point["variant"] for point in own):
-            points = [point for point in own if point["variant"] == variant and point.get("fd")]
-            found = [_known(point["fd"]) or {} for point in points]
-            seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
-            _bars(axis, seconds, found, variant)
-        tokens = result["data"][name]["tokens"]
-        axis.set(title=f"{name}, {tokens:,} tokens", xlabel="seconds of training", xscale="log", yscale="log")
-    _plot_ratios(result, last)
-    for axis in (*axes, last):
+    curves = [name for name, found in budgets.items() if len(found) > 1]
+    axes = figure.subplots(1, 2 + len(curves), squeeze=False)[0]
+    for axis, metric, label in zip(axes, ("fd", "val_loss"), ("FD", "loss"), strict=False):
+        _plot_ratios(result, axis, metric)
+        axis.set(title=f"{label} ÷ rival's, 95%, below 1 scans are better")
+    for name, axis in zip(curves, axes[2:], strict=True):
+        _plot_curves(result, axis, name)
+        axis.set(title=f"FD, mean and 95%: {name}, {result['data'][name]['tokens']:,} tokens")
+    for axis in axes:
         axis.grid(True, alpha=0.3)
+        axis.title.set_fontsize("small")
         if axis.get_legend_handles_labels()[0]:  # none where no pair is finite
             axis.legend(fontsize="small")
-    for axis in axes[:1]:
-        axis.set(ylabel="FD, mean and 95%")
 
 
-def _bars(axis: Any, places: list[float], found: list[Result], label: str) -> None:
-    """Draw means with their 95% intervals as a line."""
-    errors = [[abs(one["mean"] - one[end]) for one in found] for end in ("low", "high")]
-    axis.errorbar(places, [one["mean"] for one in found], yerr=errors, marker="o", capsize=3, label=label)
-
-
-def _plot_ratios(result: Result, axis: Any) -> None:
-    """Draw the ratio of ours to each rival against the tokens, at the largest budget at equal time of each data set."""
-    own = [row for row in result["comparisons"] if row["kind"] == "equal time" and row["fd"] is not None]
+def _plot_ratios(result: Result, axis: Any, metric: str) -> None:
+    """Draw the ratio of ours to each rival, at the largest budget at equal time of each data set, by its tokens."""
+    own = [row for row in result["comparisons"] if row["kind"] == "equal time" and row[metric] is not None]
     largest = {name: max((row["budget"] for row in own if row["data"] == name), default=0) for name in result["data"]}
     own = [row for row in own if row["budget"] == largest[row["data"]]]
-    for ours, rival in dict.fromkeys((row["ours"], row["rival"]) for row in own):
+    places = {
+        name: place for place, name in enumerate(sorted(largest, key=lambda name: result["data"][name]["tokens"]))
+    }
+    pairs = list(dict.fromkeys((row["ours"], row["rival"]) for row in own))
+    for number, (ours, rival) in enumerate(pairs):
         rows = [row for row in own if (row["ours"], row["rival"]) == (ours, rival)]
-        places = {result["data"][row["data"]]["tokens"]: _known(row["fd"]) or {} for row in rows}
-        _bars(axis, sorted(places), [places[tokens] for tokens in sorted(places)], f"{ours} ÷ {rival}")
+        beside = 0.12 * (number - (len(pairs) - 1) / 2)
+        found = [_known(row[metric]) or {} for row in rows]
+        _bars(axis, [places[row["data"]] + beside for row in rows], found, f"{ours} ÷ {rival}", linestyle="none")
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set(title="below 1 scans are better", xlabel="tokens", ylabel="FD ÷ rival's, 95%", xscale="log")
+    axis.set_xticks(list(places.values()), [f"{name}\n{result['data'][name]['tokens']:,} tokens" for name in places])
+    axis.tick_params(axis="x", labelsize="x-small")
+
+
+def _plot_curves(result: Result, axis: Any, name: str) -> None:
+    """Draw each contender's FD against the seconds of training, on one data set at equal time."""
+    own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
+    for variant in dict.fromkeys(point["variant"] for point in own):
+        points = [point for point in own if point["variant"] == variant and point.get("fd")]
+        seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
+        _bars(axis, seconds, [_known(point["fd"]) or {} for point in points], variant)
+    axis.set(xlabel="seconds of training", xscale="log", yscale="log")
+
+
+def _bars(axis: Any, places: list[float], found: list[Result], label: str, linestyle: str = "solid") -> None:
+    """Draw means with their 95% intervals, as a line or alone."""
+    errors = [[abs(one["mean"] - one[end]) for one in found] for end in ("low", "high")]
+    means = [one["mean"] for one in found]
+    axis.errorbar(places, means, yerr=errors, marker="o", capsize=3, label=label, linestyle=linestyle)
 
 
 def second_look_table(result: Result) -> str:

@@ -259,6 +259,29 @@ def test_every_study_has_one_place(names: list[str]) -> None:
         evidence.rewritten(evidence.EVIDENCE, text_of(*names), {})
 
 
+def test_data_sets_of_as_many_tokens_are_drawn_side_by_side() -> None:
+    from matplotlib.figure import Figure
+
+    def compared(name: str, mean: float) -> dict[str, Any]:
+        ratio = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+        kind = {"kind": "equal time", "budget": 4}
+        return {"data": name, **kind, "ours": "scans", "rival": "attention", "fd": ratio, "val_loss": None}
+
+    data = {"wide": {"tokens": 256}, "pixels": {"tokens": 64}, "latents": {"tokens": 64}}
+    rows = [compared(name, mean) for name, mean in zip(data, (1.1, 0.9, 0.8), strict=True)]
+    figure = Figure()
+    quality_tables.plot_fair({"data": data, "curves": [], "comparisons": rows}, figure)
+    ratios, losses = figure.axes
+    assert [label.get_text() for label in ratios.get_xticklabels()] == [
+        "pixels\n64 tokens",
+        "latents\n64 tokens",
+        "wide\n256 tokens",
+    ]
+    (drawn,) = ratios.containers
+    assert sorted(zip(*drawn.lines[0].get_data(), strict=True)) == [(0, 0.9), (1, 0.8), (2, 1.1)]
+    assert not losses.containers  # no pair is finite
+
+
 def test_plots(tmp_path: Path) -> None:
     evidence.draw({"mixers": MIXERS, "quality_digits": study(), "resolution": RESOLUTION, "memory": MEMORY}, tmp_path)
     drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
