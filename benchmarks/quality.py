@@ -101,8 +101,10 @@ def study(
 
     if settings_of(protocol) != once(work / "protocol.json", lambda: settings_of(protocol)):
         raise UserError(f"{work} holds a study of another protocol; give another --work, or delete it")
+    nets = {}
     for field in fields:
         field.data.check()  # the last one's images and features, too, before hours of the first one's trainings
+        nets[field.data.name] = judging_net(field.data, work)
     results = {}
     for field in fields:
         own = {
@@ -110,12 +112,24 @@ def study(
             for name, parts in (("kept", kept), ("dropped", dropped))
         }
         results[field.data.name] = {
+            "net": nets[field.data.name],
             **study_of(field, protocol, {part.name for part in own["kept"]}, work, jobs),
             "plan": {name: [as_json(part) for part in parts] for name, parts in own.items()},
             "machine": CpuDevice().describe(),
             "software": software(),
         }
     return results
+
+
+def judging_net(data: scoring.DataSet, work: Path) -> dict[str, Any]:
+    """Return a data set's feature extractor; raises UserError where a study in this directory has another."""
+    net, file = data.net(), work / data.name / "net.json"
+    if net != (earlier := once(file, lambda: net)):
+        raise UserError(
+            f"--features of {data.name} is {data.features}, but {work} holds scores by {earlier['score']} with "
+            f"SHA-256 {earlier['sha256'][:12]}…; give that feature extractor, or another --work"
+        )
+    return net
 
 
 def tabulated(protocol: Protocol, results: Mapping[str, Any]) -> dict[str, Any]:

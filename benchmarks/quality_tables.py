@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from benchmarks.markdown import mean_and_interval, plural, provenance, ratio_and_interval, short, table
+from benchmarks.protocol import UNWANTED
 from benchmarks.scoring import METRICS
 from benchmarks.study import paired_ratio
 
@@ -40,14 +41,24 @@ def _conditions(result: Result) -> str:
     dropped = ", ".join(f"{part['part']} ({name})" for name, found in of.items() for part in found["plan"]["dropped"])
     seconds = ", ".join(f"{found['seconds']:g} s ({name})" for name, found in of.items())
     samples = ", ".join(f"{found['samples']:,} samples ({name})" for name, found in of.items())
+    nets = ", ".join(f"{told_net(found['net'])} ({name})" for name, found in of.items() if "net" in found)
+    without = [any(UNWANTED["options"](part["part"]) for part in found["plan"]["dropped"]) for found in of.values()]
+    searched = "learning rates" if all(without) else "learning rates and options"
     return (
-        f"Size {protocol['size']}, {plural(protocol['seeds'], 'paired seed')}, learning rates and options chosen on "
+        f"Size {protocol['size']}, {plural(protocol['seeds'], 'paired seed')}, {searched} chosen on "
         f"{plural(protocol['search_seeds'], 'other')} by validation loss. {samples}, {setting['steps']} steps, "
-        f"guidance {setting['guidance_scale']}. A budget of 1× is, of the processor's time, {seconds}. "
+        f"guidance {setting['guidance_scale']}. "
+        + (f"FD is by the features of {nets}. " if nets else "")
+        + f"A budget of 1× is, of the processor's time, {seconds}. "
         + (f"A step's time moved by more than 5 % on {moved}. " if moved else "")
         + (f"Dropped: {dropped}. " if dropped else "")
         + f"Trained at {commits}. {_machines(of)}"
     )
+
+
+def told_net(net: Result) -> str:
+    """Name a feature extractor: its architecture where it is known, and the first digits of its hash."""
+    return f"{net.get('architecture', net['score'])} {net['sha256'][:8]}"
 
 
 def _machines(of: dict[str, Result]) -> str:
@@ -161,10 +172,13 @@ def _look_table(name: str, found: Result) -> str:
         pairs.setdefault((row["kind"], row["ours"], row["rival"]), {})[row["score"]] = _ratio(row["ratio"])
     rows = [[*names, *(ratios[score] for score in scores)] for names, ratios in pairs.items()]
     setting = found["setting"]
+    nets = ", ".join(f"{told_net(net)} (FD-{net['score']})" for net in found["nets"] if "architecture" in net)
     return (
         table([name, "ours", "rival", *(f"{score} ÷ rival's" for score in scores)], rows)
         + f"\n{found['tokens']:,} tokens, the same {setting['samples']:,} samples of every seed "
-        + f"and {setting['reference']:,} real images. {provenance(found)}\n"
+        + f"and {setting['reference']:,} real images. "
+        + (f"Features of {nets}. " if nets else "")
+        + f"{provenance(found)}\n"
     )
 
 

@@ -21,6 +21,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 from gspn_dit.files import write_atomically
 
 if TYPE_CHECKING:
+    from fid.features import FeatureNet
     from gspn_dit.data.images import ImageSet
     from gspn_dit.pipeline import GSPNPipeline
 
@@ -104,6 +105,12 @@ class DataSet:
             found = dataclasses.replace(found, features=str(place.absolute()) if place.exists() else features)
         return found
 
+    def net(self) -> dict[str, Any]:
+        """Return what a study says of its feature extractor; see `told_of`."""
+        from fid.features import load_feature_net
+
+        return told_of(load_feature_net(self.features))
+
     def check(self) -> None:
         """Score real images as if they were samples; raises UserError if images or feature extractor do not serve."""
         from gspn_dit.data.images import evenly_spaced
@@ -167,6 +174,13 @@ class DataSet:
             "recall": scores["recall"],
             **(judge_agreement(images, labels, real, self.load("validation")) if self.judged else {}),
         }
+
+
+def told_of(net: FeatureNet) -> dict[str, Any]:
+    """Return which feature extractor it is: what its scores are called, its hash, features and architecture."""
+    found = {"score": net.score_suffix, "sha256": net.sha256, "features": net.feature_dim}
+    architecture = net.description.get("architecture")
+    return found if architecture is None else {**found, "architecture": architecture}
 
 
 FASHION_NET = "runs/fashion/features.safetensors"

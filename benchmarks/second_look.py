@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = look(read_study(options.study), data, nets, options.work, options.reference)
     found = {
         "tokens": data.tokens,
-        "nets": [{"score": net.score_suffix, "sha256": net.sha256, "features": net.feature_dim} for net in nets],
+        "nets": [scoring.told_of(net) for net in nets],
         "setting": {**data.setting, "reference": options.reference},
         "comparisons": compared(rows),
         "cells": rows,

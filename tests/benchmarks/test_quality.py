@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -53,6 +54,7 @@ class World:
 
         monkeypatch.setattr(Cell, "arguments", remembered)
         monkeypatch.setattr(scoring.DataSet, "check", lambda _: None)
+        monkeypatch.setattr(scoring.DataSet, "net", net_of)
         monkeypatch.setattr(contest, "train", self.train)
         monkeypatch.setattr(contest, "call", self.score)
         monkeypatch.setattr(calibration, "milliseconds_per_step", self.time)
@@ -91,6 +93,11 @@ class World:
         slower = {"gspn-normed": 1.2} if folder.name.startswith("recheck") else {}
         names = {key: key.split()[0] for key in arguments}
         return {key: MILLISECONDS[name] * slower.get(name, 1.0) for key, name in names.items()}
+
+
+def net_of(data: scoring.DataSet) -> dict[str, Any]:
+    known = {"features": 64, "architecture": "conv"}
+    return {"score": data.name, "sha256": hashlib.sha256(data.features.encode()).hexdigest(), **known}
 
 
 def formula(cell: Cell) -> float:
@@ -183,6 +190,8 @@ def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "A budget of 1× is, of the processor's time, 10 s (digits). A step's time moved by more than 5 % on digits."
         in text
     )
+    assert "learning rates and options chosen on" in text
+    assert f"FD is by the features of conv {net_of(DIGITS)['sha256'][:8]} (digits)." in text
     evidence.draw({"quality": plain}, tmp_path)
     assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
 
@@ -209,9 +218,20 @@ def test_a_study_whose_trainings_all_diverge_is_tabulated(monkeypatch: pytest.Mo
     assert conv["seeds"] == 1 and conv["fd"]["low"] is None
     text = fair_table(result)
     assert "| gspn-normed | attention | no pair | no pair | 1.0 | 5 |" in text
+    assert "learning rates chosen on" in text
     assert "Dropped: options by halving, and their learning rates (digits), 1×, equal steps (digits)." in text
     evidence.draw({"quality": result}, tmp_path)
     assert (tmp_path / "evidence_quality.png").stat().st_size > 1000
+
+
+def test_scores_of_two_feature_extractors_do_not_share_a_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    World(monkeypatch)
+    words = [*COMMAND, "--budgets", "1", "--drop", "options", "equal-steps", "--work", str(tmp_path)]
+    quality.main(words)
+    scores = (tmp_path / "study.json").read_bytes()
+    with pytest.raises(UserError, match=r"--features of digits is other, but .* holds scores by digits with SHA-256"):
+        quality.main([*words, "--features", "other"])
+    assert (tmp_path / "study.json").read_bytes() == scores
 
 
 def test_data_sets_that_were_studied_apart_share_one_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

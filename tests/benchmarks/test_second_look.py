@@ -78,7 +78,9 @@ def test_command(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     digits = found["data"]["digits"]
     assert digits["comparisons"][0]["ratio"]["high"] < 1 and len(digits["cells"]) == 4
-    assert digits["nets"][0]["score"] == "digits" and digits["tokens"] == 16
+    (net,) = digits["nets"]
+    assert net == DIGITS.net() and (net["score"], net["architecture"]) == ("digits", "conv")
+    assert digits["tokens"] == 16
     text = second_look_table(found)
     assert "| 1×, equal time | gspn-normed | attention | 0." in text and " and 5,000 real images." in text
 
