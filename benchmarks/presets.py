@@ -22,18 +22,21 @@ class Preset:
 
 
 _RIVALS = "attention-tuned conv-tuned linear-tuned gspn2"
+_JUDGE = "runs/fashion_judge"
+"""The feature extractor of Fashion-MNIST, which docs/quality.md trains."""
 PRESETS = {
     "claims": Preset(
         "--data digits fashion --contenders attention attention-lpu gspn-plain gspn gspn-published "
         "gspn-published-normed --only fashion=attention,gspn-plain --seconds digits=15 fashion=60 "
-        "--budgets 1 --hours 2 --jobs 2 --trials 2 --drop options equal-steps",
+        f"--budgets 1 --hours 2 --jobs 2 --trials 2 --drop options equal-steps --features fashion={_JUDGE}",
         "claims: what was said of scans before there were GSPN2's parts, at 16 and 64 tokens; one budget, defaults of "
         "all options, attention as the only rival; without equal steps",
     ),
     "small": Preset(
         f"--data digits fashion fashion-latents fashion-256 --contenders {_RIVALS} "
         "--seconds digits=8 fashion=20 fashion-latents=20 fashion-256=30 "
-        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores",
+        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores "
+        f"--features fashion={_JUDGE} fashion-latents={_JUDGE} fashion-256={_JUDGE}",
         "small: 16, 64 (pixels and latents) and 256 tokens, scored at four times the budget alone, options as "
         "benchmarks.block found them; without equal steps, DiT as published, the U-shaped block, scans without a norm "
         "and neighbourhood attention",
