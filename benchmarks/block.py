@@ -88,7 +88,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "gspn2": {
         "four directions": {"scan_directions": ("right", "left", "down", "up"), "scan_alternate": False},
         "convolution in every third block": {"conv_every": 3},
-        "proxy of twice the channels": {"proxy_channels": 32},
+        "proxy of half the model's channels": {"proxy_ratio": 2},
         "gate of the channels": {"channel_gate": True},
         **_HYBRID,
         **_RMS,

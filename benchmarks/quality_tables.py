@@ -41,7 +41,7 @@ def _conditions(result: Result) -> str:
     dropped = ", ".join(f"{part['part']} ({name})" for name, found in of.items() for part in found["plan"]["dropped"])
     seconds = ", ".join(f"{found['seconds']:g} s ({name})" for name, found in of.items())
     samples = ", ".join(f"{found['samples']:,} samples ({name})" for name, found in of.items())
-    nets = ", ".join(f"{told_net(found['net'])} ({name})" for name, found in of.items() if "net" in found)
+    nets = ", ".join(f"{_told_net(found['net'])} ({name})" for name, found in of.items() if "net" in found)
     without = [any(UNWANTED["options"](part["part"]) for part in found["plan"]["dropped"]) for found in of.values()]
     searched = "learning rates" if all(without) else "learning rates and options"
     return (
@@ -56,7 +56,7 @@ def _conditions(result: Result) -> str:
     )
 
 
-def told_net(net: Result) -> str:
+def _told_net(net: Result) -> str:
     """Name a feature extractor: its architecture where it is known, and the first digits of its hash."""
     return f"{net.get('architecture', net['score'])} {net['sha256'][:8]}"
 
@@ -172,7 +172,7 @@ def _look_table(name: str, found: Result) -> str:
         pairs.setdefault((row["kind"], row["ours"], row["rival"]), {})[row["score"]] = _ratio(row["ratio"])
     rows = [[*names, *(ratios[score] for score in scores)] for names, ratios in pairs.items()]
     setting = found["setting"]
-    nets = ", ".join(f"{told_net(net)} (FD-{net['score']})" for net in found["nets"] if "architecture" in net)
+    nets = ", ".join(f"{_told_net(net)} (FD-{net['score']})" for net in found["nets"] if "architecture" in net)
     return (
         table([name, "ours", "rival", *(f"{score} ÷ rival's" for score in scores)], rows)
         + f"\n{found['tokens']:,} tokens, the same {setting['samples']:,} samples of every seed "

@@ -298,9 +298,8 @@ def test_options_change_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     quality.main(["--preset", "small", "--plan", "--data", "fashion-256", "--jobs", "1"])
     out = capsys.readouterr().out
     assert "digits" not in out and re.search(r"fashion-256 +4×, equal time +20 cells of +235 s", out)
-    quality.main(
-        ["--preset", "small", "--plan", "--seconds", *["fashion-256=10", "digits=1", "fashion=1", "fashion-latents=1"]]
-    )
+    seconds = ["fashion-256=10", "digits=1", "fashion=1", "fashion-latents=1"]
+    quality.main(["--preset", "small", "--plan", "--seconds", *seconds])
     assert re.search(r"fashion-256 +4×, equal time +20 cells of +155 s", capsys.readouterr().out)
 
 
