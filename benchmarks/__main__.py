@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 ONE_RATE = ["benchmarks.one_rate", "--jobs", "2"]
 ABLATIONS = [*ONE_RATE, "--data", "digits", "--steps", "288"]
 RIVALS_BLOCK = ["benchmarks.block", "--kept", "3", "--data", "fashion", "--seconds", "40"]
+BLOCK_1024 = ["benchmarks.block", "--kept", "3", "--data", "emoji-1024", "--seconds", "90", "--work", "runs/block_1024"]
 COMMANDS: dict[str, list[str]] = {
     "ablations": [
         *(*ABLATIONS, "--baseline", "gspn", "--variants", "gspn", "no-positions", "own-weights", "window-2"),
@@ -38,6 +39,10 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks.block", "--data", "fashion", "fashion-256", "--seconds", "fashion=40", "fashion-256=50"),
         *("--kept", "10", "--out"),
     ],
+    "block_1024": [*BLOCK_1024, "--base", "gspn2", "--out"],
+    "block_1024_attention": [*BLOCK_1024, "--base", "attention-tuned", "--out"],
+    "block_1024_conv": [*BLOCK_1024, "--base", "conv-tuned", "--out"],
+    "block_1024_linear": [*BLOCK_1024, "--base", "linear-tuned", "--out"],
     "block_attention": [*RIVALS_BLOCK, "--base", "attention-lpu", "--out"],
     "block_conv": [*RIVALS_BLOCK, "--base", "conv", "--out"],
     "block_linear": [*RIVALS_BLOCK, "--base", "linear", "--out"],

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ from benchmarks.block_tables import block_table, cost_table
 from benchmarks.classification import classification_table
 from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
-from benchmarks.markdown import mean_and_interval, provenance, short, table
+from benchmarks.markdown import short, table
 from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table, second_look_table
 from benchmarks.recipe_tables import digits_one_step_table, few_step_table, recipes_table
+from benchmarks.resolution_tables import plot_resolution, resolution_table
 from benchmarks.speed_tables import cuda_traffic_table, memory_table, mixers_table, plot_mixers
-from benchmarks.study import interval
 from benchmarks.text_tables import text_quality_table, text_to_image_table
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
@@ -41,30 +40,6 @@ Result = dict[str, Any]
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
-
-
-def resolution_table(result: Result) -> str:
-    """Tabulate `benchmarks.resolution`: every model at every size, means where it was trained with several seeds."""
-    groups: dict[tuple[str, int], list[Result]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["model"], row["scale"]), []).append(row)
-    rows = [
-        [model, f"{scale}×", str(own[0]["images"]), *(_seeds(own, key) for key in ("crop_fd", "class_agreement"))]
-        for (model, scale), own in groups.items()
-    ]
-    setting = result["setting"]
-    return (
-        table(["model", "size", "images", "FD of crops", "class agreement"], rows)
-        + f"\n{setting['crops']} crops of {result['size']}² pixels at each size, {setting['steps']} steps, guidance "
-        + f"{setting['guidance_scale']}. {provenance(result)}\n"
-    )
-
-
-def _seeds(rows: list[Result], key: str) -> str:
-    values = [row[key] for row in rows]
-    if len(values) > 1:
-        return mean_and_interval(interval(values))
-    return short(values[0]) if key == "crop_fd" else f"{values[0]:.2f}"
 
 
 def demo_table(result: Result) -> str:
@@ -88,30 +63,6 @@ def _score(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else short(value)
 
 
-# -- plots -----------------------------------------------------------------------------------------------------------
-
-
-def plot_resolution(result: Result, figure: Any) -> None:
-    """Draw both figures against the size."""
-    for axis, key, label in zip(
-        figure.subplots(1, 2), ("crop_fd", "class_agreement"), ("FD of crops", "class agreement"), strict=True
-    ):
-        models: dict[str, dict[int, list[float]]] = {}
-        for row in result["rows"]:
-            models.setdefault(row["model"], {}).setdefault(row["scale"], []).append(row[key])
-        for model, found in models.items():
-            line = {scale: statistics.fmean(values) for scale, values in found.items()}
-            if len(line) == 1:
-                axis.axhline(*line.values(), color="black", linewidth=0.8, linestyle="--", label=model)
-            else:
-                axis.plot(list(line), list(line.values()), marker="o", label=model)
-        axis.set(xlabel="times the training size", ylabel=label, xscale="log")
-        axis.set_xticks(list(line), [f"{scale}×" for scale in line])
-        axis.minorticks_off()
-        axis.grid(True, alpha=0.3)
-    axis.legend(fontsize="small")
-
-
 # -- the pages -------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +79,10 @@ STUDIES = {
     "quality": Study(QUALITY, fair_table, plot_fair),
     "second_look": Study(QUALITY, second_look_table),
     "block": Study(QUALITY, block_table),
+    "block_1024": Study(QUALITY, block_table),
+    "block_1024_attention": Study(QUALITY, block_table),
+    "block_1024_conv": Study(QUALITY, block_table),
+    "block_1024_linear": Study(QUALITY, block_table),
     "block_attention": Study(QUALITY, block_table),
     "block_conv": Study(QUALITY, block_table),
     "block_linear": Study(QUALITY, block_table),

@@ -68,11 +68,9 @@ def shrunk(images: np.ndarray, size: int) -> np.ndarray:
     return np.floor(means + 0.5).astype(np.uint8)
 
 
-def image_count(scale: int, samples: int) -> int:
-    """Return how many images are drawn: the same number of pixels at every size, but no less than a chunk of images."""
-    from gspn_dit.diffusion import CHUNK
-
-    return max(samples // scale**2, min(samples, CHUNK))
+def image_count(scale: int, samples: int, least: int) -> int:
+    """Return how many images are drawn: the same number of pixels at every size, but no fewer images than the least."""
+    return max(samples // scale**2, min(samples, least))
 
 
 def variants(name: str, pipeline: GSPNPipeline) -> Iterator[str]:
@@ -92,7 +90,7 @@ def draw_all(runs: Sequence[Run], size: int, options: Any) -> Iterator[tuple[Run
     for run in runs:
         pipeline = load(run.directory)
         for scale in SCALES:
-            labels = np.arange(image_count(scale, options.samples)) % len(pipeline.class_names)
+            labels = np.arange(image_count(scale, options.samples, options.least)) % len(pipeline.class_names)
             images = None
             for name in variants(run.model, pipeline):
                 if scale > 1 or images is None:  # on the training grid all positions are the same
@@ -232,6 +230,7 @@ def main() -> None:
     parser.add_argument("--features", help="feature extractor that tells their classes apart")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the study's cells live")
     parser.add_argument("--samples", type=int, default=256, help="crops at each size, and images of the training size")
+    parser.add_argument("--least", type=int, default=64, help="images of a larger size, at least")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     parser.add_argument("--guidance-scale", type=float, default=SETTING["guidance_scale"])
     parser.add_argument("--picture", help="write this PNG")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import evidence, markdown, quality_tables, recipe_tables, speed_tables
+from benchmarks import evidence, markdown, quality_tables, recipe_tables, resolution_tables, speed_tables
 from benchmarks.few_step import summary as few_step_summary
 from benchmarks.one_rate import summary
 from benchmarks.scoring import METRICS
@@ -161,7 +161,20 @@ def test_mixers_and_resolution() -> None:
     assert rows(text)[3][-1] == "not measured"
     assert [cell for cell in rows(text)[-4] if cell] == ["mixer C=384", "gspn", "1.000", "0.500×"]
     assert [cell for cell in rows(text)[-1] if cell] == ["mixer C=384", "gspn", "12"]
-    assert ["gspn", "2×", "64", "24.7", "0.50"] in rows(evidence.resolution_table(RESOLUTION))
+    text = resolution_tables.resolution_table(RESOLUTION)
+    assert ["gspn", "2×", "64", "24.7", "0.50"] in rows(text)
+    assert "÷ rival's" not in text
+
+
+def test_sizes_are_paired_by_seed() -> None:
+    """FDs of 2 and 8 over 1 and 2 are ratios of 2 and 4; models of one seed are not compared."""
+    found = {"attention, positions continued": (1.0, 2.0), "gspn2-free": (2.0, 8.0), "gspn": (9.0,)}
+    figures = {"scale": 1, "images": 64, "class_agreement": 0.5}
+    cells = [{"model": m, "seed": i, "crop_fd": fd, **figures} for m, fds in found.items() for i, fd in enumerate(fds)]
+    *_, head, _, ours = rows(resolution_tables.resolution_table({**RESOLUTION, "rows": cells}))
+    assert head == ["ours", "rival", "FD of crops ÷ rival's, 1×"]
+    assert ours[:2] == ["gspn2-free", "attention, positions continued"]
+    assert ours[2].startswith(f"{8**0.5:.3f} [")
 
 
 MEMORY = {
@@ -248,7 +261,7 @@ def test_only_what_stands_between_the_markers_changes() -> None:
     blocks = {
         name: content for _, name, content, _ in re.findall(r"(<!-- begin (\w+) -->\n)(.*?)(<!-- end)", new, re.S)
     }
-    assert blocks.pop("resolution") == evidence.resolution_table(RESOLUTION)
+    assert blocks.pop("resolution") == resolution_tables.resolution_table(RESOLUTION)
     assert set(blocks.values()) == {evidence.NOT_MEASURED}
     assert evidence.rewritten(evidence.EVIDENCE, new, {"resolution": RESOLUTION}) == new
 

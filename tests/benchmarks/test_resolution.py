@@ -47,9 +47,10 @@ def test_shrinking_averages_and_rounds_half_up() -> None:
     assert resolution.shrunk(image[None, :, :, None], 2)[0, :, :, 0].tolist() == expected.tolist()
 
 
-def test_as_many_pixels_at_every_size_but_at_least_a_chunk() -> None:
-    assert [resolution.image_count(scale, 512) for scale in (1, 2, 4)] == [512, 128, 64]
-    assert [resolution.image_count(scale, 32) for scale in (1, 2)] == [32, 32]
+def test_as_many_pixels_at_every_size_but_so_many_images_at_least() -> None:
+    assert [resolution.image_count(scale, 512, 64) for scale in (1, 2, 4)] == [512, 128, 64]
+    assert [resolution.image_count(scale, 512, 16) for scale in (1, 2, 4)] == [512, 128, 32]
+    assert [resolution.image_count(scale, 32, 64) for scale in (1, 2)] == [32, 32]
 
 
 def save_run(directory: Path, name: str) -> str:
