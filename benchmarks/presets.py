@@ -47,6 +47,13 @@ PRESETS = {
         "long: 1,024 tokens, scored at four times the budget alone, options as benchmarks.block found them; without "
         "DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
     ),
+    "longest": Preset(
+        "--data emoji-4096 --contenders conv-tuned linear-tuned gspn2 --seconds 45 "
+        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores "
+        "--features emoji-4096=runs/emoji64_judge",
+        "longest: 4,096 tokens, scored at four times the budget alone, options as benchmarks.block found them; without "
+        "equal steps, and without attention, which takes a dozen steps in this time",
+    ),
     "sizes": Preset(
         "--data emoji-sizes --contenders attention attention-interpolated gspn2 gspn2-free --seconds 150 "
         "--budgets 1 --hours 3 --jobs 2 --trials 2 --drop options equal-steps",
