@@ -55,9 +55,9 @@ PRESETS = {
         "equal steps, and without attention, which takes a dozen steps in this time",
     ),
     "sizes": Preset(
-        "--data emoji-sizes --contenders attention attention-interpolated gspn2 gspn2-free --seconds 150 "
+        "--data emoji-sizes --contenders attention-interpolated linear-tuned gspn2 gspn2-free --seconds 150 "
         "--budgets 1 --hours 3 --jobs 2 --trials 2 --drop options equal-steps",
         "sizes: trained at two sizes, for benchmarks.resolution; one budget, options as benchmarks.block found them; "
-        "without equal steps, and with attention alone of the rivals",
+        "without equal steps, convolution, and attention whose positions are not interpolated in training",
     ),
 }
