@@ -83,6 +83,7 @@ COMMANDS: dict[str, list[str]] = {
         *(*ONE_RATE, "--data", "fashion", "--steps", "335", "--seeds", "1", "--baseline", "gspn-block"),
         *("--variants", "gspn-block", "gspn-block-no-long-skips", "--out"),
     ],
+    "quality_sizes": ["benchmarks.quality", "--preset", "sizes", "--work", "runs/sizes", "--out"],
     "recipes": ["benchmarks.recipes", "--seconds", "18", "--out"],
     "recipes_emoji": [
         *("benchmarks.recipes", "--data", "emoji", "--root", "data/emoji_classes", "--seconds", "45"),
@@ -93,6 +94,10 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks/results/quality_fashion_block.json", "--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
+    "sizes": [
+        *("benchmarks.resolution", "--fair", "benchmarks/results/quality_sizes.json", "--work", "runs/sizes"),
+        *("--data", "emoji-sizes", "--least", "32", "--out"),
+    ],
     "text_quality": [
         *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts"),
         *("--seconds", "480", "--search-steps", "900"),

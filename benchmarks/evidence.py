@@ -86,6 +86,7 @@ STUDIES = {
     "block_attention": Study(QUALITY, block_table),
     "block_conv": Study(QUALITY, block_table),
     "block_linear": Study(QUALITY, block_table),
+    "quality_sizes": Study(QUALITY, fair_table),
     "sizes": Study(QUALITY, resolution_table, plot_resolution),
     "cost": Study(QUALITY, cost_table),
     "mixers": Study(EVIDENCE, mixers_table, plot_mixers),

@@ -210,7 +210,7 @@ DATA_SETS = {
         _emoji("emoji", 32, 4, None, 120, 45),
         dataclasses.replace(
             _emoji("emoji-sizes", 64, 2, 16, 150, 60),
-            **{"features": "runs/emoji_judge", "latent": (3, 32), "image_size": 32, "buckets": (32, 64)},
+            **{"features": "runs/emoji32_judge", "latent": (3, 32), "image_size": 32, "buckets": (32, 64)},
         ),
         _emoji("emoji-256", 32, 2, 32, 240, 115),
         _emoji("emoji-1024", 64, 2, 8, 600, 150, samples=300),
