@@ -96,7 +96,7 @@ COMMANDS: dict[str, list[str]] = {
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "sizes": [
         *("benchmarks.resolution", "--fair", "benchmarks/results/quality_sizes.json", "--work", "runs/sizes"),
-        *("--data", "emoji-sizes", "--least", "32", "--out"),
+        *("--data", "emoji-sizes", "--least", "16", "--out"),
     ],
     "text_quality": [
         *("benchmarks.text_quality", "--data", "data/emoji_food", "--table", "data/emoji_food_texts"),

@@ -7,10 +7,11 @@ The models are those that studies of `benchmarks.one_rate` trained with their fi
 `benchmarks.quality` scored on a data set at equal time and its largest budget (--fair), or those that --runs names.
 
 A model without positions is given another grid, and nothing else changes. One with sine and cosine positions is drawn
-twice: with positions that continue beyond the training grid, and with positions squeezed into its range. Every size is
-scored twice. Crops of the training size, as many at every size and at places drawn once, are compared with the training
-images: is the picture made of the right parts? Whole images, shrunk by averaging k×k pixels, are classified by the
-feature extractor: does the picture show what was asked for? Images of the validation split say how good either can get.
+twice: with positions that continue beyond the training grid, and with positions squeezed into its range; one that was
+trained with the latter is drawn so alone. Every size is scored twice. Crops of the training size, as many at every size
+and at places drawn once, are compared with the training images: is the picture made of the right parts? Whole images,
+shrunk by averaging k×k pixels, are classified by the feature extractor: does the picture show what was asked for?
+Images of the validation split say how good either can get.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
     from fid.features import FeatureNet
-    from gspn_dit.pipeline import GSPNPipeline
+    from gspn_dit.models.base import DiffusionModel
 
 SCALES = (1, 2, 4)
 PICTURED = 6
@@ -73,14 +74,13 @@ def image_count(scale: int, samples: int, least: int) -> int:
     return max(samples // scale**2, min(samples, least))
 
 
-def variants(name: str, pipeline: GSPNPipeline) -> Iterator[str]:
-    """Yield the name of each way to draw larger images, having set the model to it."""
-    if not pipeline.model.has_positions:
-        yield name
-        return
-    for interpolate in (False, True):
-        pipeline.model.interpolate_positions = interpolate
-        yield f"{name}, positions {'interpolated' if interpolate else 'continued'}"
+def ways(name: str, model: DiffusionModel) -> list[tuple[str, bool]]:
+    """Return the name of each way to draw larger images, and whether positions are interpolated."""
+    if not model.has_positions or model.interpolate_positions:  # which it was trained for
+        return [(name, model.interpolate_positions)]
+    return [
+        (f"{name}, positions {'interpolated' if squeezed else 'continued'}", squeezed) for squeezed in (False, True)
+    ]
 
 
 def draw_all(runs: Sequence[Run], size: int, options: Any) -> Iterator[tuple[Run, str, int, np.ndarray, np.ndarray]]:
@@ -89,10 +89,11 @@ def draw_all(runs: Sequence[Run], size: int, options: Any) -> Iterator[tuple[Run
 
     for run in runs:
         pipeline = load(run.directory)
+        found = ways(run.model, pipeline.model)
         for scale in SCALES:
             labels = np.arange(image_count(scale, options.samples, options.least)) % len(pipeline.class_names)
             images = None
-            for name in variants(run.model, pipeline):
+            for name, pipeline.model.interpolate_positions in found:
                 if scale > 1 or images is None:  # on the training grid all positions are the same
                     images = pipeline(
                         labels.tolist(),

@@ -92,6 +92,14 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
     assert Image.open(picture).mode == "P"
 
 
+def test_a_model_that_was_trained_with_interpolated_positions_is_drawn_so_alone() -> None:
+    model = create_model("DiT-N/2", 10, 1, 8, hidden_size=16, depth=2, positions=True)
+    both = [("a, positions continued", False), ("a, positions interpolated", True)]
+    assert resolution.ways("a", model) == both
+    model.interpolate_positions = True
+    assert resolution.ways("a", model) == [("a", True)]
+
+
 def save_study(file: Path, data: str, *variants: str) -> Path:
     cells = [
         {"variant": variant, "seed": seed, "budget": budget, "steps": steps}
