@@ -9,13 +9,15 @@ The models are those that studies of `benchmarks.one_rate` trained with their fi
 A model without positions is given another grid, and nothing else changes. One with sine and cosine positions is drawn
 twice: with positions that continue beyond the training grid, and with positions squeezed into its range; one that was
 trained with the latter is drawn so alone. Every size is scored twice. Crops of the training size, as many at every size
-and at places drawn once, are compared with the training images: is the picture made of the right parts? Whole images,
-shrunk by averaging k×k pixels, are classified by the feature extractor: does the picture show what was asked for?
-Images of the validation split say how good either can get.
+and at places drawn once, are compared with the training images, or with crops of real images of the larger size
+(--larger), where a picture has one thing in its middle: is it made of the right parts? Whole images, shrunk by
+averaging k×k pixels, are classified by the feature extractor: does the picture show what was asked for? Images of the
+validation split say how good either can get.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +85,19 @@ def ways(name: str, model: DiffusionModel) -> list[tuple[str, bool]]:
     ]
 
 
+def larger_images(words: Sequence[str], data: DataSet, size: int) -> dict[int, DataSet]:
+    """Return real images of larger sizes by scale, of words SCALE=DIR; raises UserError."""
+    found = {}
+    for word in words:
+        scale, _, directory = word.partition("=")
+        if scale not in map(str, SCALES[1:]) or not directory:
+            scales = ", ".join(map(str, SCALES[1:]))
+            raise UserError(f"--larger is {word}, but takes SCALE=DIR, such as 2=data/emoji64_classes, of {scales}")
+        larger = {"images": (data.images[0], directory), "image_size": int(scale) * size}
+        found[int(scale)] = dataclasses.replace(data, **larger)
+    return found
+
+
 def draw_all(runs: Sequence[Run], size: int, options: Any) -> Iterator[tuple[Run, str, int, np.ndarray, np.ndarray]]:
     """Yield (run, name, scale, images, labels) of every model at every size."""
     from benchmarks.scoring import load
@@ -128,20 +143,24 @@ def measure(runs: Sequence[Run], data: DataSet, options: Any) -> dict[str, Any]:
     from fid.extraction import extract
     from fid.features import load_feature_net
 
-    net = load_feature_net(data.features)
-    training, validation = (data.load(split) for split in ("train", "validation"))
-    rows = np.random.default_rng(0).permutation(len(training))[:REFERENCE]
-    size, real = training.image_size, extract(net, training.pixels(rows)).features
-    some = np.random.default_rng(0).permutation(len(validation))[: options.samples]
-    held_out = validation.pixels(some), validation.labels[some]
-    table = [{"model": REAL, "seed": 0, "scale": 1, **figures(*held_out, size, options.samples, real, net)}]
+    net, size = load_feature_net(data.features), data.load("train").image_size
+    real, table = {}, []
+    for scale, source in {1: data, **larger_images(options.larger, data, size)}.items():
+        training, validation = (source.load(split) for split in ("train", "validation"))
+        rows = np.random.default_rng(0).permutation(len(training))[:REFERENCE]
+        real[scale] = extract(net, crops(training.pixels(rows), size, len(rows))).features
+        some = np.random.default_rng(0).permutation(len(validation))[: options.samples]
+        held_out = validation.pixels(some), validation.labels[some]
+        found = figures(*held_out, size, options.samples, real[scale], net)
+        table.append({"model": REAL, "seed": 0, "scale": scale, **found})
     pictures, last = {}, None
     for run, name, scale, images, labels in draw_all(runs, size, options):
         if images is not last:
             pictures.setdefault(f"{name}, {scale}×", images[:PICTURED])
         last = images
         place = {"model": name, "seed": run.seed, "scale": scale}
-        table.append({**place, **figures(images, labels, size, options.samples, real, net)})
+        of_size = real.get(scale, real[1])
+        table.append({**place, **figures(images, labels, size, options.samples, of_size, net)})
         print(table[-1], flush=True)
     if options.picture:
         save_picture(pictures, options.picture)
@@ -230,6 +249,8 @@ def main() -> None:
     parser.add_argument("--root", help="where the images lie, if not where docs/quality.md makes them")
     parser.add_argument("--features", help="feature extractor that tells their classes apart")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the study's cells live")
+    parser.add_argument("--larger", nargs="+", default=[], metavar="SCALE=DIR", help="real images of a larger size, "
+                        "which crops are compared with there")  # fmt: skip
     parser.add_argument("--samples", type=int, default=256, help="crops at each size, and images of the training size")
     parser.add_argument("--least", type=int, default=64, help="images of a larger size, at least")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")

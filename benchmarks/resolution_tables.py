@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.markdown import mean_and_interval, provenance, ratio_and_interval, short, table
+from benchmarks.resolution import REAL
 from benchmarks.study import interval, paired_ratio
 
 Result = dict[str, Any]
@@ -26,9 +27,15 @@ def resolution_table(result: Result) -> str:
     return (
         table(["model", "size", "images", "FD of crops", "class agreement"], rows)
         + f"\n{setting['crops']} crops of {result['size']}² pixels at each size, {setting['steps']} steps, guidance "
-        + f"{setting['guidance_scale']}. {provenance(result)}\n"
+        + f"{setting['guidance_scale']}. {_real_sizes(result)}{provenance(result)}\n"
         + _paired_sizes(result)
     )
+
+
+def _real_sizes(result: Result) -> str:
+    """Say which crops are compared with those of real images of the same size."""
+    own = [f"{row['scale']}×" for row in result["rows"] if row["model"] == REAL and row["scale"] > 1]
+    return f"At {' and '.join(own)} crops are compared with crops of real images of that size. " if own else ""
 
 
 def _paired_sizes(result: Result) -> str:

@@ -163,7 +163,10 @@ def test_mixers_and_resolution() -> None:
     assert [cell for cell in rows(text)[-1] if cell] == ["mixer C=384", "gspn", "12"]
     text = resolution_tables.resolution_table(RESOLUTION)
     assert ["gspn", "2×", "64", "24.7", "0.50"] in rows(text)
-    assert "÷ rival's" not in text
+    assert "÷ rival's" not in text and "of that size" not in text
+    real = {"model": "validation images", "scale": 2, "images": 64, "crop_fd": 0.5, "class_agreement": 0.9}
+    text = resolution_tables.resolution_table({**RESOLUTION, "rows": [*RESOLUTION["rows"], real]})
+    assert "At 2× crops are compared with crops of real images of that size." in text
 
 
 def test_sizes_are_paired_by_seed() -> None:

@@ -92,6 +92,14 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
     assert Image.open(picture).mode == "P"
 
 
+def test_larger_real_images_are_what_crops_are_compared_with() -> None:
+    found = resolution.larger_images(["2=some/where"], DATA_SETS["emoji-sizes"], 32)
+    assert (found[2].images, found[2].image_size) == (("imagefolder", "some/where"), 64)
+    for word in ("1=some", "2=", "some/where"):
+        with pytest.raises(UserError, match="takes SCALE=DIR, such as 2=data/emoji64_classes, of 2, 4"):
+            resolution.larger_images([word], DATA_SETS["emoji-sizes"], 32)
+
+
 def test_a_model_that_was_trained_with_interpolated_positions_is_drawn_so_alone() -> None:
     model = create_model("DiT-N/2", 10, 1, 8, hidden_size=16, depth=2, positions=True)
     both = [("a, positions continued", False), ("a, positions interpolated", True)]
