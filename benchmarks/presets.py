@@ -52,7 +52,7 @@ PRESETS = {
         "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores "
         "--features emoji-4096=runs/emoji64_judge",
         "longest: 4,096 tokens, scored at four times the budget alone, options as benchmarks.block found them; without "
-        "equal steps, and without attention, which takes a dozen steps in this time",
+        "equal steps, and without attention, which would take fewer than twenty steps",
     ),
     "sizes": Preset(
         "--data emoji-sizes --contenders attention-interpolated linear-tuned gspn2 gspn2-free --seconds 150 "
