@@ -93,8 +93,7 @@ def larger_images(words: Sequence[str], data: DataSet, size: int) -> dict[int, D
         if scale not in map(str, SCALES[1:]) or not directory:
             scales = ", ".join(map(str, SCALES[1:]))
             raise UserError(f"--larger is {word}, but takes SCALE=DIR, such as 2=data/emoji64_classes, of {scales}")
-        larger = {"images": (data.images[0], directory), "image_size": int(scale) * size}
-        found[int(scale)] = dataclasses.replace(data, **larger)
+        found[int(scale)] = dataclasses.replace(data.at(directory, None), image_size=int(scale) * size)
     return found
 
 

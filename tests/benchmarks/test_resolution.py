@@ -93,8 +93,8 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
 
 
 def test_larger_real_images_are_what_crops_are_compared_with() -> None:
-    found = resolution.larger_images(["2=some/where"], DATA_SETS["emoji-sizes"], 32)
-    assert (found[2].images, found[2].image_size) == (("imagefolder", "some/where"), 64)
+    found = resolution.larger_images(["2=/some/where"], DATA_SETS["emoji-sizes"], 32)
+    assert (found[2].images, found[2].image_size) == (("imagefolder", "/some/where"), 64)
     for word in ("1=some", "2=", "some/where"):
         with pytest.raises(UserError, match="takes SCALE=DIR, such as 2=data/emoji64_classes, of 2, 4"):
             resolution.larger_images([word], DATA_SETS["emoji-sizes"], 32)
