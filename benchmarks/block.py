@@ -17,14 +17,15 @@ from __future__ import annotations
 import math
 import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scoring
+from benchmarks import calibration, scoring
 from benchmarks.contenders import CONTENDERS, Setting, describe, fitted
-from benchmarks.contest import SEARCH_ROUNDS, Cell, at_once, step_times, trained
+from benchmarks.contest import SEARCH_ROUNDS, Cell, at_once, trained
 from benchmarks.output import publish
 from benchmarks.protocol import CENTRE, SEARCH_SEED, Protocol, rate_grid, tried_rates
 from benchmarks.quality import without_nan
@@ -281,9 +282,9 @@ class Trainings:
 
     def calibrate(self, name: str, others: Sequence[Candidate]) -> None:
         """Find what a step of the base and of others takes, in turn; of those that are known already, nothing."""
-        cells = {str(one): self.cell(one, name, CENTRE, 100) for one in (self.base, *others)}
+        words = {str(one): self.cell(one, name, CENTRE, 100).arguments(self.size) for one in (self.base, *others)}
         file = self.work / name / f"calibration of {self.base.name}-{self.size}.json"
-        found = step_times(file, cells, self.size, SEARCH_ROUNDS)
+        found = calibration.calibrated(file, words, SEARCH_ROUNDS, time.process_time, self.data[name].buckets)
         self.times.update({(name, one): ms for one, ms in found.items()})
 
     def milliseconds(self, one: Candidate, name: str) -> float:

@@ -55,12 +55,32 @@ def calibrated(
     arguments: Mapping[str, Sequence[str]],
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    sides: Sequence[int] = (),
 ) -> dict[str, float]:
     """Return milliseconds per step, kept in a JSON file so that resumed studies keep their budgets.
 
     Only variants that the file lacks are timed, in turn with the first that it has: their times are in the unit of that
-    one's, whatever the machine does beside. The runs that it takes are written beside the file.
+    one's, whatever the machine does beside. The runs that it takes are written beside the file. Where the data has
+    square images of several `sides` in pixels, equally many of each, a time is the mean over steps with each of them.
     """
+    alone = {
+        variant: {
+            f"{variant}, {side}×{side}": [*words, "--data.buckets", "[]", "--data.image_size", f"{side}"]
+            for side in sides
+        }
+        or {variant: words}
+        for variant, words in arguments.items()
+    }
+    known = _with_missing(
+        file, {name: words for lines in alone.values() for name, words in lines.items()}, rounds, clock
+    )
+    return {variant: statistics.fmean(known[name] for name in lines) for variant, lines in alone.items()}
+
+
+def _with_missing(
+    file: Path, arguments: Mapping[str, Sequence[str]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Return what the file has, after what it lacks has been timed and added."""
     known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if missing := {variant: words for variant, words in arguments.items() if variant not in known}:
         first = next((variant for variant in arguments if variant in known), None)
@@ -70,4 +90,4 @@ def calibrated(
         known |= {variant: unit * found[variant] for variant in missing}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(known, indent=2), encoding="utf-8")
-    return {variant: known[variant] for variant in arguments}
+    return known

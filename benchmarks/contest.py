@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,22 +89,6 @@ class Cell:
         words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         model = train_words(fitted(self.contender, self.setting, self.data, size))
         return [*self.data.arguments(), *model, *words]
-
-
-def step_times(file: Path, cells: Mapping[str, Cell], size: str, rounds: int) -> dict[str, float]:
-    """Return milliseconds of the processor for a step of each cell, taken in turn, kept in a file.
-
-    Of a data set with images of several sizes, of which there are equally many, it is the mean over steps with each.
-    """
-    alone: dict[str, dict[str, list[str]]] = {}
-    for name, cell in cells.items():
-        words, sides = cell.arguments(size), cell.data.buckets
-        alone[name] = {
-            f"{name}, {side}×{side}": [*words, "--data.buckets", "[]", "--data.image_size", str(side)] for side in sides
-        } or {name: words}
-    lines = {key: words for of_sizes in alone.values() for key, words in of_sizes.items()}
-    found = calibration.calibrated(file, lines, rounds, time.process_time)
-    return {name: statistics.fmean(found[key] for key in of_sizes) for name, of_sizes in alone.items()}
 
 
 def run_cell(cell: Cell, work: Path, size: str) -> dict[str, Any]:
@@ -195,9 +178,13 @@ class Study:
 
     def calibrate(self, chosen: Sequence[tuple[str, Setting]], name: str, rounds: int) -> dict[str, float]:
         """Return milliseconds of the processor for a step of each, taken in turn, kept in a file of that name."""
-        cells = {f"{one} {describe(setting)}": Cell(self.data, one, setting, CENTRE, 100, 0) for one, setting in chosen}
-        file = self.work / self.data.name / f"{name}-{self.protocol.size}.json"
-        return step_times(file, cells, self.protocol.size, rounds)
+        size = self.protocol.size
+        words = {
+            f"{one} {describe(setting)}": Cell(self.data, one, setting, CENTRE, 100, 0).arguments(size)
+            for one, setting in chosen
+        }
+        file = self.work / self.data.name / f"{name}-{size}.json"
+        return calibration.calibrated(file, words, rounds, time.process_time, self.data.buckets)
 
     def time_steps(self, chosen: Sequence[tuple[str, Setting]], name: str, rounds: int) -> None:
         """Fix how long a step of each takes."""

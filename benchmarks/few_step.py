@@ -253,7 +253,7 @@ def study(
 ) -> dict[str, Any]:
     """Train and score what is not there yet, seed by seed, and return figures and intervals."""
     words = {name: arguments(Recipe(name, 1), 100, 0, None, data) for name in OWN}
-    milliseconds = calibration.calibrated(runs / "calibration.json", words, clock=time.process_time)
+    milliseconds = calibration.calibrated(runs / "calibration.json", words, clock=time.process_time, sides=data.buckets)
     counts = {name: steps_of(recipe, seconds, milliseconds) for name, recipe in RECIPES.items()}
     rows = []
     for seed in seeds:

@@ -131,7 +131,7 @@ def study(options: Any) -> dict[str, Any]:
     work = Path(options.work)
     words = {variant: train_arguments(options.data, variant, options.size, 0, 100) for variant in options.variants}
     file = work / options.data / f"calibration-{options.size}.json"
-    times = calibration.calibrated(file, words) if options.seconds else {}
+    times = calibration.calibrated(file, words, sides=DATA_SETS[options.data].buckets) if options.seconds else {}
     budgets = budgets_of(options, times)
     cells = [
         (budget, Cell(options.data, variant, options.size, seed, steps[variant]))

@@ -156,7 +156,7 @@ def study(seconds: int, seeds: int, work: Path, data: DataSet = DATA_SETS["digit
     from benchmarks.measure import CpuDevice, software
 
     words = {recipe: train_arguments(recipe, 0, RATES[0], 100, data) for recipe in RECIPES}
-    milliseconds = calibration.calibrated(work / "calibration.json", words, clock=time.process_time)
+    milliseconds = calibration.calibrated(work / "calibration.json", words, clock=time.process_time, sides=data.buckets)
     steps = {recipe: max(1, int(1e3 * seconds / milliseconds[recipe])) for recipe in RECIPES}
     rates = {recipe: search(recipe, steps[recipe], work, data) for recipe in RECIPES}
     cells = [

@@ -87,12 +87,14 @@ def ways(name: str, model: DiffusionModel) -> list[tuple[str, bool]]:
 
 def larger_images(words: Sequence[str], data: DataSet, size: int) -> dict[int, DataSet]:
     """Return real images of larger sizes by scale, of words SCALE=DIR; raises UserError."""
-    found = {}
+    found: dict[int, DataSet] = {}
     for word in words:
         scale, _, directory = word.partition("=")
         if scale not in map(str, SCALES[1:]) or not directory:
             scales = ", ".join(map(str, SCALES[1:]))
             raise UserError(f"--larger is {word}, but takes SCALE=DIR, such as 2=data/emoji64_classes, of {scales}")
+        if int(scale) in found:
+            raise UserError(f"--larger names images of {scale} times the size twice; give each scale once")
         found[int(scale)] = dataclasses.replace(data.at(directory, None), image_size=int(scale) * size)
     return found
 

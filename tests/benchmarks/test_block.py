@@ -177,7 +177,8 @@ def test_a_step_of_several_sizes_takes_the_mean_of_each(tmp_path: Path, monkeypa
     monkeypatch.setattr(calibration, "milliseconds_per_step", milliseconds)
     data = DATA_SETS["emoji-sizes"].at(str(tmp_path), None)
     cell = contest.Cell(data, "gspn2", CONTENDERS["gspn2"].settings(1)[0], 0.01, 100, 0)
-    assert contest.step_times(tmp_path / "times.json", {"gspn2": cell}, "N", 3) == {"gspn2": (32**2 + 64**2) / 2}
+    found = calibration.calibrated(tmp_path / "times.json", {"gspn2": cell.arguments("N")}, sides=data.buckets)
+    assert found == {"gspn2": (32**2 + 64**2) / 2}
     assert set(json.loads((tmp_path / "times.json").read_text())) == {"gspn2, 32×32", "gspn2, 64×64"}
 
 

@@ -98,6 +98,8 @@ def test_larger_real_images_are_what_crops_are_compared_with() -> None:
     for word in ("1=some", "2=", "some/where"):
         with pytest.raises(UserError, match="takes SCALE=DIR, such as 2=data/emoji64_classes, of 2, 4"):
             resolution.larger_images([word], DATA_SETS["emoji-sizes"], 32)
+    with pytest.raises(UserError, match="names images of 2 times the size twice"):
+        resolution.larger_images(["2=a", "2=b"], DATA_SETS["emoji-sizes"], 32)
 
 
 def test_a_model_that_was_trained_with_interpolated_positions_is_drawn_so_alone() -> None:
