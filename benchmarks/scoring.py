@@ -214,7 +214,7 @@ DATA_SETS = {
         ),
         _emoji("emoji-256", 32, 2, 32, 240, 115),
         _emoji("emoji-1024", 64, 2, 8, 600, 150, samples=300),
-        _emoji("emoji-4096", 64, 1, 8, 1800, 170, samples=100),
+        _emoji("emoji-4096", 64, 1, 8, 1800, 270, samples=160),
     )
 }
 """By name; "emoji" is that of `make demo-colour`, the others are named by their tokens (docs/quality.md makes them).
