@@ -108,6 +108,10 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "gspn2": Contender("GSPN2", GSPN2_BLOCK, _GSPN2_OPTIONS, ours=True),
     "gspn2-free": Contender("GSPN2", {**GSPN2_BLOCK, "positions": False}, _GSPN2_OPTIONS, ours=True),
+    # With what `benchmarks.block` found best for each with 1,024 tokens.
+    "conv-long": Contender("DiT", {"mixer": "conv", "lpu": True}, {**_TUNED, "positions": _UNSET}),
+    "linear-long": Contender("DiT", {"mixer": "linear", "lpu": True}, {**_TUNED, **_HEADS, "positions": _FLAG}),
+    "gspn2-long": Contender("GSPN2", GSPN2_BLOCK, {**_GSPN2_OPTIONS, "norm": ("rms", "layer")}, ours=True),
     # In the U-shaped block.
     "attention-u": Contender("GSPN", {"mixer": "attention", "num_heads": 2, **_U_SHAPED}, _U_OPTIONS),
     "conv-u": Contender("GSPN", {"mixer": "conv", **_U_SHAPED}, _U_OPTIONS),

@@ -48,11 +48,11 @@ PRESETS = {
         "DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
     ),
     "longest": Preset(
-        "--data emoji-4096 --contenders conv-tuned linear-tuned gspn2 --seconds 45 "
+        "--data emoji-4096 --contenders conv-long linear-long gspn2-long --seconds 45 "
         "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores "
         "--features emoji-4096=runs/emoji64_judge",
-        "longest: 4,096 tokens, scored at four times the budget alone, options as benchmarks.block found them; without "
-        "equal steps, and without attention, which would take fewer than twenty steps",
+        "longest: 4,096 tokens, scored at four times the budget alone, options as benchmarks.block found them with "
+        "1,024; without equal steps, and without attention, which would take fewer than twenty steps",
     ),
     "sizes": Preset(
         "--data emoji-sizes --contenders attention-interpolated linear-tuned gspn2 gspn2-free --seconds 150 "

@@ -77,7 +77,7 @@ def plot_resolution(result: Result, figure: Any) -> None:
                 axis.axhline(*line.values(), color="black", linewidth=0.8, linestyle="--", label=model)
             else:
                 axis.plot(list(line), list(line.values()), marker="o", label=model)
-        axis.set(xlabel="times the training size", ylabel=label, xscale="log")
+        axis.set(xlabel=f"size, over {result['size']}×{result['size']} pixels", ylabel=label, xscale="log")
         axis.set_xticks(list(line), [f"{scale}×" for scale in line])
         axis.minorticks_off()
         axis.grid(True, alpha=0.3)
