@@ -75,6 +75,7 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks.mixers", "--widths", "1152", "--sides", "16", "32", "64", "--seconds", "300", "--out"),
     ],
     "quality": ["benchmarks.quality", "--preset", "small", "--beside", "benchmarks/results/quality.json", "--out"],
+    "quality_1024": ["benchmarks.quality", "--preset", "searched", "--work", "runs/fair_1024", "--out"],
     "quality_claims": ["benchmarks.quality", "--preset", "claims", "--work", "runs/fair_claims", "--out"],
     "quality_digits": [*ONE_RATE, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*ONE_RATE, "--data", "fashion", "--seconds", "120", "--out"],

@@ -109,6 +109,7 @@ CONTENDERS: dict[str, Contender] = {
     "gspn2": Contender("GSPN2", GSPN2_BLOCK, _GSPN2_OPTIONS, ours=True),
     "gspn2-free": Contender("GSPN2", {**GSPN2_BLOCK, "positions": False}, _GSPN2_OPTIONS, ours=True),
     # With what `benchmarks.block` found best for each with 1,024 tokens.
+    "attention-long": Contender("DiT", {"mixer": "attention", "positions": False, **_MIXED}, _ATTENTION),
     "conv-long": Contender("DiT", {"mixer": "conv", "lpu": True}, {**_TUNED, "positions": _UNSET}),
     "linear-long": Contender("DiT", {"mixer": "linear", "lpu": True}, {**_TUNED, **_HEADS, "positions": _FLAG}),
     "gspn2-long": Contender("GSPN2", GSPN2_BLOCK, {**_GSPN2_OPTIONS, "norm": ("rms", "layer")}, ours=True),
