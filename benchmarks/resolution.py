@@ -154,14 +154,13 @@ def measure(runs: Sequence[Run], data: DataSet, options: Any) -> dict[str, Any]:
         held_out = validation.pixels(some), validation.labels[some]
         found = figures(*held_out, size, options.samples, real[scale], net)
         table.append({"model": REAL, "seed": 0, "scale": scale, **found})
-    pictures, last = {}, None
+    pictures, last, found = {}, None, {}
     for run, name, scale, images, labels in draw_all(runs, size, options):
-        if images is not last:
+        if images is not last:  # on the training grid all ways to draw have the same
             pictures.setdefault(f"{name}, {scale}×", images[:PICTURED])
+            found = figures(images, labels, size, options.samples, real.get(scale, real[1]), net)
         last = images
-        place = {"model": name, "seed": run.seed, "scale": scale}
-        of_size = real.get(scale, real[1])
-        table.append({**place, **figures(images, labels, size, options.samples, of_size, net)})
+        table.append({"model": name, "seed": run.seed, "scale": scale, **found})
         print(table[-1], flush=True)
     if options.picture:
         save_picture(pictures, options.picture)

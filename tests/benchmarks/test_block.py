@@ -14,7 +14,7 @@ import pytest
 from benchmarks import block, calibration, contest
 from benchmarks.block import PARTS, SCANS, Candidate, Search, Trainings, candidates, over
 from benchmarks.block_tables import block_table
-from benchmarks.contenders import CONTENDERS, fitted, train_words
+from benchmarks.contenders import fitted, train_words
 from benchmarks.protocol import SEARCH_SEED
 from benchmarks.scoring import DATA_SETS
 from gspn_dit.config import parse_train_arguments
@@ -161,25 +161,6 @@ def test_trainings_have_equal_time_and_are_not_repeated(tmp_path: Path, monkeypa
     again = Trainings(SCANS, [DIGITS], "N", tmp_path, jobs=1)
     assert again.loss(find(GOOD), "digits", 0.04, 0.5, 100) == math.inf
     assert world.count == 3
-
-
-def test_a_step_of_several_sizes_takes_the_mean_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A median over steps of both sizes would be that of one."""
-
-    def milliseconds(arguments: Mapping[str, Sequence[str]], *_: Any) -> dict[str, float]:
-        found = {}
-        for name, words in arguments.items():
-            config = parse_train_arguments([*words, "--output_dir", str(tmp_path / "run")]).config
-            assert config.data.buckets == []
-            found[name] = float((config.data.image_size or 0) ** 2)
-        return found
-
-    monkeypatch.setattr(calibration, "milliseconds_per_step", milliseconds)
-    data = DATA_SETS["emoji-sizes"].at(str(tmp_path), None)
-    cell = contest.Cell(data, "gspn2", CONTENDERS["gspn2"].settings(1)[0], 0.01, 100, 0)
-    found = calibration.calibrated(tmp_path / "times.json", {"gspn2": cell.arguments("N")}, sides=data.buckets)
-    assert found == {"gspn2": (32**2 + 64**2) / 2}
-    assert set(json.loads((tmp_path / "times.json").read_text())) == {"gspn2, 32×32", "gspn2, 64×64"}
 
 
 def test_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import calibration, study
+from benchmarks.scoring import DATA_SETS
 from benchmarks.study import best_rate, call, interval, once, paired_ratio, train
 from gspn_dit.config import parse_train_arguments, save_config
 from gspn_dit.errors import UserError
@@ -73,6 +76,24 @@ def test_a_calibration_is_kept_when_variants_are_added(monkeypatch: pytest.Monke
     # "c" took 25 where "a" took 20, so that it takes 12.5 where "a" took 10
     assert calibration.calibrated(file, variants) == {"a": 10.0, "b": 10.0, "c": 12.5}
     assert asked == [["a", "b"], ["a", "c"]]
+
+
+def test_a_step_of_several_sizes_takes_the_mean_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A median over steps of both sizes would be that of one."""
+
+    def milliseconds(arguments: Mapping[str, Sequence[str]], *_: Any) -> dict[str, float]:
+        found = {}
+        for name, words in arguments.items():
+            config = parse_train_arguments([*words, "--output_dir", str(tmp_path / "run")]).config
+            assert config.data.buckets == []
+            found[name] = float((config.data.image_size or 0) ** 2)
+        return found
+
+    monkeypatch.setattr(calibration, "milliseconds_per_step", milliseconds)
+    data = DATA_SETS["emoji-sizes"].at(str(tmp_path), None)
+    found = calibration.calibrated(tmp_path / "times.json", {"model": data.arguments()}, sides=data.buckets)
+    assert found == {"model": (32**2 + 64**2) / 2}
+    assert set(json.loads((tmp_path / "times.json").read_text())) == {"model, 32×32", "model, 64×64"}
 
 
 def test_the_best_rate_and_whether_a_better_one_may_lie_beyond() -> None:
