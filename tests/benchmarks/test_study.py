@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ from typing import Any
 import pytest
 
 from benchmarks import calibration, study
-from benchmarks.scoring import DATA_SETS
 from benchmarks.study import best_rate, call, interval, once, paired_ratio, train
 from gspn_dit.config import parse_train_arguments, save_config
 from gspn_dit.errors import UserError
@@ -78,22 +79,42 @@ def test_a_calibration_is_kept_when_variants_are_added(monkeypatch: pytest.Monke
     assert asked == [["a", "b"], ["a", "c"]]
 
 
-def test_a_step_of_several_sizes_takes_the_mean_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_several_sizes_takes_the_mean_of_more_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A median over steps of both sizes would be that of one."""
+    times = [1.0, 4.0, 4.0]
+    asked = []
 
-    def milliseconds(arguments: Mapping[str, Sequence[str]], *_: Any) -> dict[str, float]:
-        found = {}
-        for name, words in arguments.items():
-            config = parse_train_arguments([*words, "--output_dir", str(tmp_path / "run")]).config
-            assert config.data.buckets == []
-            found[name] = float((config.data.image_size or 0) ** 2)
-        return found
+    def measure(words: Mapping[str, Sequence[str]], _folder: Path, rounds: int, _clock: Any, average: Any) -> Any:
+        asked.append(rounds)
+        return {name: average(times) for name in words}
 
-    monkeypatch.setattr(calibration, "milliseconds_per_step", milliseconds)
-    data = DATA_SETS["emoji-sizes"].at(str(tmp_path), None)
-    found = calibration.calibrated(tmp_path / "times.json", {"model": data.arguments()}, sides=data.buckets)
-    assert found == {"model": (32**2 + 64**2) / 2}
-    assert set(json.loads((tmp_path / "times.json").read_text())) == {"model, 32×32", "model, 64×64"}
+    monkeypatch.setattr(calibration, "milliseconds_per_step", measure)
+    assert calibration.calibrated(tmp_path / "one.json", {"a": []}, 10) == {"a": 4.0}
+    assert calibration.calibrated(tmp_path / "two.json", {"a": []}, 10, sides=(32, 64)) == {"a": 3.0}
+    assert asked == [10, 40]
+
+
+READINGS = itertools.count()
+
+
+def clock_of_process() -> float:
+    """Seconds by which every step takes as many milliseconds as the number of its process."""
+    return next(READINGS) % 2 * os.getpid() / 1e3
+
+
+def test_each_variant_is_timed_in_processes_of_its_own(tmp_path: Path) -> None:
+    words = [*WORDS, "--training.batch_size", "2"]
+    steps: list[Sequence[float]] = []
+    calibration.milliseconds_per_step(
+        {"a": words, "b": words}, tmp_path, 4, clock_of_process, lambda times: steps.append(times) or 0.0
+    )
+    processes = [round(step) for times in steps for step in times]
+    assert [processes.count(one) for one in dict.fromkeys(processes)] == [2, 2, 2, 2] and os.getpid() not in processes
+
+
+def test_what_a_timed_training_refuses_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size is 0"):
+        calibration.milliseconds_per_step({"a": [*WORDS, "--training.batch_size", "0"]}, tmp_path, 2)
 
 
 def test_the_best_rate_and_whether_a_better_one_may_lie_beyond() -> None:
