@@ -6,8 +6,9 @@ import math
 import statistics
 from typing import Any
 
+from benchmarks.contest import DRIFT
 from benchmarks.markdown import mean_and_interval, plural, provenance, ratio_and_interval, short, table
-from benchmarks.protocol import UNWANTED
+from benchmarks.protocol import KINDS, UNWANTED
 from benchmarks.scoring import METRICS
 from benchmarks.study import paired_ratio
 
@@ -51,9 +52,35 @@ def _conditions(result: Result) -> str:
         + (f"FD is by the features of {nets}. " if nets else "")
         + f"A budget of 1× is, of the processor's time, {seconds}. "
         + (f"A step's time moved by more than 5 % on {moved}. " if moved else "")
+        + _told_unequal(of)
         + (f"Dropped: {dropped}. " if dropped else "")
         + f"Trained at {commits}. {_machines(of)}"
     )
+
+
+def _told_unequal(of: dict[str, Result]) -> str:
+    """Say whose trainings took more or less of the clock, beside the first contender's, than was measured before."""
+    told = []
+    for name, found in of.items():
+        shares = unequal_times(found)
+        told += [f"{variant} {100 * share:+.0f} % ({name})" for variant, share in shares.items() if abs(share) > DRIFT]
+    return f"By the clock trainings at equal time took, beside the first model's: {', '.join(told)}. " if told else ""
+
+
+def unequal_times(found: Result) -> dict[str, float]:
+    """Return by what share the clock's seconds of each contender's steps, over the first's, differ from those that were
+    measured before its trainings at equal time, of which all have as many.
+    """
+    share: dict[str, float] = {}
+    for key, milliseconds in found["milliseconds_per_step"].items():
+        variant = key.split()[0]
+        cells = [cell for cell in found["cells"] if cell["variant"] == variant and not cell["diverged"]]
+        cells = [cell for cell in cells if any(role.endswith(KINDS[0]) for role in cell["for"])]
+        steps = sum(cell["steps"] for cell in cells)
+        if steps:
+            share[variant] = 1e3 * sum(cell["training_seconds"] for cell in cells) / steps / milliseconds
+    first = next(iter(share.values()), 1.0)
+    return {variant: value / first - 1 for variant, value in share.items()}
 
 
 def _told_net(net: Result) -> str:
@@ -72,7 +99,7 @@ def _machines(of: dict[str, Result]) -> str:
 
 
 _POINT_METRICS = {name: title for name, title in METRICS.items() if name != "val_loss"}
-_POINT_HEAD = ["data", "budget", "model", "learning rate", "steps", "seeds", *_POINT_METRICS.values()]
+_POINT_HEAD = ["data", "budget", "model", "learning rate", "steps", "seconds", "seeds", *_POINT_METRICS.values()]
 
 
 def _point(result: Result, tokens: dict[str, str], point: Result) -> list[str]:
@@ -80,10 +107,13 @@ def _point(result: Result, tokens: dict[str, str], point: Result) -> list[str]:
     found, role = result["data"][point["data"]], f"{point['budget']}×, {point['kind']}"
     rates = found["search"][point["variant"]]["rates"]
     rate = rates[max((budget for budget in rates if int(budget) <= point["budget"]), key=int)]
-    steps = {cell["steps"] for cell in found["cells"] if cell["variant"] == point["variant"] and role in cell["for"]}
+    cells = [cell for cell in found["cells"] if cell["variant"] == point["variant"] and role in cell["for"]]
+    steps = {cell["steps"] for cell in cells}
+    seconds = [cell["training_seconds"] for cell in cells if not cell["diverged"]]
     return [
         *(tokens[point["data"]], role, point["variant"], f"{rate['best']:g}{'' if rate['inside'] else ' (at an end)'}"),
-        *(", ".join(f"{count:,}" for count in sorted(steps)), str(point["seeds"])),
+        *(", ".join(f"{count:,}" for count in sorted(steps)), short(statistics.fmean(seconds)) if seconds else ""),
+        str(point["seeds"]),
         *(_mean(point.get(metric)) for metric in _POINT_METRICS),
     ]
 
