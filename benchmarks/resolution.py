@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import one_rate
 from benchmarks.output import publish
 from benchmarks.scoring import DATA_SETS, SETTING, DataSet
-from benchmarks.second_look import read_study, scored_cells
+from benchmarks.second_look import read_json, read_study, scored_cells
 from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 if TYPE_CHECKING:
@@ -167,11 +167,36 @@ def measure(runs: Sequence[Run], data: DataSet, options: Any) -> dict[str, Any]:
     return {
         "data": data.name,
         "size": size,
-        "setting": {"crops": options.samples, "steps": options.steps, "guidance_scale": options.guidance_scale},
+        "setting": setting_of(options),
         "rows": table,
         "machine": CpuDevice().describe(),
         "software": software(),
     }
+
+
+def setting_of(options: Any) -> dict[str, Any]:
+    """Return how images are drawn and cut, as the result says it."""
+    return {"crops": options.samples, "steps": options.steps, "guidance_scale": options.guidance_scale}
+
+
+def beside(file: Path, options: Any) -> list[dict[str, Any]]:
+    """Return the rows of an earlier result; raises UserError for one of other images."""
+    found = read_json(file, "--beside")
+    if not isinstance(found, dict) or (found.get("data"), found.get("setting")) != (options.data, setting_of(options)):
+        raise UserError(f"--beside {file} is no result of benchmarks.resolution on {options.data} drawn in this way")
+    return list(found["rows"])
+
+
+def joined(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return earlier rows in their order, with new ones in place of those of the same models."""
+
+    def model(row: dict[str, Any]) -> str:
+        return str(row["model"]).split(",")[0]  # a comma: how it was drawn
+
+    place = {name: number for number, name in enumerate(dict.fromkeys(model(row) for row in [*earlier, *rows]))}
+    again = {model(row) for row in rows}
+    kept = [row for row in earlier if model(row) not in again]
+    return sorted([*kept, *rows], key=lambda row: place[model(row)])
 
 
 def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
@@ -246,6 +271,8 @@ def main() -> None:
     source.add_argument("--fair", metavar="FILE", help="result of benchmarks.quality, whose runs on --data are there")
     source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
     parser.add_argument("--data", choices=tuple(DATA_SETS), default="digits", help="of --runs and --fair")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="draw these alone; default: all that are there")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="an earlier result, of which other models stay")
     parser.add_argument("--root", help="where the images lie, if not where docs/quality.md makes them")
     parser.add_argument("--features", help="feature extractor that tells their classes apart")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the study's cells live")
@@ -265,7 +292,12 @@ def main() -> None:
         runs = runs_of_fair_study(Path(options.fair), data, options.work)
     elif options.runs:
         runs = named_runs(options.runs)
-    publish(measure(runs, data, options), options.out)
+    if unknown := sorted({*(options.models or ())} - {run.model for run in runs}):
+        raise UserError(f"--models names {unknown[0]}, but there are {', '.join(sorted({run.model for run in runs}))}")
+    runs = [run for run in runs if options.models is None or run.model in options.models]
+    earlier = [] if options.beside is None else beside(options.beside, options)
+    found = measure(runs, data, options)
+    publish({**found, "rows": joined(earlier, found["rows"])}, options.out)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,23 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
         row["crop_fd"] > 10 * rows[resolution.REAL, 1]["crop_fd"] for row in rows.values() if "b" in row["model"]
     )
     assert Image.open(picture).mode == "P"
+    before, again = out.read_text(), [*words, "--models", "b", "--beside", str(out)]
+    monkeypatch.setattr(sys, "argv", ["resolution", *again])
+    resolution.main()
+    assert json.loads(out.read_text())["rows"] == json.loads(before)["rows"]
+    for wrong, problem in (
+        (["--models", "c"], "--models names c, but there are a, b"),
+        (["--steps", "2"], r"--beside .*out.json is no result of benchmarks.resolution on digits drawn in this way"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["resolution", *again, *wrong])
+        with pytest.raises(UserError, match=problem):
+            resolution.main()
+
+
+def test_rows_of_a_model_that_is_drawn_again_take_the_place_of_the_earlier_ones() -> None:
+    earlier = [{"model": name, "x": 0} for name in ("a, continued", "a, interpolated", "b")]
+    new = [{"model": name, "x": 1} for name in ("a, continued", "c")]
+    assert resolution.joined(earlier, new) == [new[0], earlier[2], new[1]]
 
 
 def test_larger_real_images_are_what_crops_are_compared_with() -> None:
