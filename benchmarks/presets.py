@@ -49,10 +49,11 @@ PRESETS = {
     ),
     "searched": Preset(
         "--data emoji-1024 --contenders attention-long conv-long linear-long gspn2-long --seconds 45 "
-        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options early-scores "
+        "--budgets 1 4 --hours 5 --jobs 2 --trials 2 --drop options equal-steps early-scores "
         "--features emoji-1024=runs/emoji64_judge",
         "searched: 1,024 tokens, scored at four times the budget alone, options as benchmarks.block found them with as "
-        "many; without DiT as published, the U-shaped block, scans without a norm and neighbourhood attention",
+        "many; without equal steps, DiT as published, the U-shaped block, scans without a norm and neighbourhood "
+        "attention",
     ),
     "longest": Preset(
         "--data emoji-4096 --contenders conv-long linear-long gspn2-long --seconds 45 "
