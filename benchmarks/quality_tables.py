@@ -99,7 +99,7 @@ def _machines(of: dict[str, Result]) -> str:
 
 
 _POINT_METRICS = {name: title for name, title in METRICS.items() if name != "val_loss"}
-_POINT_HEAD = ["data", "budget", "model", "learning rate", "steps", "seconds", "seeds", *_POINT_METRICS.values()]
+_POINT_HEAD = ["data", "budget", "model", "learning rate", "steps", "seconds by the clock", "seeds", *_POINT_METRICS.values()]
 
 
 def _point(result: Result, tokens: dict[str, str], point: Result) -> list[str]:
