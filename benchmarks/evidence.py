@@ -86,6 +86,8 @@ STUDIES = {
     "block_attention": Study(QUALITY, block_table),
     "block_conv": Study(QUALITY, block_table),
     "block_linear": Study(QUALITY, block_table),
+    "quality_1024": Study(QUALITY, fair_table),
+    "second_look_1024": Study(QUALITY, second_look_table),
     "quality_sizes": Study(QUALITY, fair_table),
     "sizes": Study(QUALITY, resolution_table, plot_resolution),
     "cost": Study(QUALITY, cost_table),

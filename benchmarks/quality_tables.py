@@ -64,21 +64,22 @@ def _told_unequal(of: dict[str, Result]) -> str:
     for name, found in of.items():
         shares = unequal_times(found)
         told += [f"{variant} {100 * share:+.0f} % ({name})" for variant, share in shares.items() if abs(share) > DRIFT]
-    return f"By the clock trainings at equal time took, beside the first model's: {', '.join(told)}. " if told else ""
+    words = "By the clock, other work included, trainings at equal time took, beside the first model's: "
+    return f"{words}{', '.join(told)}. " if told else ""
 
 
 def unequal_times(found: Result) -> dict[str, float]:
-    """Return by what share the clock's seconds of each contender's steps, over the first's, differ from those that were
-    measured before its trainings at equal time, of which all have as many.
+    """Return by what share the clock's time of a step of each contender, over the first's, differs from what was
+    measured before: the median over its trainings at equal time, so that other work beside one of them counts little.
     """
     share: dict[str, float] = {}
     for key, milliseconds in found["milliseconds_per_step"].items():
         variant = key.split()[0]
         cells = [cell for cell in found["cells"] if cell["variant"] == variant and not cell["diverged"]]
         cells = [cell for cell in cells if any(role.endswith(KINDS[0]) for role in cell["for"])]
-        steps = sum(cell["steps"] for cell in cells)
-        if steps:
-            share[variant] = 1e3 * sum(cell["training_seconds"] for cell in cells) / steps / milliseconds
+        if cells:
+            taken = statistics.median(1e3 * cell["training_seconds"] / cell["steps"] for cell in cells)
+            share[variant] = taken / milliseconds
     first = next(iter(share.values()), 1.0)
     return {variant: value / first - 1 for variant, value in share.items()}
 
@@ -99,7 +100,16 @@ def _machines(of: dict[str, Result]) -> str:
 
 
 _POINT_METRICS = {name: title for name, title in METRICS.items() if name != "val_loss"}
-_POINT_HEAD = ["data", "budget", "model", "learning rate", "steps", "seconds by the clock", "seeds", *_POINT_METRICS.values()]
+_POINT_HEAD = [
+    "data",
+    "budget",
+    "model",
+    "learning rate",
+    "steps",
+    "seconds by the clock",
+    "seeds",
+    *_POINT_METRICS.values(),
+]
 
 
 def _point(result: Result, tokens: dict[str, str], point: Result) -> list[str]:

@@ -190,7 +190,7 @@ def test_what_a_study_chooses_and_shows(monkeypatch: pytest.MonkeyPatch, tmp_pat
     entry = f"{steps_alike['fd']['mean']:.3f} [{steps_alike['fd']['low']:.3f}, {steps_alike['fd']['high']:.3f}]"
     assert f"| digits, 16 tokens | 1×, equal steps | gspn-normed | attention | {entry} |" in text
     assert "| digits, 16 tokens | 4×, equal time | conv | 0.004 | 8,000 | 44.0 | 5 |" in text
-    assert "By the clock trainings at equal time took, beside the first model's: conv +10 % (digits)." in text
+    assert "trainings at equal time took, beside the first model's: conv +10 % (digits)." in text
     assert (
         "A budget of 1× is, of the processor's time, 10 s (digits). A step's time moved by more than 5 % on digits."
         in text
