@@ -292,9 +292,11 @@ def main() -> None:
         runs = runs_of_fair_study(Path(options.fair), data, options.work)
     elif options.runs:
         runs = named_runs(options.runs)
-    if unknown := sorted({*(options.models or ())} - {run.model for run in runs}):
-        raise UserError(f"--models names {unknown[0]}, but there are {', '.join(sorted({run.model for run in runs}))}")
-    runs = [run for run in runs if options.models is None or run.model in options.models]
+    there = sorted({run.model for run in runs})
+    chosen = options.models or there
+    if unknown := sorted({*chosen} - {*there}):
+        raise UserError(f"--models names {unknown[0]}, but there are {', '.join(there)}")
+    runs = [run for run in runs if run.model in chosen]
     earlier = [] if options.beside is None else beside(options.beside, options)
     found = measure(runs, data, options)
     publish({**found, "rows": joined(earlier, found["rows"])}, options.out)
