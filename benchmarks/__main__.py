@@ -76,7 +76,12 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "quality": ["benchmarks.quality", "--preset", "small", "--beside", "benchmarks/results/quality.json", "--out"],
     "quality_1024": ["benchmarks.quality", "--preset", "searched", "--work", "runs/fair_1024", "--out"],
+    "quality_4096": ["benchmarks.quality", "--preset", "longest", "--work", "runs/fair_4096", "--out"],
     "quality_claims": ["benchmarks.quality", "--preset", "claims", "--work", "runs/fair_claims", "--out"],
+    "quality_curve": [
+        *("benchmarks.quality", "--preset", "small", "--data", "fashion", "--budgets", "1", "4", "16"),
+        *("--drop", "options", "equal-steps", "--work", "runs/fair_curve", "--out"),
+    ],
     "quality_digits": [*ONE_RATE, "--data", "digits", "--seconds", "30", "--out"],
     "quality_fashion": [*ONE_RATE, "--data", "fashion", "--seconds", "120", "--out"],
     "quality_fashion_latents": [*ONE_RATE, "--data", "fashion-latents", "--seconds", "120", "--out"],

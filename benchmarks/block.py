@@ -6,10 +6,10 @@
 The base is a contender of `benchmarks.quality`: scans, or one of their rivals, whose parts are searched alike. All have
 as many parameters as attention's defaults and as much of the processor's time, and are judged by the validation loss,
 on seeds that `benchmarks.quality` never scores: what is chosen here takes part there. First every part changes the base
-alone, at the base's best learning rate and for half of the time. The best go on, for the whole time and at the best of
-three rates of their own. Then they join the base one after the other, the best first, and stay where the loss falls;
-what is left is compared with the base once more, with other seeds. A study can be stopped and started again: what is
-done is kept.
+alone, at the base's best learning rate and for half of the time. The best go on, for the whole time and each at its own
+best learning rate: three around the base's, and on beyond the better end. Then they join the base one after the other,
+the best first, and stay where the loss falls; what is left is compared with the base once more, with other seeds. A
+study can be stopped and started again: what is done is kept.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ SHARE = 0.5
 """Of the time, in the first round."""
 KEPT = 8
 """That go on to the second."""
-AROUND = (0.5, 1.0, 2.0)
-"""The base's learning rate, at which the later rounds train."""
+RATES, OWN_RATES = 5, 3
+"""Learning rates of the base's grid, and of those around its best one with which the later rounds begin."""
 CONFIRMING_SEEDS = (SEARCH_SEED + 1, SEARCH_SEED + 2)
 """With which the block that was chosen and the base are trained once more."""
 
@@ -188,16 +188,17 @@ class Search:
         self.rates: dict[str, float] = {}
         """Of the base, by data set."""
         self.own_rates: dict[tuple[str, str], float] = {}
-        """Of the last trainings of each block, by its name and data set."""
+        """The best of each block that had several, by its name and data set."""
 
     def run(self, tried: Sequence[Candidate], kept: int) -> dict[str, Any]:
         """Return what every round found; the first candidate is the base."""
         base, *others = tried
-        grids = {name: self.base_rates(base, name) for name in self.names}
-        alone = self.round(tried, SHARE, (1.0,))
+        grids = {name: self.try_rates(base, name, rate_grid(CENTRE, RATES)) for name in self.names}
+        self.rates = {name: self.own_rates[base.name, name] for name in self.names}
+        alone = self.alone(tried)
         own = {name: grid[self.rates[name]] for name, grid in grids.items()}
         going = in_order({one.name: alone[one.name] for one in others}, alone[base.name])[:kept]
-        best = self.round([one for one in others if one.name in going], 1.0, AROUND)
+        best = self.at_own_rates([one for one in others if one.name in going])
         winner, together = self.join(base, own, best)
         return {
             "base": {"rates": grids, "loss": own},
@@ -207,25 +208,33 @@ class Search:
             "winner": {"block": winner.name, "options": dict(winner.setting), **self.confirmed(base, winner)},
         }
 
-    def base_rates(self, base: Candidate, name: str) -> dict[float, float]:
-        """Return the loss of the base by learning rate, tried until the best lies inside."""
+    def try_rates(self, one: Candidate, name: str, grid: Sequence[float]) -> dict[float, float]:
+        """Return the loss by learning rate after the whole time, tried until the best lies inside."""
         found = tried_rates(
-            rate_grid(CENTRE, 5),
-            lambda rates: at_once(lambda rate: self.loss(base, name, rate, 1.0, SEARCH_SEED), rates),
+            grid, lambda rates: at_once(lambda rate: self.loss(one, name, rate, 1.0, SEARCH_SEED), rates)
         )
-        self.rates[name] = self.own_rates[base.name, name] = min(found, key=lambda rate: found[rate])
+        self.own_rates[one.name, name] = min(found, key=lambda rate: found[rate])
         return found
 
-    def round(self, tried: Sequence[Candidate], share: float, factors: Sequence[float]) -> dict[str, dict[str, float]]:
-        """Return the losses of candidates, each at the best of the base's learning rates times the factors."""
-        cells = [(one, name, factor * self.rates[name]) for one in tried for name in self.names for factor in factors]
-        losses = at_once(lambda cell: self.loss(*cell, share, SEARCH_SEED), cells)
-        found: dict[str, dict[str, float]] = {one.name: {} for one in tried}
-        for (one, name, rate), loss in zip(cells, losses, strict=True):
-            if loss < found[one.name].setdefault(name, math.inf):
-                found[one.name][name] = loss
-                self.own_rates[one.name, name] = rate
-        return found
+    def alone(self, tried: Sequence[Candidate]) -> dict[str, dict[str, float]]:
+        """Return the losses of candidates at the base's learning rates after a share of the time."""
+        return self._by_name(tried, lambda one, name: self.loss(one, name, self.rates[name], SHARE, SEARCH_SEED))
+
+    def at_own_rates(self, tried: Sequence[Candidate]) -> dict[str, dict[str, float]]:
+        """Return the losses of candidates after the whole time, each at its best learning rate."""
+
+        def best(one: Candidate, name: str) -> float:
+            return min(self.try_rates(one, name, rate_grid(self.rates[name], OWN_RATES)).values())
+
+        return self._by_name(tried, best)
+
+    def _by_name(
+        self, tried: Sequence[Candidate], loss: Callable[[Candidate, str], float]
+    ) -> dict[str, dict[str, float]]:
+        """Return the losses of candidates on all data sets, all at once."""
+        cells = [(one, name) for one in tried for name in self.names]
+        losses = iter(at_once(lambda cell: loss(*cell), cells))
+        return {one.name: {name: next(losses) for name in self.names} for one in tried}
 
     def join(self, base: Candidate, own: Losses, best: Mapping[str, Losses]) -> tuple[Candidate, list[dict[str, Any]]]:
         """Add parts that are better than the base alone, the best first; return what is left, and every step."""
@@ -234,7 +243,7 @@ class Search:
             if name not in parts or over(best[name], own) >= 1 or changed & set(parts[name]):
                 continue
             joined = winner.joined(name if winner is base else f"{winner.name} + {name}", parts[name])
-            losses = best[name] if winner is base else self.round([joined], 1.0, AROUND)[joined.name]
+            losses = best[name] if winner is base else self.at_own_rates([joined])[joined.name]
             stays = over(losses, least) < 1
             steps.append({"block": joined.name, "loss": losses, "over_base": over(losses, own), "stays": stays})
             if stays:

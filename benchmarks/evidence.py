@@ -88,6 +88,8 @@ STUDIES = {
     "block_linear": Study(QUALITY, block_table),
     "quality_1024": Study(QUALITY, fair_table),
     "second_look_1024": Study(QUALITY, second_look_table),
+    "quality_4096": Study(QUALITY, fair_table),
+    "quality_curve": Study(QUALITY, fair_table, plot_fair),
     "quality_sizes": Study(QUALITY, fair_table),
     "sizes": Study(QUALITY, resolution_table, plot_resolution),
     "cost": Study(QUALITY, cost_table),

@@ -143,20 +143,24 @@ def _mean(found: Result | None) -> str:
     return "" if known is None else mean_and_interval(known)
 
 
+_PLOTTED = {"fd": "FD", "val_loss": "loss"}
+
+
 def plot_fair(result: Result, figure: Any) -> None:
-    """Draw ratios of FD and of loss by data set, and each contender's FD against the budget where there are several."""
+    """Draw FD and loss: ratios by data set where there are several, and means against several budgets of one."""
     budgets: dict[str, set[int]] = {name: set() for name in result["data"]}
     for point in result["curves"]:
         if point["kind"] == "equal time":
             budgets[point["data"]].add(point["budget"])
-    curves = [name for name, found in budgets.items() if len(found) > 1]
-    axes = figure.subplots(1, 2 + len(curves), squeeze=False)[0]
-    for axis, metric, label in zip(axes, ("fd", "val_loss"), ("FD", "loss"), strict=False):
+    curves = [(name, metric) for name, found in budgets.items() if len(found) > 1 for metric in _PLOTTED]
+    ratios = list(_PLOTTED) if len(budgets) > 1 or not curves else []
+    axes = figure.subplots(1, len(ratios) + len(curves), squeeze=False)[0]
+    for axis, metric in zip(axes, ratios, strict=False):
         _plot_ratios(result, axis, metric)
-        axis.set(title=f"{label} ÷ rival's, 95%, below 1 scans are better")
-    for name, axis in zip(curves, axes[2:], strict=True):
-        _plot_curves(result, axis, name)
-        axis.set(title=f"FD, mean and 95%: {name}, {result['data'][name]['tokens']:,} tokens")
+        axis.set(title=f"{_PLOTTED[metric]} ÷ rival's, 95%, below 1 scans are better")
+    for (name, metric), axis in zip(curves, axes[len(ratios) :], strict=True):
+        _plot_curves(result, axis, name, metric)
+        axis.set(title=f"{_PLOTTED[metric]}, mean and 95%: {name}, {result['data'][name]['tokens']:,} tokens")
     for axis in axes:
         axis.grid(True, alpha=0.3)
         axis.title.set_fontsize("small")
@@ -183,13 +187,13 @@ def _plot_ratios(result: Result, axis: Any, metric: str) -> None:
     axis.tick_params(axis="x", labelsize="x-small")
 
 
-def _plot_curves(result: Result, axis: Any, name: str) -> None:
-    """Draw each contender's FD against the seconds of training, on one data set at equal time."""
+def _plot_curves(result: Result, axis: Any, name: str, metric: str) -> None:
+    """Draw each contender's means of a metric against the seconds of training, on one data set at equal time."""
     own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
     for variant in dict.fromkeys(point["variant"] for point in own):
-        points = [point for point in own if point["variant"] == variant and point.get("fd")]
+        points = [point for point in own if point["variant"] == variant and point.get(metric)]
         seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
-        _bars(axis, seconds, [_known(point["fd"]) or {} for point in points], variant)
+        _bars(axis, seconds, [_known(point[metric]) or {} for point in points], variant)
     axis.set(xlabel="seconds of training", xscale="log", yscale="log")
 
 

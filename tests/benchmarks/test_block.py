@@ -42,7 +42,7 @@ class Losses:
         loss = math.prod(WORTH.get(part, 1.0) for part in parts)
         if SPOILT in parts and len(parts) > 1:
             loss *= 1.2
-        best = 0.032 if one.name == GOOD else 0.016
+        best = 0.064 if one.name == GOOD else 0.016
         return (2.0 if name == "far" else 1.0) * loss * (1 + 0.1 * abs(math.log2(rate / best))) / share
 
 
@@ -59,7 +59,7 @@ def test_base_has_its_own_rate_and_parts_are_judged_beside_it() -> None:
         "far": 0.016,
     }
     alone = {row["block"]: row["over_base"] for row in found["alone"]}
-    assert alone == pytest.approx({SCANS: 1, BETTER: 0.8, GOOD: 0.9 * 1.1, SPOILT: 0.95, BAD: 1.2})
+    assert alone == pytest.approx({SCANS: 1, BETTER: 0.8, GOOD: 0.9 * 1.2, SPOILT: 0.95, BAD: 1.2})
     assert losses.calls[BAD, 0.5, SEARCH_SEED] == 2  # one rate on each data set, and no second round
     assert losses.calls[BAD, 1.0, SEARCH_SEED] == 0
 
@@ -67,8 +67,11 @@ def test_base_has_its_own_rate_and_parts_are_judged_beside_it() -> None:
 def test_best_have_the_whole_time_and_rates_of_their_own() -> None:
     found, losses = searched(kept=3)
     assert [row["block"] for row in found["best"]] == [BETTER, GOOD, SPOILT]
-    assert {row["block"]: row["over_base"] for row in found["best"]}[GOOD] == pytest.approx(0.9)  # at twice the rate
-    assert losses.calls[GOOD, 1.0, SEARCH_SEED] == 6
+    assert {row["block"]: row["over_base"] for row in found["best"]}[GOOD] == pytest.approx(
+        0.9
+    )  # at four times the rate
+    assert losses.calls[GOOD, 1.0, SEARCH_SEED] == 2 * (3 + 2)  # beyond the three, until the best lies inside
+    assert losses.calls[BETTER, 1.0, SEARCH_SEED] == 2 * 3
 
 
 def test_parts_join_while_the_loss_falls() -> None:

@@ -298,6 +298,22 @@ def test_data_sets_of_as_many_tokens_are_drawn_side_by_side() -> None:
     assert not losses.containers  # no pair is finite
 
 
+def test_one_data_set_is_drawn_against_its_budgets() -> None:
+    from matplotlib.figure import Figure
+
+    def point(budget: int, kind: str, fd: float) -> dict[str, Any]:
+        means = {metric: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for metric, mean in
+                 (("fd", fd), ("val_loss", fd / 10))}  # fmt: skip
+        return {"data": "digits", "variant": "scans", "kind": kind, "budget": budget, **means}
+
+    data = {"digits": {"tokens": 16, "seconds": 8}}
+    points = [point(1, "equal time", 5.0), point(4, "equal time", 3.0), point(4, "equal steps", 9.0)]
+    figure = Figure()
+    quality_tables.plot_fair({"data": data, "curves": points, "comparisons": []}, figure)
+    drawn = [axis.containers[0].lines[0].get_data() for axis in figure.axes]
+    assert [list(zip(*line, strict=True)) for line in drawn] == [[(8, 5.0), (32, 3.0)], [(8, 0.5), (32, 0.3)]]
+
+
 def test_plots(tmp_path: Path) -> None:
     evidence.draw({"mixers": MIXERS, "quality_digits": study(), "resolution": RESOLUTION, "memory": MEMORY}, tmp_path)
     drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
