@@ -102,7 +102,7 @@ COMMANDS: dict[str, list[str]] = {
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
     "sizes": [
         *("benchmarks.resolution", "--fair", "benchmarks/results/quality_sizes.json", "--work", "runs/sizes"),
-        *("--data", "emoji-sizes", "--least", "16", "--larger", "2=data/emoji64_classes", "4=data/emoji128_classes"),
+        *("--data", "emoji-sizes", "--least", "18", "--larger", "2=data/emoji64_classes", "4=data/emoji128_classes"),
         "--out",
     ],
     "text_quality": [

@@ -76,6 +76,11 @@ def image_count(scale: int, samples: int, least: int) -> int:
     return max(samples // scale**2, min(samples, least))
 
 
+def labels_of(count: int, classes: int) -> np.ndarray:
+    """Return what so many images are asked to show: all classes in turn, or some, evenly over the list of them."""
+    return np.arange(count) * max(classes, count) // count % classes
+
+
 def ways(name: str, model: DiffusionModel) -> list[tuple[str, bool]]:
     """Return the name of each way to draw larger images, and whether positions are interpolated."""
     if not model.has_positions or model.interpolate_positions:  # which it was trained for
@@ -106,8 +111,9 @@ def draw_all(runs: Sequence[Run], size: int, options: Any) -> Iterator[tuple[Run
     for run in runs:
         pipeline = load(run.directory)
         found = ways(run.model, pipeline.model)
-        for scale in SCALES:
-            labels = np.arange(image_count(scale, options.samples, options.least)) % len(pipeline.class_names)
+        for scale in options.scales:
+            count = image_count(scale, options.samples, options.least)
+            labels = labels_of(count, len(pipeline.class_names))
             images = None
             for name, pipeline.model.interpolate_positions in found:
                 if scale > 1 or images is None:  # on the training grid all positions are the same
@@ -150,7 +156,8 @@ def measure(runs: Sequence[Run], data: DataSet, options: Any) -> dict[str, Any]:
         training, validation = (source.load(split) for split in ("train", "validation"))
         rows = np.random.default_rng(0).permutation(len(training))[:REFERENCE]
         real[scale] = extract(net, crops(training.pixels(rows), size, len(rows))).features
-        some = np.random.default_rng(0).permutation(len(validation))[: options.samples]
+        count = image_count(scale, options.samples, options.least)
+        some = np.random.default_rng(0).permutation(len(validation))[:count]
         held_out = validation.pixels(some), validation.labels[some]
         found = figures(*held_out, size, options.samples, real[scale], net)
         table.append({"model": REAL, "seed": 0, "scale": scale, **found})
@@ -188,15 +195,15 @@ def beside(file: Path, options: Any) -> list[dict[str, Any]]:
 
 
 def joined(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return earlier rows in their order, with new ones in place of those of the same models."""
+    """Return earlier rows by model, with new ones in place of those of the same models and sizes."""
 
-    def model(row: dict[str, Any]) -> str:
-        return str(row["model"]).split(",")[0]  # a comma: how it was drawn
+    def drawn(row: dict[str, Any]) -> tuple[str, int]:
+        return str(row["model"]).split(",")[0], row["scale"]  # a comma: with which positions
 
-    place = {name: number for number, name in enumerate(dict.fromkeys(model(row) for row in [*earlier, *rows]))}
-    again = {model(row) for row in rows}
-    kept = [row for row in earlier if model(row) not in again]
-    return sorted([*kept, *rows], key=lambda row: place[model(row)])
+    place = {name: number for number, name in enumerate(dict.fromkeys(drawn(row)[0] for row in [*earlier, *rows]))}
+    again = {drawn(row) for row in rows}
+    kept = [row for row in earlier if drawn(row) not in again]
+    return sorted([*kept, *rows], key=lambda row: (place[drawn(row)[0]], row["scale"]))
 
 
 def save_picture(pictures: dict[str, np.ndarray], file: str) -> None:
@@ -272,7 +279,9 @@ def main() -> None:
     source.add_argument("--runs", nargs="+", metavar="NAME=DIR", help="trained runs, of images of --data")
     parser.add_argument("--data", choices=tuple(DATA_SETS), default="digits", help="of --runs and --fair")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="draw these alone; default: all that are there")
-    parser.add_argument("--beside", type=Path, metavar="JSON", help="an earlier result, of which other models stay")
+    parser.add_argument("--scales", nargs="+", type=int, choices=SCALES, default=list(SCALES), help="draw at these")
+    parser.add_argument("--beside", type=Path, metavar="JSON", help="an earlier result, of which other models and "
+                        "sizes stay")  # fmt: skip
     parser.add_argument("--root", help="where the images lie, if not where docs/quality.md makes them")
     parser.add_argument("--features", help="feature extractor that tells their classes apart")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the study's cells live")

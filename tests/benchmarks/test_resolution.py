@@ -53,6 +53,12 @@ def test_as_many_pixels_at_every_size_but_so_many_images_at_least() -> None:
     assert [resolution.image_count(scale, 32, 64) for scale in (1, 2)] == [32, 32]
 
 
+def test_fewer_images_than_classes_ask_for_classes_from_the_whole_list() -> None:
+    assert resolution.labels_of(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert resolution.labels_of(18, 54).tolist() == list(range(0, 54, 3))
+    assert resolution.labels_of(4, 10).tolist() == [0, 2, 5, 7]
+
+
 def save_run(directory: Path, name: str) -> str:
     """Write a checkpoint of an untrained model of digits, small and with a life of its own."""
     arguments = {"name": name, "num_classes": 10, "latent_channels": 1, "latent_size": 8, "hidden_size": 16, "depth": 2}
@@ -69,10 +75,23 @@ def save_run(directory: Path, name: str) -> str:
 
 
 def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(resolution, "SCALES", (1, 2))
     runs = [f"{name}={save_run(tmp_path / name, f'{family}-N/2')}" for name, family in (("a", "GSPN"), ("b", "DiT"))]
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
-    words = ["--runs", *runs, "--samples", "80", "--steps", "1", "--out", str(out), "--picture", str(picture)]
+    words = [
+        "--runs",
+        *runs,
+        "--scales",
+        "1",
+        "2",
+        "--samples",
+        "80",
+        "--steps",
+        "1",
+        "--out",
+        str(out),
+        "--picture",
+        str(picture),
+    ]
     monkeypatch.setattr(sys, "argv", ["resolution", *words])
     resolution.main()
     rows = {(row["model"], row["scale"]): row for row in json.loads(out.read_text())["rows"]}
@@ -103,10 +122,10 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
             resolution.main()
 
 
-def test_rows_of_a_model_that_is_drawn_again_take_the_place_of_the_earlier_ones() -> None:
-    earlier = [{"model": name, "x": 0} for name in ("a, continued", "a, interpolated", "b")]
-    new = [{"model": name, "x": 1} for name in ("a, continued", "c")]
-    assert resolution.joined(earlier, new) == [new[0], earlier[2], new[1]]
+def test_what_is_drawn_again_takes_the_place_of_earlier_rows() -> None:
+    earlier = [{"model": f"{name}", "scale": scale, "x": 0} for name in ("a, continued", "b") for scale in (1, 2)]
+    new = [{"model": name, "scale": 1, "x": 1} for name in ("a, continued", "a, interpolated", "c")]
+    assert resolution.joined(earlier, new) == [*new[:2], *earlier[1:], new[2]]
 
 
 def test_larger_real_images_are_what_crops_are_compared_with() -> None:
