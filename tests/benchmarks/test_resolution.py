@@ -123,7 +123,7 @@ def test_the_study_from_checkpoints_to_json_and_picture(monkeypatch: pytest.Monk
 
 
 def test_what_is_drawn_again_takes_the_place_of_earlier_rows() -> None:
-    earlier = [{"model": f"{name}", "scale": scale, "x": 0} for name in ("a, continued", "b") for scale in (1, 2)]
+    earlier = [{"model": name, "scale": scale, "x": 0} for name in ("a, continued", "b") for scale in (1, 2)]
     new = [{"model": name, "scale": 1, "x": 1} for name in ("a, continued", "a, interpolated", "c")]
     assert resolution.joined(earlier, new) == [*new[:2], *earlier[1:], new[2]]
 
