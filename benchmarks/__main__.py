@@ -46,6 +46,13 @@ COMMANDS: dict[str, list[str]] = {
     "block_attention": [*RIVALS_BLOCK, "--base", "attention-lpu", "--out"],
     "block_conv": [*RIVALS_BLOCK, "--base", "conv", "--out"],
     "block_linear": [*RIVALS_BLOCK, "--base", "linear", "--out"],
+    "block_rates": [
+        *("benchmarks.block", "--data", "fashion", "--seconds", "fashion=40", "--work", "runs/block_rates"),
+        *("--own-rates", "no norm, no skip", "norm before the scan", "norm of each direction", "no lpu"),
+        *("stem convolution for lpu", "U-shape", "U-shape without long skips", "U-shape with lpu"),
+        *("U-shape with adaLN", "published block, norm and skip"),
+        *("published block, norm and skip, no long skips", "--out"),
+    ],
     "classification_emoji": ["benchmarks.classification", "--data", "emoji", "--out"],
     "classification_long": ["benchmarks.learning_curve", "--run", "runs/fashion/long", "--out"],
     "classification_fashion": ["benchmarks.classification", "--data", "fashion", "--out"],

@@ -9,7 +9,8 @@ on seeds that `benchmarks.quality` never scores: what is chosen here takes part 
 alone, at the base's best learning rate and for half of the time. The best go on, for the whole time and each at its own
 best learning rate: three around the base's, and on beyond the better end. Then they join the base one after the other,
 the best first, and stay where the loss falls; what is left is compared with the base once more, with other seeds. A
-study can be stopped and started again: what is done is kept.
+study can be stopped and started again: what is done is kept. A part that is bad at the base's learning rate may be good
+at another: `--own-rates` gives the parts that it names, and the base, the whole grid of them instead, and joins none.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from gspn_dit.errors import ArgumentParser, UserError, run_cli
 
 SCANS = "gspn-normed"
 """The contender that is searched unless another is named."""
-U_SHAPED = "gspn-u"
+U_SHAPED, PUBLISHED = "gspn-u", "gspn-published-normed"
 _HEADS: dict[str, dict[str, Any]] = {"twice the heads": {"num_heads": 4}}
 _RMS: dict[str, dict[str, Any]] = {"RMS norms": {"norm": "rms"}}
 _MLP_AND_NORMS: dict[str, dict[str, Any]] = {"SwiGLU": {"mlp": "swiglu"}, **_RMS}
@@ -119,13 +120,15 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """What each changes in a contender, the base; two that name one option do not join."""
-BLOCKS: dict[str, dict[str, Any]] = {
-    "U-shape": {},
-    "U-shape without long skips": {"long_skips": False},
-    "U-shape with lpu": {"lpu": True},
-    "U-shape with adaLN": {"conditioning": "adaln-zero"},
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "U-shape": (U_SHAPED, {}),
+    "U-shape without long skips": (U_SHAPED, {"long_skips": False}),
+    "U-shape with lpu": (U_SHAPED, {"lpu": True}),
+    "U-shape with adaLN": (U_SHAPED, {"conditioning": "adaln-zero"}),
+    "published block, norm and skip": (PUBLISHED, {}),
+    "published block, norm and skip, no long skips": (PUBLISHED, {"long_skips": False}),
 }
-"""What each changes in the U-shaped block, beside scans; none joins a part of the base."""
+"""What is tried beside scans in DiT's block: a contender, and what is changed in it."""
 SHARE = 0.5
 """Of the time, in the first round."""
 KEPT = 8
@@ -154,10 +157,22 @@ class Candidate:
 
 def candidates(contender: str) -> list[Candidate]:
     """Return the base, then every part alone, then the other blocks, all else as those contenders have it."""
-    base, other = (Candidate(name, name, CONTENDERS[name].settings(1)[0]) for name in (contender, U_SHAPED))
+    base = _untouched(contender)
     parts = [base.joined(name, part) for name, part in PARTS[contender].items()]
-    others = BLOCKS if contender == SCANS else {}
-    return [base, *parts, *(other.joined(name, change) for name, change in others.items())]
+    others = BLOCKS.items() if contender == SCANS else ()
+    return [base, *parts, *(_untouched(other).joined(name, change) for name, (other, change) in others)]
+
+
+def _untouched(contender: str) -> Candidate:
+    return Candidate(contender, contender, CONTENDERS[contender].settings(1)[0])
+
+
+def named(contender: str, names: Sequence[str]) -> list[Candidate]:
+    """Return the base and those candidates alone; raises UserError for a name that is none."""
+    base, *others = candidates(contender)
+    if unknown := sorted(set(names) - {one.name for one in others}):
+        raise UserError(f"--own-rates names {unknown[0]!r}, but takes of {[one.name for one in others]}")
+    return [base, *(one for one in others if one.name in names)]
 
 
 Losses = Mapping[str, float]
@@ -207,6 +222,15 @@ class Search:
             "together": together,
             "winner": {"block": winner.name, "options": dict(winner.setting), **self.confirmed(base, winner)},
         }
+
+    def at_all_rates(self, tried: Sequence[Candidate]) -> dict[str, Any]:
+        """Return the losses after the whole time, each at the best of the base's whole grid of learning rates."""
+
+        def best(one: Candidate, name: str) -> float:
+            return min(self.try_rates(one, name, rate_grid(CENTRE, RATES)).values())
+
+        losses = self._by_name(tried, best)
+        return {"best": _told(losses, losses[tried[0].name])}
 
     def try_rates(self, one: Candidate, name: str, grid: Sequence[float]) -> dict[float, float]:
         """Return the loss by learning rate after the whole time, tried until the best lies inside."""
@@ -277,10 +301,10 @@ def _told(found: Mapping[str, dict[str, float]], base: Losses) -> list[dict[str,
 class Trainings:
     """Trainings for equal times of the processor, in processes of their own, some of them at once."""
 
-    def __init__(self, contender: str, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> None:
+    def __init__(self, tried: Sequence[Candidate], data: Sequence[DataSet], size: str, work: Path, jobs: int) -> None:
         self.data, self.size, self.work = {one.name: one for one in data}, size, work
         self.free = threading.Semaphore(jobs)
-        self.base, *others = candidates(contender)
+        self.base, *others = tried
         self.cells: dict[Path, dict[str, Any]] = {}
         """What was trained, by directory."""
         self.timing = threading.Lock()
@@ -324,20 +348,26 @@ class Trainings:
         return {"val_loss": loss, "commit": commit(directory / "run")}
 
 
-def study(contender: str, kept: int, data: Sequence[DataSet], size: str, work: Path, jobs: int) -> dict[str, Any]:
-    """Run every training that is not there yet, and return what was found."""
+def study(
+    tried: Sequence[Candidate],
+    data: Sequence[DataSet],
+    size: str,
+    work: Path,
+    jobs: int,
+    search: Callable[[Search], dict[str, Any]],
+) -> dict[str, Any]:
+    """Run every training of a search that is not there yet, and return what was found; the base comes first."""
     from benchmarks.measure import CpuDevice, software
 
-    trainings = Trainings(contender, data, size, work, jobs)
-    found = Search(list(trainings.data), trainings.loss).run(candidates(contender), kept)
+    trainings = Trainings(tried, data, size, work, jobs)
+    found = search(Search(list(trainings.data), trainings.loss))
     return without_nan(
         {
             "size": size,
             "seeds": [SEARCH_SEED, *CONFIRMING_SEEDS],
             "share_of_time_alone": SHARE,
             "data": {one.name: {"tokens": one.tokens, "seconds": one.seconds} for one in data},
-            "parts": {str(one): one.name for one in candidates(contender)},
-            "kept": kept,
+            "parts": {str(one): one.name for one in tried},
             "milliseconds_per_step": {f"{name}, {one}": ms for (name, one), ms in trainings.times.items()},
             **found,
             "cells": [trainings.cells[directory] for directory in sorted(trainings.cells)],
@@ -353,6 +383,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_data_options(parser, tuple(scoring.DATA_SETS), several=True)
     parser.add_argument("--base", choices=tuple(PARTS), default=SCANS, help="the contender whose parts are searched")
     parser.add_argument("--kept", type=int, default=KEPT, help="parts that go on to the second round")
+    parser.add_argument(
+        "--own-rates", nargs="+", default=[], metavar="PART", help="try these alone, each at a whole grid of rates"
+    )
     parser.add_argument("--size", default=Protocol.size, help="preset of all models, such as N or T")
     parser.add_argument("--seconds", nargs="+", default=[], metavar="NAME=S", help="of the processor, for a training")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
@@ -363,11 +396,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = scoring.with_seconds(chosen(options), options.seconds)
     if options.kept < 1:
         raise UserError(f"--kept is {options.kept}, but must be at least 1")
-    for one in candidates(options.base):
+    tried = named(options.base, options.own_rates) if options.own_rates else candidates(options.base)
+    for one in tried:
         for each in data:
             fitted(one.contender, one.setting, each, options.size)
-    found = study(options.base, options.kept, data, options.size, options.work, options.jobs)
-    publish(found, options.out, ("base", "winner"))
+
+    def search(of: Search) -> dict[str, Any]:
+        return of.at_all_rates(tried) if options.own_rates else {"kept": options.kept, **of.run(tried, options.kept)}
+
+    publish(
+        study(tried, data, options.size, options.work, options.jobs, search), options.out, ("base", "winner", "best")
+    )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ def block_table(result: Result) -> str:
     rows = []
     for row in result["alone"]:
         own = best.get(row["block"])
-        losses = [short(loss) if (loss := row["loss"].get(name)) else "diverged" for name in names]
+        losses = [_loss(row["loss"].get(name)) for name in names]
         rows.append([row["block"], *losses, _over(row), "" if own is None else _over(own)])
-    seconds = ", ".join(f"{of['seconds']:g} s ({name}, {of['tokens']:,} tokens)" for name, of in result["data"].items())
     head = ["changed in the base", *(f"loss, {name}" for name in names), "÷ base", "÷ base, own rate and all the time"]
     return (
         table(head, rows)
@@ -28,13 +27,51 @@ def block_table(result: Result) -> str:
             [[row["block"], _over(row), "yes" if row["stays"] else "no"] for row in result["together"]],
         )
         + f"\nValidation losses of size {result['size']} with seed {result['seeds'][0]}; all the time is, of the "
-        + f"processor, {seconds}, and in the first columns {result['share_of_time_alone']:g} of it. {_winner(result)}"
-        + f"Trained at {', '.join(sorted({cell['commit'] for cell in result['cells']}))}. {provenance(result)}\n"
+        + f"processor, {_seconds(result)}, and in the first columns {result['share_of_time_alone']:g} of it, at "
+        + f"the base's best learning rates, {_base_rates(result)}. {_winner(result)}"
+        + _origin(result)
     )
+
+
+def rates_table(result: Result) -> str:
+    """Tabulate `benchmarks.block --own-rates`: losses by learning rate of each block, and its best over the base's."""
+    parts, cells = result["parts"], result["cells"]
+    rates = sorted({cell["rate"] for cell in cells})
+    words = {(parts[cell["block"]], cell["data"], cell["rate"]): _loss(cell["val_loss"]) for cell in cells}
+    rows = [
+        [row["block"], name, *(words.get((row["block"], name, rate), "") for rate in rates), _over(row)]
+        for row in result["best"]
+        for name in result["data"]
+    ]
+    return (
+        table(["block", "data", *(f"loss at {rate:g}" for rate in rates), "best ÷ base's best"], rows)
+        + f"\nValidation losses of size {result['size']} with seed {result['seeds'][0]}, after, of the processor, "
+        + f"{_seconds(result)}. {_origin(result)}"
+    )
+
+
+def _loss(loss: float | None) -> str:
+    return "diverged" if loss is None else short(loss)
+
+
+def _seconds(result: Result) -> str:
+    return ", ".join(f"{of['seconds']:g} s ({name}, {of['tokens']:,} tokens)" for name, of in result["data"].items())
+
+
+def _origin(result: Result) -> str:
+    return f"Trained at {', '.join(sorted({cell['commit'] for cell in result['cells']}))}. {provenance(result)}\n"
 
 
 def _over(row: Result) -> str:
     return "diverged" if row["over_base"] is None else f"{row['over_base']:.3f}"
+
+
+def _base_rates(result: Result) -> str:
+    found = {
+        name: {float(rate): loss for rate, loss in grid.items() if loss is not None}
+        for name, grid in result["base"]["rates"].items()
+    }
+    return ", ".join(f"{min(grid, key=lambda rate: grid[rate]):g} ({name})" for name, grid in found.items())
 
 
 def _winner(result: Result) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.backbones import backbones_table
-from benchmarks.block_tables import block_table, cost_table
+from benchmarks.block_tables import block_table, cost_table, rates_table
 from benchmarks.classification import classification_table
 from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
@@ -86,6 +86,7 @@ STUDIES = {
     "block_attention": Study(QUALITY, block_table),
     "block_conv": Study(QUALITY, block_table),
     "block_linear": Study(QUALITY, block_table),
+    "block_rates": Study(QUALITY, rates_table),
     "quality_1024": Study(QUALITY, fair_table),
     "second_look_1024": Study(QUALITY, second_look_table),
     "quality_4096": Study(QUALITY, fair_table),

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import block, calibration, contest
 from benchmarks.block import PARTS, SCANS, Candidate, Search, Trainings, candidates, over
-from benchmarks.block_tables import block_table
+from benchmarks.block_tables import block_table, rates_table
 from benchmarks.contenders import fitted, train_words
 from benchmarks.protocol import SEARCH_SEED
 from benchmarks.scoring import DATA_SETS
@@ -103,6 +103,18 @@ def test_winner_is_compared_with_seeds_that_chose_nothing() -> None:
     assert losses.calls[SCANS, 1.0, SEARCH_SEED + 1] == 2
 
 
+def test_parts_may_have_the_whole_grid_of_rates() -> None:
+    losses = Losses()
+    found = Search(["near"], losses).at_all_rates([find(name) for name in (SCANS, BAD, GOOD)])
+    assert [(row["block"], row["over_base"]) for row in found["best"]] == [
+        (GOOD, pytest.approx(0.9)),
+        (SCANS, 1),
+        (BAD, pytest.approx(1.2)),
+    ]
+    # Five rates each, and on beyond the better end, where the last one is worse.
+    assert losses.calls == {(name, 1.0, SEARCH_SEED): count for name, count in ((SCANS, 5), (BAD, 5), (GOOD, 7))}
+
+
 def test_block_that_diverges_goes_no_further() -> None:
     def loss(one: Candidate, name: str, rate: float, share: float, seed: int) -> float:
         return math.inf if one.name == GOOD else Losses()(one, name, rate, share, seed)
@@ -153,7 +165,7 @@ class Trained:
 
 def test_trainings_have_equal_time_and_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = Trained(monkeypatch)
-    trainings = Trainings(SCANS, [DIGITS], "N", tmp_path, jobs=1)
+    trainings = Trainings(candidates(SCANS), [DIGITS], "N", tmp_path, jobs=1)
     base = len(candidates(SCANS)) * 50.0
     assert trainings.loss(find(SCANS), "digits", 0.01, 1.0, 100) == 1 / int(1e3 * DIGITS.seconds / base)
     assert trainings.loss(find(GOOD), "digits", 0.01, 0.5, 100) == 1 / int(0.5e3 * DIGITS.seconds / 100)
@@ -161,7 +173,7 @@ def test_trainings_have_equal_time_and_are_not_repeated(tmp_path: Path, monkeypa
     # What joins parts is timed beside the base: as long as that, in its first time's unit.
     joined = find(GOOD).joined("both", PARTS[SCANS][BETTER])
     assert trainings.milliseconds(joined, "digits") == base
-    again = Trainings(SCANS, [DIGITS], "N", tmp_path, jobs=1)
+    again = Trainings(candidates(SCANS), [DIGITS], "N", tmp_path, jobs=1)
     assert again.loss(find(GOOD), "digits", 0.04, 0.5, 100) == math.inf
     assert world.count == 3
 
@@ -179,9 +191,21 @@ def test_command_writes_what_was_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert text.count("\n| ") == 1 + len(found["alone"]) + 2 + len(found["together"]) and "Trained at abcdef0." in text
 
 
+def test_command_gives_named_parts_all_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trained(monkeypatch)
+    out = tmp_path / "block.json"
+    words = ["--own-rates", BAD, "U-shape", "--data", "digits", "--work", str(tmp_path / "work"), "--out", str(out)]
+    block.main(words)
+    found = json.loads(out.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+    assert set(found["parts"].values()) == {SCANS, BAD, "U-shape"} == {row["block"] for row in found["best"]}
+    head, _, *rows = rates_table({**found, "machine": MACHINE}).split("\n\n")[0].splitlines()
+    assert "loss at 0.032" in head and len(rows) == 3 and all("diverged" in row for row in rows)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
+        (["--own-rates", "SwiGLU", "no such"], "--own-rates names 'no such', but takes of .*'no lpu'"),
         (["--jobs", "0"], "--jobs is 0, but must be at least 1"),
         (["--kept", "0"], "--kept is 0, but must be at least 1"),
         (["--seconds", "-1"], "--seconds is -1, but must be a number above 0"),
