@@ -21,7 +21,7 @@ from benchmarks.classification import classification_table
 from benchmarks.highres import highres_table
 from benchmarks.learning_curve import curve_table
 from benchmarks.markdown import short, table
-from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table, second_look_table
+from benchmarks.quality_tables import fair_table, plot_fair, plot_quality, quality_table, second_look_table, together
 from benchmarks.recipe_tables import digits_one_step_table, few_step_table, recipes_table
 from benchmarks.resolution_tables import plot_resolution, resolution_table
 from benchmarks.speed_tables import cuda_traffic_table, memory_table, mixers_table, plot_mixers
@@ -73,10 +73,12 @@ class Study:
     page: str
     write: Callable[[Result], str]
     plot: Callable[[Result, Any], None] | None = None
+    beside: tuple[str, ...] = ()
+    """Other results of `benchmarks.quality` in the same picture."""
 
 
 STUDIES = {
-    "quality": Study(QUALITY, fair_table, plot_fair),
+    "quality": Study(QUALITY, fair_table, plot_fair, beside=("quality_1024", "quality_4096")),
     "second_look": Study(QUALITY, second_look_table),
     "block": Study(QUALITY, block_table),
     "block_1024": Study(QUALITY, block_table),
@@ -149,13 +151,13 @@ def draw(results: dict[str, Result], directory: Path) -> None:
     from matplotlib import pyplot
 
     for name, result in results.items():
-        plot = STUDIES[name].plot
+        plot, beside = STUDIES[name].plot, [results[other] for other in STUDIES[name].beside if other in results]
         if plot is None:
             continue
         variants = {cell.get("variant") for cell in result.get("cells", [])}
         height = 1.6 + 0.45 * len(variants) if plot is plot_quality else 3.6
         figure = pyplot.figure(figsize=(10, height), layout="constrained")
-        plot(result, figure)
+        plot(together([result, *beside]) if beside else result, figure)
         figure.savefig(directory / f"evidence_{name}.png", dpi=90)
         pyplot.close(figure)
 

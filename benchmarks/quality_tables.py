@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.contest import DRIFT
@@ -168,23 +169,44 @@ def plot_fair(result: Result, figure: Any) -> None:
             axis.legend(fontsize="small")
 
 
+def together(results: Sequence[Result]) -> Result:
+    """Return several results of `benchmarks.quality` as one, for a picture of all."""
+    return {
+        "data": {name: found for result in results for name, found in result["data"].items()},
+        "comparisons": [row for result in results for row in result["comparisons"]],
+        "curves": [point for result in results for point in result["curves"]],
+    }
+
+
 def _plot_ratios(result: Result, axis: Any, metric: str) -> None:
     """Draw the ratio of ours to each rival, at the largest budget at equal time of each data set, by its tokens."""
     own = [row for row in result["comparisons"] if row["kind"] == "equal time" and row[metric] is not None]
     largest = {name: max((row["budget"] for row in own if row["data"] == name), default=0) for name in result["data"]}
     own = [row for row in own if row["budget"] == largest[row["data"]]]
-    places = {
-        name: place for place, name in enumerate(sorted(largest, key=lambda name: result["data"][name]["tokens"]))
-    }
-    pairs = list(dict.fromkeys((row["ours"], row["rival"]) for row in own))
-    for number, (ours, rival) in enumerate(pairs):
-        rows = [row for row in own if (row["ours"], row["rival"]) == (ours, rival)]
-        beside = 0.12 * (number - (len(pairs) - 1) / 2)
-        found = [_known(row[metric]) or {} for row in rows]
-        _bars(axis, [places[row["data"]] + beside for row in rows], found, f"{ours} ÷ {rival}", linestyle="none")
+    places = _places({name: result["data"][name]["tokens"] for name in largest})
+    of_data = {name: [_pair(row) for row in own if row["data"] == name] for name in places}
+    for pair in dict.fromkeys(map(_pair, own)):
+        rows = [row for row in own if _pair(row) == pair]
+        beside = [of_data[row["data"]].index(pair) - (len(of_data[row["data"]]) - 1) / 2 for row in rows]
+        at = [places[row["data"]] + 0.16 * shift for row, shift in zip(rows, beside, strict=True)]
+        _bars(axis, at, [_known(row[metric]) or {} for row in rows], pair, linestyle="none")
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(list(places.values()), [f"{name}\n{result['data'][name]['tokens']:,} tokens" for name in places])
+    names = [f"{name}, {result['data'][name]['tokens']:,} tokens" for name in places]
+    axis.set_xticks(list(places.values()), names, rotation=20, ha="right")
     axis.tick_params(axis="x", labelsize="x-small")
+
+
+def _pair(row: Result) -> str:
+    return f"{row['ours']} ÷ {row['rival']}"
+
+
+def _places(tokens: Mapping[str, int]) -> dict[str, float]:
+    """Return where data sets lie on an axis of the logarithm of their tokens, those of as many tokens side by side."""
+    places: dict[str, float] = {}
+    for name in sorted(tokens, key=lambda name: tokens[name]):
+        place = math.log2(tokens[name])
+        places[name] = max([place, *(other + 1 for other in places.values())])
+    return places
 
 
 def _plot_curves(result: Result, axis: Any, name: str, metric: str) -> None:

@@ -289,13 +289,23 @@ def test_data_sets_of_as_many_tokens_are_drawn_side_by_side() -> None:
     quality_tables.plot_fair({"data": data, "curves": [], "comparisons": rows}, figure)
     ratios, losses = figure.axes
     assert [label.get_text() for label in ratios.get_xticklabels()] == [
-        "pixels\n64 tokens",
-        "latents\n64 tokens",
-        "wide\n256 tokens",
+        "pixels, 64 tokens",
+        "latents, 64 tokens",
+        "wide, 256 tokens",
     ]
     (drawn,) = ratios.containers
-    assert sorted(zip(*drawn.lines[0].get_data(), strict=True)) == [(0, 0.9), (1, 0.8), (2, 1.1)]
+    assert sorted(zip(*drawn.lines[0].get_data(), strict=True)) == [(6, 0.9), (7, 0.8), (8, 1.1)]
     assert not losses.containers  # no pair is finite
+
+
+def test_studies_of_one_picture_keep_their_rows() -> None:
+    first = {"data": {"pixels": {"tokens": 64}, "wide": {"tokens": 256}}, "comparisons": [1, 2], "curves": [3]}
+    second = {"data": {"wide": {"tokens": 256}}, "comparisons": [4], "curves": []}
+    assert quality_tables.together([first, second]) == {
+        "data": first["data"],
+        "comparisons": [1, 2, 4],
+        "curves": [3],
+    }
 
 
 def test_one_data_set_is_drawn_against_its_budgets() -> None:
