@@ -107,6 +107,11 @@ COMMANDS: dict[str, list[str]] = {
         *("benchmarks/results/quality_fashion_block.json", "--picture", "docs/resolution.png", "--out"),
     ],
     "scan_cpu": ["benchmarks.scan", "--device", "cpu", "--repeats", "7", "--json"],
+    "second_look_1024": [
+        *("benchmarks.second_look", "--study", "benchmarks/results/quality_1024.json", "--work", "runs/fair_1024"),
+        *("--data", "emoji-1024", "--nets", "runs/emoji64/features.safetensors", "inception", "--reference", "1000"),
+        "--out",
+    ],
     "sizes": [
         *("benchmarks.resolution", "--fair", "benchmarks/results/quality_sizes.json", "--work", "runs/sizes"),
         *("--data", "emoji-sizes", "--least", "18", "--larger", "2=data/emoji64_classes", "4=data/emoji128_classes"),
