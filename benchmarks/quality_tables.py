@@ -217,6 +217,9 @@ def _plot_curves(result: Result, axis: Any, name: str, metric: str) -> None:
         seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
         _bars(axis, seconds, [_known(point[metric]) or {} for point in points], variant)
     axis.set(xlabel="seconds of training", xscale="log", yscale="log")
+    seconds = sorted({point["budget"] * result["data"][name]["seconds"] for point in own})
+    axis.set_xticks(seconds, [f"{one:g}" for one in seconds])
+    axis.tick_params(axis="x", which="minor", labelbottom=False)
 
 
 def _bars(axis: Any, places: list[float], found: list[Result], label: str, linestyle: str = "solid") -> None:
