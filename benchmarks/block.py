@@ -225,11 +225,7 @@ class Search:
 
     def at_all_rates(self, tried: Sequence[Candidate]) -> dict[str, Any]:
         """Return the losses after the whole time, each at the best of the base's whole grid of learning rates."""
-
-        def best(one: Candidate, name: str) -> float:
-            return min(self.try_rates(one, name, rate_grid(CENTRE, RATES)).values())
-
-        losses = self._by_name(tried, best)
+        losses = self._at_best(tried, lambda _: rate_grid(CENTRE, RATES))
         return {"best": _told(losses, losses[tried[0].name])}
 
     def try_rates(self, one: Candidate, name: str, grid: Sequence[float]) -> dict[float, float]:
@@ -246,11 +242,13 @@ class Search:
 
     def at_own_rates(self, tried: Sequence[Candidate]) -> dict[str, dict[str, float]]:
         """Return the losses of candidates after the whole time, each at its best learning rate."""
+        return self._at_best(tried, lambda name: rate_grid(self.rates[name], OWN_RATES))
 
-        def best(one: Candidate, name: str) -> float:
-            return min(self.try_rates(one, name, rate_grid(self.rates[name], OWN_RATES)).values())
-
-        return self._by_name(tried, best)
+    def _at_best(
+        self, tried: Sequence[Candidate], grid: Callable[[str], Sequence[float]]
+    ) -> dict[str, dict[str, float]]:
+        """Return the losses of candidates after the whole time at the best learning rates of each data set's grid."""
+        return self._by_name(tried, lambda one, name: min(self.try_rates(one, name, grid(name)).values()))
 
     def _by_name(
         self, tried: Sequence[Candidate], loss: Callable[[Candidate, str], float]

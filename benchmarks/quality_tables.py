@@ -212,12 +212,17 @@ def _places(tokens: Mapping[str, int]) -> dict[str, float]:
 def _plot_curves(result: Result, axis: Any, name: str, metric: str) -> None:
     """Draw each contender's means of a metric against the seconds of training, on one data set at equal time."""
     own = [point for point in result["curves"] if point["data"] == name and point["kind"] == "equal time"]
+    unit = result["data"][name]["seconds"]
     for variant in dict.fromkeys(point["variant"] for point in own):
         points = [point for point in own if point["variant"] == variant and point.get(metric)]
-        seconds = [point["budget"] * result["data"][name]["seconds"] for point in points]
-        _bars(axis, seconds, [_known(point[metric]) or {} for point in points], variant)
+        _bars(
+            axis,
+            [point["budget"] * unit for point in points],
+            [_known(point[metric]) or {} for point in points],
+            variant,
+        )
     axis.set(xlabel="seconds of training", xscale="log", yscale="log")
-    seconds = sorted({point["budget"] * result["data"][name]["seconds"] for point in own})
+    seconds = sorted({point["budget"] * unit for point in own})
     axis.set_xticks(seconds, [f"{one:g}" for one in seconds])
     axis.tick_params(axis="x", which="minor", labelbottom=False)
 
